@@ -1,0 +1,326 @@
+"""Corpora, the joint SentencePiece vocabulary, and batches of token ids."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras_nlp.tokenizers import SentencePieceTokenizer
+from keras_nlp.tokenizers import compute_sentence_piece_proto
+
+# The ids `compute_sentence_piece_proto` gives the special pieces.
+PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
+
+MULTI30K_URL = (
+    "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
+)
+MULTI30K_SHA256 = {
+    "train.en": (
+        "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f"
+    ),
+    "train.de": (
+        "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6"
+    ),
+    "val.en": (
+        "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28"
+    ),
+    "val.de": (
+        "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a"
+    ),
+    "test_2016_flickr.en": (
+        "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"
+    ),
+    "test_2016_flickr.de": (
+        "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ParallelText:
+    """Sentences and their translations: `target[i]` translates `source[i]`."""
+
+    source: list[str]
+    target: list[str]
+
+    def __post_init__(self) -> None:
+        if len(self.source) != len(self.target):
+            raise ValueError(
+                "`source` and `target` must hold one sentence each per pair. "
+                f"Received: {len(self.source)} source and "
+                f"{len(self.target)} target sentences."
+            )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, rows: slice) -> ParallelText:
+        return ParallelText(self.source[rows], self.target[rows])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A translation task: disjoint training, validation and test pairs."""
+
+    name: str
+    train: ParallelText
+    validation: ParallelText
+    test: ParallelText
+
+
+def load_corpus(
+    name: str = "cldr", data_dir: str | Path | None = None, seed: int = 0
+) -> Corpus:
+    """Loads one of the two English-German corpora.
+
+    Args:
+        name: `"cldr"`, generated from Unicode CLDR data without a download,
+            or `"multi30k"`, 29,000 image captions.
+        data_dir: Folder that holds Multi30k's six `.gz` files. By default
+            they are downloaded, and checked, into the Keras cache.
+        seed: Seed of the generated corpus and of its split.
+
+    Returns:
+        A `Corpus`.
+    """
+    if name == "cldr":
+        return _load_cldr(seed)
+    if name == "multi30k":
+        return _load_multi30k(None if data_dir is None else Path(data_dir))
+    raise ValueError(
+        f"`name` must be 'cldr' or 'multi30k'. Received: name={name!r}"
+    )
+
+
+def _load_cldr(seed: int) -> Corpus:
+    from .cldr import generate_pairs
+    from .cldr import split_pairs
+
+    splits = split_pairs(generate_pairs(seed=seed))
+    return Corpus("cldr", *(ParallelText(*map(list, zip(*s))) for s in splits))
+
+
+def _load_multi30k(data_dir: Path | None) -> Corpus:
+    def read(split: str) -> ParallelText:
+        return ParallelText(
+            *(
+                _read_lines(_multi30k_file(f"{split}.{language}", data_dir))
+                for language in ("en", "de")
+            )
+        )
+
+    return Corpus(
+        "multi30k", read("train"), read("val"), read("test_2016_flickr")
+    )
+
+
+def _multi30k_file(name: str, data_dir: Path | None) -> Path:
+    if data_dir is None:
+        return Path(
+            keras.utils.get_file(
+                fname=f"{name}.gz",
+                origin=f"{MULTI30K_URL}{name}.gz",
+                file_hash=MULTI30K_SHA256[name],
+                hash_algorithm="sha256",
+                cache_subdir="datasets/multi30k",
+            )
+        )
+    path = data_dir / f"{name}.gz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`data_dir` has no file {path.name}. Multi30k needs "
+            f"{', '.join(f'{n}.gz' for n in MULTI30K_SHA256)}; leave "
+            f"`data_dir` out to download them. Received: data_dir={data_dir}"
+        )
+    return path
+
+
+def _read_lines(path: Path) -> list[str]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [line.strip() for line in lines]
+
+
+class Vocabulary:
+    """The joint SentencePiece vocabulary of both languages.
+
+    Tokenising runs inside the `tf.data` graph (tensorflow-text).
+
+    Args:
+        proto: Serialised SentencePiece model, as bytes.
+    """
+
+    def __init__(self, proto: bytes) -> None:
+        self.proto = proto
+        self.size: int = self._tokenizer().vocabulary_size()
+
+    def _tokenizer(self) -> SentencePieceTokenizer:
+        # Made for each use: seeding TensorFlow clears its kernel cache, and
+        # with it the native resource of every tokenizer made before.
+        return SentencePieceTokenizer(proto=self.proto)
+
+    @classmethod
+    def train(cls, text: ParallelText, size: int) -> Vocabulary:
+        """Learns `size` pieces from both sides of `text`."""
+        sentences = tf.data.Dataset.from_tensor_slices(
+            text.source + text.target
+        )
+        return cls(compute_sentence_piece_proto(sentences, size))
+
+    def encode(self, sentences: list[str]) -> tf.RaggedTensor:
+        """Turns strings into ragged ids, each row ending with EOS."""
+        tokenizer = self._tokenizer()
+
+        def encode(chunk: tf.Tensor) -> tf.RaggedTensor:
+            ids = tokenizer.tokenize(chunk)
+            return tf.concat([ids, tf.fill([ids.nrows(), 1], EOS_ID)], axis=1)
+
+        chunks = tf.data.Dataset.from_tensor_slices(sentences).batch(1_000)
+        return tf.concat(list(chunks.map(encode)), axis=0)
+
+    def decode(self, ids: np.ndarray) -> list[str]:
+        """Ids `(batch, length)` to strings, each up to its first EOS."""
+        rows = []
+        for row in np.asarray(ids):
+            ends = np.flatnonzero(row == EOS_ID)
+            row = row[: ends[0]] if len(ends) else row
+            rows.append([int(i) for i in row if i not in (PAD_ID, BOS_ID)])
+        ragged = tf.ragged.constant(rows, dtype="int32", ragged_rank=1)
+        return self._tokenizer().detokenize(ragged)
+
+    def token_frequencies(self, text: ParallelText) -> np.ndarray:
+        """Counts how often a model of `text` meets each piece.
+
+        BOS and EOS are counted as the model meets them: it reads EOS once a
+        source sentence, reads BOS and predicts EOS once a target sentence.
+
+        Returns:
+            int64 array `(size,)`.
+        """
+        counts = np.zeros(self.size, "int64")
+        for sentences in (text.source, text.target):
+            ids = self.encode(sentences).flat_values
+            counts += np.bincount(ids.numpy(), minlength=self.size)
+        counts[BOS_ID] += len(text)
+        return counts
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How sentence pairs become batches of a few fixed shapes.
+
+    A pair goes to the narrowest width that holds both its sides; batches of
+    a width hold `tokens // width` pairs. Few shapes, each complete, mean few
+    XLA compilations.
+
+    Args:
+        widths: Sequence lengths to pad to, ascending.
+        tokens: Target positions per batch, padding included.
+    """
+
+    widths: tuple[int, ...] = (12, 14, 16, 18, 20, 24, 30, 40)
+    tokens: int = 1_024
+
+    @property
+    def max_length(self) -> int:
+        return self.widths[-1]
+
+    def batches(
+        self,
+        text: ParallelText,
+        vocabulary: Vocabulary,
+        shuffle_seed: int | None = None,
+    ) -> tf.data.Dataset:
+        """Builds the `(inputs, labels, sample_weight)` dataset of `text`.
+
+        Args:
+            text: The sentence pairs. Pairs longer than the widest width are
+                left out.
+            vocabulary: Turns sentences into ids.
+            shuffle_seed: Seed of the order, new in every epoch, for training:
+                the last, incomplete batch of a width is then dropped. By
+                default every pair is kept and the order stays.
+
+        Returns:
+            A `tf.data.Dataset` of `({"source": (b, w), "target": (b, w)},
+            labels (b, w), sample_weight (b, w))`: int32 ids, and float32
+            weights, 1 where the label is a token and 0 where it is padding.
+        """
+        training = shuffle_seed is not None
+
+        def length(source: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+            return tf.maximum(tf.size(source), tf.size(target))
+
+        pairs = (
+            tf.data.Dataset.from_tensor_slices(
+                (vocabulary.encode(text.source), vocabulary.encode(text.target))
+            )
+            .map(lambda source, target: (_dense(source), _dense(target)))
+            .filter(lambda s, t: length(s, t) <= self.max_length)
+        )
+        if training:
+            pairs = pairs.shuffle(len(text), seed=shuffle_seed)
+        sizes = [self.tokens // width for width in self.widths]
+        batches = pairs.bucket_by_sequence_length(
+            length,
+            bucket_boundaries=[width + 1 for width in self.widths],
+            bucket_batch_sizes=[*sizes, 1],
+            pad_to_bucket_boundary=True,
+            drop_remainder=training,
+        )
+        if not training:
+            batches = batches.map(self._complete)
+        return batches.map(_teacher_forcing).prefetch(2)
+
+    def _complete(self, source: tf.Tensor, target: tf.Tensor) -> tuple:
+        """Fills a width's last batch with empty rows, of weight zero."""
+        shape = tf.shape(source)
+        missing = self.tokens // shape[1] - shape[0]
+        return tuple(
+            tf.pad(t, [[0, missing], [0, 0]]) for t in (source, target)
+        )
+
+
+def _dense(ids: tf.Tensor | tf.RaggedTensor) -> tf.Tensor:
+    return tf.ensure_shape(tf.convert_to_tensor(ids), [None])
+
+
+def _teacher_forcing(source: tf.Tensor, labels: tf.Tensor) -> tuple:
+    """The decoder reads the labels shifted right by one, after BOS."""
+    begin = tf.fill([tf.shape(labels)[0], 1], BOS_ID)
+    target = tf.concat([begin, labels[:, :-1]], axis=1)
+    # The EOS that the shift may leave in the input predicts only padding.
+    weights = tf.cast(labels != PAD_ID, "float32")
+    return {"source": source, "target": target}, labels, weights
+
+
+def sentence_batches(
+    sentences: list[str], vocabulary: Vocabulary, batching: Batching, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields `(row numbers, source ids)` batches, sentences of like length.
+
+    Sentences longer than the widest width are cut there, so that every
+    sentence gets its translation; batches are filled up with empty rows.
+
+    Args:
+        sentences: What to translate.
+        vocabulary: Turns sentences into ids.
+        batching: Gives the widths.
+        size: Rows a batch.
+    """
+    ids = vocabulary.encode(sentences).to_list()
+    ids = [row[: batching.max_length] for row in ids]
+    widths = np.array(batching.widths)
+    bucket = np.searchsorted(widths, [len(row) for row in ids])
+    for index, width in enumerate(batching.widths):
+        rows = np.flatnonzero(bucket == index)
+        for start in range(0, len(rows), size):
+            chosen = rows[start : start + size]
+            batch = np.full((size, width), PAD_ID, "int32")
+            for position, row in enumerate(chosen):
+                batch[position, : len(ids[row])] = ids[row]
+            yield chosen, batch

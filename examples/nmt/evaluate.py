@@ -1,0 +1,136 @@
+"""What was gained and lost: sacreBLEU, the table, the pictures."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import sacrebleu
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table: a model, and how it translates the test set.
+
+    Args:
+        name: What was evaluated.
+        bleu: sacreBLEU of greedy search.
+        embedding_bytes: Bytes of the table, or of its factors.
+        file_bytes: Bytes of the saved model.
+        ms_per_sentence: Milliseconds a sentence, greedy; batches of 64 with
+            Keras, one sentence at a time on one thread with LiteRT.
+        beam_bleu: sacreBLEU of beam search, where it was run.
+    """
+
+    name: str
+    bleu: float
+    embedding_bytes: int
+    file_bytes: int
+    ms_per_sentence: float
+    beam_bleu: float | None = None
+
+    to_dict = asdict
+
+
+def score(translations: list[str], references: list[str]) -> float:
+    """Corpus BLEU, in points (0 to 100)."""
+    metric = sacrebleu.metrics.BLEU()
+    return metric.corpus_score(translations, [references]).score
+
+
+def signature() -> str:
+    """sacreBLEU's own account of how `score` is computed."""
+    metric = sacrebleu.metrics.BLEU()
+    metric.corpus_score(["a"], [["a"]])
+    return str(metric.get_signature())
+
+
+def print_table(results: list[Result], title: str) -> None:
+    """Prints the results, the loss of BLEU against the first row included."""
+    table = Table(title=title, caption=f"sacreBLEU {signature()}")
+    table.add_column("model")
+    headings = ["BLEU", "Δ", "embedding", "file", "ms/sentence"]
+    with_beam = any(result.beam_bleu is not None for result in results)
+    if with_beam:
+        headings.insert(2, "BLEU beam")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for result in results:
+        cells = [
+            f"{result.bleu:.2f}",
+            f"{result.bleu - results[0].bleu:+.2f}",
+            f"{result.embedding_bytes / 1e6:.3f} MB",
+            f"{result.file_bytes / 1e6:.2f} MB",
+            f"{result.ms_per_sentence:.1f}",
+        ]
+        if with_beam:
+            beam = result.beam_bleu
+            cells.insert(2, "" if beam is None else f"{beam:.2f}")
+        table.add_row(result.name, *cells)
+    # A log has no width of its own: keep each row on one line there.
+    console = Console()
+    Console(width=None if console.is_terminal else 110).print(table)
+
+
+def plot_training(histories: dict[str, Path], path: Path) -> None:
+    """Draws training and validation loss by epoch, a line a model.
+
+    Args:
+        histories: CSV files of `keras.callbacks.CSVLogger`, by model name.
+        path: PNG file to write.
+    """
+    figure, axes = _new_figure()
+    for color, (name, history) in enumerate(histories.items()):
+        with history.open() as lines:
+            rows = list(csv.DictReader(lines))
+        epochs = [int(row["epoch"]) + 1 for row in rows]
+        for column, style in (("nll", "--"), ("val_nll", "-")):
+            axes.plot(
+                epochs,
+                [float(row[column]) for row in rows],
+                style,
+                color=f"C{color}",
+                marker="o",
+                label=f"{name}, {'validation' if style == '-' else 'training'}",
+            )
+    axes.set(xlabel="epoch", ylabel="nats per token", title="Training")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_quality(results: list[Result], path: Path) -> None:
+    """Draws BLEU against the bytes of the embedding."""
+    figure, axes = _new_figure()
+    for index, result in enumerate(results):
+        axes.scatter(
+            result.embedding_bytes / 1e6,
+            result.bleu,
+            s=80,
+            label=result.name,
+            marker="osD^vP"[index % 6],
+        )
+    axes.set_xscale("log", base=2)
+    axes.set(
+        xlabel="embedding, MB (log scale)",
+        ylabel="sacreBLEU",
+        title="Quality against size",
+    )
+    axes.legend()
+    _save(figure, path)
+
+
+def _new_figure():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=150)

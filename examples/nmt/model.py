@@ -1,0 +1,114 @@
+"""The translation model: a small Transformer with one shared table."""
+
+from __future__ import annotations
+
+import keras
+from keras_nlp.layers import PositionEmbedding
+from keras_nlp.layers import TransformerDecoder
+from keras_nlp.layers import TransformerEncoder
+
+from .data import PAD_ID
+
+
+def build_transformer(
+    vocabulary_size: int,
+    max_length: int,
+    d_model: int = 256,
+    num_layers: int = 2,
+    num_heads: int = 8,
+    feed_forward_dim: int = 512,
+    dropout: float = 0.2,
+    seed: int = 0,
+) -> keras.Model:
+    """Builds an encoder-decoder Transformer (pre-layer-normalised).
+
+    One table, the layer `"token_embedding"`, embeds the source and the
+    target and, transposed, projects to the logits. The layers' names are what
+    `encoder`, `decoder` and `translate.Translator` find them by.
+
+    Args:
+        vocabulary_size: Rows of the table.
+        max_length: Longest sequence, in tokens.
+        d_model: Columns of the table, width of the Transformer.
+        num_layers: Encoder layers; as many decoder layers.
+        num_heads: Attention heads a layer.
+        feed_forward_dim: Hidden units of the feed-forward blocks.
+        dropout: Share of units dropped in training.
+        seed: Seed of the initial weights.
+
+    Returns:
+        A Functional model of `{"source": (b, s), "target": (b, t)}` int32 ids
+        to logits `(b, t, vocabulary_size)`.
+    """
+    keras.utils.set_random_seed(seed)
+    source = keras.Input((None,), dtype="int32", name="source")
+    target = keras.Input((None,), dtype="int32", name="target")
+    embedding = keras.layers.ReversibleEmbedding(
+        vocabulary_size,
+        d_model,
+        # Rows of unit norm in expectation: logits start of order one.
+        embeddings_initializer=keras.initializers.RandomNormal(
+            stddev=d_model**-0.5
+        ),
+        name="token_embedding",
+    )
+    # Brings the look-up back to the scale of the residual stream.
+    scale = keras.layers.Rescaling(d_model**0.5, name="embedding_scale")
+
+    def embed(ids: keras.KerasTensor, side: str) -> keras.KerasTensor:
+        x = scale(embedding(ids))
+        positions = PositionEmbedding(max_length, name=f"{side}_position")
+        x = keras.layers.Add(name=f"{side}_sum")([x, positions(x)])
+        return keras.layers.Dropout(dropout, name=f"{side}_dropout")(x)
+
+    block = dict(
+        intermediate_dim=feed_forward_dim,
+        num_heads=num_heads,
+        dropout=dropout,
+        normalize_first=True,
+    )
+    padding = keras.ops.not_equal(source, PAD_ID)
+    x = embed(source, "source")
+    for i in range(num_layers):
+        x = TransformerEncoder(**block, name=f"encoder_{i}")(
+            x, padding_mask=padding
+        )
+    memory = keras.layers.LayerNormalization(name="memory")(x)
+    x = embed(target, "target")
+    for i in range(num_layers):
+        x = TransformerDecoder(**block, name=f"decoder_{i}")(
+            x, memory, encoder_padding_mask=padding
+        )
+    x = keras.layers.LayerNormalization(name="decoder_output")(x)
+    logits = embedding(x, reverse=True)
+    return keras.Model(
+        {"source": source, "target": target}, logits, name="transformer"
+    )
+
+
+def encoder(model: keras.Model) -> keras.Model:
+    """The half of `model` from source ids to the memory `(b, s, d_model)`."""
+    return keras.Model(
+        {"source": model.get_layer("source").output},
+        model.get_layer("memory").output,
+        name="encoder",
+    )
+
+
+def decoder(model: keras.Model) -> keras.Model:
+    """The half of `model` from the memory to the next token's logits.
+
+    Only the last target position is projected to the vocabulary: a search
+    has no use for the others.
+    """
+    hidden = model.get_layer("decoder_output").output
+    logits = model.get_layer("token_embedding")(hidden[:, -1], reverse=True)
+    return keras.Model(
+        {
+            "memory": model.get_layer("memory").output,
+            "source": model.get_layer("source").output,
+            "target": model.get_layer("target").output,
+        },
+        logits,
+        name="decoder",
+    )

@@ -1,0 +1,456 @@
+"""The main job: train, compress, distil, export, translate, compare.
+
+Every stage leaves its result in the work directory and is skipped where it
+is already there, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import keras
+from rich.console import Console
+
+from .data import Batching
+from .data import Corpus
+from .data import Vocabulary
+from .data import load_corpus
+from .evaluate import Result
+from .evaluate import plot_quality
+from .evaluate import plot_training
+from .evaluate import print_table
+from .evaluate import score
+from .model import build_transformer
+from .model import decoder
+from .model import encoder
+from .train import Schedule
+from .train import distil
+from .train import fit
+from .translate import LiteRTTranslator
+from .translate import Translator
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's outcome.
+
+    Args:
+        dataset: `"cldr"` or `"multi30k"`.
+        vocabulary_size: Joint SentencePiece pieces.
+        d_model: Width of the Transformer and of its table.
+        num_layers: Encoder layers; as many decoder layers.
+        num_heads: Attention heads a layer.
+        feed_forward_dim: Hidden units of the feed-forward blocks.
+        dropout: Share of units dropped in training.
+        batching: Batch shapes.
+        teacher: The teacher's training.
+        student: The student's distillation.
+        compression: How many times smaller the student's table is.
+        activation: f in E ~ f(U) W; `None` is plain low rank.
+        num_beams: Above 1, beam search is scored beside greedy search.
+        max_pairs: Training pairs to use, all by default.
+        max_sentences: Validation and test pairs to use, all by default.
+        jit_compile: Whether XLA compiles the training step.
+        seed: Seed of data, initial weights and dropout.
+    """
+
+    dataset: str = "cldr"
+    vocabulary_size: int = 4_000
+    d_model: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    feed_forward_dim: int = 256
+    dropout: float = 0.1
+    batching: Batching = Batching(widths=(8, 16, 32), tokens=2_048)
+    teacher: Schedule = Schedule(epochs=8, peak_learning_rate=3e-3)
+    student: Schedule = Schedule(epochs=8, peak_learning_rate=3e-3)
+    compression: float = 8.0
+    activation: str | None = "relu"
+    num_beams: int = 1
+    max_pairs: int | None = None
+    max_sentences: int | None = None
+    jit_compile: bool = True
+    seed: int = 0
+
+
+PRESETS = {
+    "cldr": Settings(),
+    "multi30k": Settings(
+        dataset="multi30k",
+        vocabulary_size=8_000,
+        d_model=256,
+        num_heads=8,
+        feed_forward_dim=512,
+        dropout=0.2,
+        batching=Batching(),
+        teacher=Schedule(epochs=9, peak_learning_rate=1.2e-3),
+        student=Schedule(epochs=9, peak_learning_rate=1e-3, warmup=0.02),
+        num_beams=4,
+    ),
+}
+
+# What `--quick` changes: every stage, none of the quality.
+QUICK = dict(
+    vocabulary_size=1_000,
+    d_model=64,
+    num_layers=1,
+    num_heads=2,
+    feed_forward_dim=64,
+    batching=Batching(widths=(16,), tokens=1_024),
+    teacher=Schedule(epochs=2, peak_learning_rate=3e-3),
+    student=Schedule(epochs=2, peak_learning_rate=3e-3),
+    num_beams=1,
+    max_pairs=2_000,
+    max_sentences=50,
+)
+
+
+class Run:
+    """One run of the main job, in one work directory.
+
+    Args:
+        settings: What to run.
+        work_dir: Folder of the results; made when missing.
+        data_dir: Folder of Multi30k's files, see `data.load_corpus`.
+        verbose: Whether progress is shown.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        work_dir: str | Path,
+        data_dir: str | Path | None = None,
+        verbose: bool = True,
+    ) -> None:
+        self.settings = settings
+        self.work_dir = Path(work_dir)
+        self._data_dir = data_dir
+        self._verbose = verbose
+        self._console = Console(quiet=not verbose)
+        self._claim_work_dir()
+
+    def _claim_work_dir(self) -> None:
+        """Refuses results of other settings; remembers these."""
+        path = self.work_dir / "settings.json"
+        wanted = json.loads(json.dumps(asdict(self.settings)))
+        if path.exists():
+            found = json.loads(path.read_text())
+            changed = [key for key in wanted if found.get(key) != wanted[key]]
+            if changed:
+                raise ValueError(
+                    f"`work_dir` {self.work_dir} holds a run with another "
+                    f"{', '.join(changed)}: name another folder, or delete "
+                    f"this one. Received: "
+                    + ", ".join(f"{k}={wanted[k]!r}" for k in changed)
+                )
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(path, wanted)
+
+    def run(self) -> list[Result]:
+        """Runs what is missing, prints the table, draws the pictures."""
+        for stage in (
+            self.train_teacher,
+            self.compress,
+            self.distil,
+            self.export,
+            self.evaluate,
+        ):
+            stage()
+        return self.report()
+
+    # Inputs.
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        settings = self.settings
+        corpus = load_corpus(settings.dataset, self._data_dir, settings.seed)
+        few = slice(settings.max_sentences)
+        return Corpus(
+            corpus.name,
+            corpus.train[: settings.max_pairs],
+            corpus.validation[few],
+            corpus.test[few],
+        )
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        path = self.work_dir / "vocabulary.spm"
+        if not path.exists():
+            vocabulary = Vocabulary.train(
+                self.corpus.train, self.settings.vocabulary_size
+            )
+            _write(path, lambda part: part.write_bytes(vocabulary.proto))
+        return Vocabulary(path.read_bytes())
+
+    # Stages.
+
+    def train_teacher(self) -> Path:
+        """Trains the Transformer with its full table."""
+
+        def train() -> keras.Model:
+            settings = self.settings
+            teacher = build_transformer(
+                self.vocabulary.size,
+                settings.batching.max_length,
+                d_model=settings.d_model,
+                num_layers=settings.num_layers,
+                num_heads=settings.num_heads,
+                feed_forward_dim=settings.feed_forward_dim,
+                dropout=settings.dropout,
+                seed=settings.seed,
+            )
+            fit(teacher, **self._training("teacher", settings.teacher))
+            return teacher
+
+        return self._model_stage("teacher", train)
+
+    def compress(self) -> Path:
+        """Replaces the table by factors, rows weighted by frequency."""
+
+        def compress() -> keras.Model:
+            import keras_distilled_embedding as kde
+
+            return kde.compress(
+                self.model("teacher"),
+                self.settings.compression,
+                activation=self.settings.activation,
+                token_frequencies=self.vocabulary.token_frequencies(
+                    self.corpus.train
+                ),
+                verbose=int(self._verbose),
+            )
+
+        return self._model_stage("compressed", compress)
+
+    def distil(self) -> Path:
+        """Trains the compressed model to translate as its teacher does."""
+
+        def train() -> keras.Model:
+            student = self.model("compressed")
+            distil(
+                self.model("teacher"),
+                student,
+                **self._training("student", self.settings.student),
+            )
+            return student
+
+        return self._model_stage("student", train)
+
+    def export(self) -> None:
+        """Writes teacher and student as LiteRT files."""
+        import keras_distilled_embedding as kde
+
+        for name in ("teacher", "student"):
+            path = self.work_dir / f"{name}.tflite"
+            if path.exists():
+                continue
+            with self._stage(f"export {name}"):
+                model = self.model(name)
+                kde.export_litert(
+                    model,
+                    path,
+                    signatures={
+                        "encode": encoder(model),
+                        "decode": decoder(model),
+                    },
+                    verbose=self._verbose,
+                )
+
+    def evaluate(self) -> None:
+        """Translates the test set with every model; a file for each."""
+        for name, title in (
+            ("teacher", "teacher"),
+            ("compressed", "compressed, before distillation"),
+            ("student", "compressed, distilled"),
+        ):
+            self._evaluate_keras(name, title)
+        self._evaluate_litert("teacher", "teacher, LiteRT")
+        self._evaluate_litert("student", "compressed, distilled, LiteRT")
+
+    def report(self) -> list[Result]:
+        """Prints the table of results and draws the pictures."""
+        results = [
+            Result(**json.loads(path.read_text()))
+            for path in sorted(self.work_dir.glob("result_*.json"))
+        ]
+        settings = self.settings
+        print_table(
+            results,
+            f"{settings.dataset} en-de, table "
+            f"{self.vocabulary.size} x {settings.d_model}, "
+            f"compressed {settings.compression:g}x",
+        )
+        plot_training(
+            {
+                name: self.work_dir / f"{name}_history.csv"
+                for name in ("teacher", "student")
+            },
+            self.work_dir / "training.png",
+        )
+        plot_quality(results, self.work_dir / "quality.png")
+        self._console.print(f"Files and pictures: {self.work_dir}")
+        return results
+
+    # Parts of stages.
+
+    def model(self, name: str) -> keras.Model:
+        """Loads the model a stage has saved."""
+        return keras.saving.load_model(self._model_path(name), compile=False)
+
+    def _model_path(self, name: str) -> Path:
+        return self.work_dir / f"{name}.keras"
+
+    def _model_stage(self, name: str, make: Callable[[], keras.Model]) -> Path:
+        path = self._model_path(name)
+        if not path.exists():
+            with self._stage(name):
+                keras.utils.set_random_seed(self.settings.seed)
+                model = make()
+                _write(
+                    path, lambda part: model.save(part, include_optimizer=False)
+                )
+        return path
+
+    def _training(self, name: str, schedule: Schedule) -> dict:
+        """Arguments of `train.fit` and `train.distil` for one model."""
+        settings = self.settings
+        batches = settings.batching.batches
+        return dict(
+            training=batches(
+                self.corpus.train, self.vocabulary, shuffle_seed=settings.seed
+            ),
+            validation=batches(self.corpus.validation, self.vocabulary),
+            schedule=schedule,
+            backup_dir=self.work_dir / f"{name}_backup",
+            jit_compile=settings.jit_compile,
+            callbacks=[
+                keras.callbacks.CSVLogger(
+                    str(self.work_dir / f"{name}_history.csv"), append=True
+                )
+            ],
+            verbose=self._fit_verbosity,
+        )
+
+    @property
+    def _fit_verbosity(self) -> int:
+        if not self._verbose:
+            return 0
+        return 1 if sys.stdout.isatty() else 2
+
+    def _evaluate_keras(self, name: str, title: str) -> None:
+        def evaluate() -> Result:
+            model = self.model(name)
+            embedding = model.get_layer("token_embedding")
+            bleu, ms = self._score(name, Translator(model, *self._searching))
+            beam_bleu = None
+            beams = self.settings.num_beams
+            if beams > 1:
+                beam_bleu, _ = self._score(
+                    f"{name}_beam",
+                    Translator(model, *self._searching, num_beams=beams),
+                )
+            return Result(
+                name=title,
+                bleu=bleu,
+                embedding_bytes=sum(_bytes(w) for w in embedding.weights),
+                file_bytes=self._model_path(name).stat().st_size,
+                ms_per_sentence=ms,
+                beam_bleu=beam_bleu,
+            )
+
+        self._result_stage(name, evaluate)
+
+    def _evaluate_litert(self, name: str, title: str) -> None:
+        def evaluate() -> Result:
+            path = self.work_dir / f"{name}.tflite"
+            translator = LiteRTTranslator(
+                path, self.vocabulary, self.settings.batching.max_length
+            )
+            bleu, ms = self._score(f"{name}_litert", translator)
+            embedding = self.model(name).get_layer("token_embedding")
+            return Result(
+                name=title,
+                bleu=bleu,
+                embedding_bytes=sum(_bytes(w) for w in embedding.weights),
+                file_bytes=path.stat().st_size,
+                ms_per_sentence=ms,
+            )
+
+        self._result_stage(f"{name}_litert", evaluate)
+
+    @property
+    def _searching(self) -> tuple[Vocabulary, Batching]:
+        return self.vocabulary, self.settings.batching
+
+    def _score(
+        self, name: str, translator: Translator | LiteRTTranslator
+    ) -> tuple[float, float]:
+        """BLEU, and milliseconds a sentence once everything is warm."""
+        sentences = self.corpus.test.source
+        translator.translate(sentences[:1])
+        start = time.perf_counter()
+        translations = translator.translate(sentences)
+        seconds = time.perf_counter() - start
+        (self.work_dir / f"translations_{name}.txt").write_text(
+            "\n".join(translations) + "\n", encoding="utf-8"
+        )
+        bleu = score(translations, self.corpus.test.target)
+        return bleu, 1_000 * seconds / len(sentences)
+
+    # The order of the rows, which is the order of the files' names.
+    _ROWS = (
+        "teacher",
+        "compressed",
+        "student",
+        "teacher_litert",
+        "student_litert",
+    )
+
+    def _result_stage(self, name: str, evaluate: Callable[[], Result]) -> None:
+        path = self.work_dir / f"result_{self._ROWS.index(name)}_{name}.json"
+        if not path.exists():
+            with self._stage(f"evaluate {name}"):
+                _write_json(path, evaluate().to_dict())
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Announces a stage and keeps its wall and processor seconds."""
+        self._console.rule(name)
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        seconds = {
+            "stage": name,
+            "wall_s": round(time.perf_counter() - wall, 1),
+            "cpu_s": round(time.process_time() - cpu, 1),
+        }
+        self._console.print(
+            f"{name}: {seconds['wall_s']} s, {seconds['cpu_s']} cpu-seconds"
+        )
+        with (self.work_dir / "stages.jsonl").open("a") as log:
+            log.write(json.dumps(seconds) + "\n")
+
+
+def _bytes(weight: keras.Variable) -> int:
+    return weight.numpy().nbytes
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(f"part_{path.name}")
+    write(part)
+    os.replace(part, path)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    _write(path, lambda part: part.write_text(text))

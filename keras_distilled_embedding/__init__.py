@@ -1,0 +1,34 @@
+"""Embedding tables 8 to 64 times smaller, for Keras models on a phone.
+
+`compress` replaces a model's tables by factors, `E ~ f(U) W`, `Distiller`
+trains the result towards the original, `export_litert` writes it for
+on-device use with one copy of each table.
+"""
+
+from keras_distilled_embedding import layers
+from keras_distilled_embedding.compression import CompressionReport
+from keras_distilled_embedding.compression import compress
+from keras_distilled_embedding.compression import compression_report
+from keras_distilled_embedding.distillation import Distiller
+from keras_distilled_embedding.distillation import EmbeddingDistillation
+from keras_distilled_embedding.distillation import LogitsDistillation
+from keras_distilled_embedding.export import ExportReport
+from keras_distilled_embedding.export import export_litert
+from keras_distilled_embedding.factorization import Factorization
+from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.version import __version__
+
+__all__ = [
+    "CompressionReport",
+    "Distiller",
+    "EmbeddingDistillation",
+    "ExportReport",
+    "Factorization",
+    "LogitsDistillation",
+    "__version__",
+    "compress",
+    "compression_report",
+    "export_litert",
+    "factorize",
+    "layers",
+]

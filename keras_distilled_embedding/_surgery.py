@@ -1,0 +1,140 @@
+"""Copy models with some of their layers swapped.
+
+The only file that relies on how Keras keeps layers and graphs; everything
+else goes through these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import keras
+from keras.src.models.functional import Functional
+
+
+def iterate_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """Yields every layer inside `model`, at any depth, each once."""
+    seen = set()
+    for layer in model._flatten_layers(include_self=False):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            yield layer
+
+
+def graph_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """Yields the layers `copy_models` can swap, each once.
+
+    These are the layers of a Functional or Sequential model, and of such
+    models nested in it, but not what other layers keep inside them.
+    """
+    seen = set()
+    for layer in model.layers:
+        inner = graph_layers(layer) if _is_graph(layer) else (layer,)
+        for found in inner:
+            if id(found) not in seen:
+                seen.add(id(found))
+                yield found
+
+
+def check_copyable(model: keras.Model) -> None:
+    """Refuses what `copy_models` cannot copy.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If it is not Functional or Sequential, or is not built.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a `keras.Model`. Received: model={model!r}"
+        )
+    if not model.built:
+        raise ValueError(
+            "`model` must be built: call it, or its `build()`, first. "
+            f"Received: model={model!r}"
+        )
+    for part in (model, *(m for m in model.layers if _is_model(m))):
+        if not _is_graph(part):
+            raise ValueError(
+                "`model` must be a Functional or Sequential model, and so "
+                "must the models in it. For another model replace its layers "
+                "where it makes them, with "
+                "`layers.DistilledEmbedding.from_embedding`. Received: "
+                f"model '{part.name}' of class {type(part).__name__}"
+            )
+        if part is not model:
+            check_copyable(part)
+
+
+def copy_models(
+    models: Sequence[keras.Model],
+    replacements: Mapping[keras.layers.Layer, keras.layers.Layer],
+) -> list[keras.Model]:
+    """Copies models, with other layers in the place of some.
+
+    A layer that is called several times, or by several of the models, is
+    copied once: what was shared stays shared. The copies share no variable
+    with the originals, and start with the same weights.
+
+    Args:
+        models: Functional or Sequential models.
+        replacements: What stands in for which layer. A replacement is called
+            with the arguments of the layer that it replaces.
+
+    Returns:
+        The copies, in the order of `models`.
+
+    Raises:
+        ValueError: If a layer to be replaced is kept inside another layer.
+    """
+    for model in models:
+        _check_not_held_inside(model, replacements)
+    copies = {id(old): new for old, new in replacements.items()}
+    copied = []
+
+    def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+        if id(layer) not in copies:
+            if _is_graph(layer):
+                copies[id(layer)] = copy_graph(layer)
+            else:
+                copies[id(layer)] = type(layer).from_config(layer.get_config())
+                copied.append(layer)
+        return copies[id(layer)]
+
+    def copy_graph(model: keras.Model) -> keras.Model:
+        copy = keras.models.clone_model(model, clone_function=copy_layer)
+        copy.trainable = model.trainable
+        return copy
+
+    new_models = [copy_graph(model) for model in models]
+    for layer in copied:
+        if isinstance(layer, keras.layers.Layer):  # not a bare operation
+            copies[id(layer)].set_weights(layer.get_weights())
+    return new_models
+
+
+def _check_not_held_inside(
+    model: keras.Model,
+    replacements: Mapping[keras.layers.Layer, keras.layers.Layer],
+) -> None:
+    """A copy of a composite layer would hold a table of its own."""
+    replaced = {id(layer): layer for layer in replacements}
+    for layer in graph_layers(model):
+        if not isinstance(layer, keras.layers.Layer):  # a bare operation
+            continue
+        for inner in layer._flatten_layers(include_self=False):
+            if id(inner) in replaced:
+                raise ValueError(
+                    f"Layer '{inner.name}' cannot be replaced: layer "
+                    f"'{layer.name}' ({type(layer).__name__}) keeps it inside."
+                )
+
+
+def _is_model(layer: keras.layers.Layer) -> bool:
+    return isinstance(layer, keras.Model)
+
+
+def _is_graph(layer: keras.layers.Layer) -> bool:
+    # The very classes: a subclass has a constructor of its own.
+    return type(layer) in (keras.Sequential, Functional)

@@ -1,0 +1,303 @@
+"""Write a model as a LiteRT file that holds each table once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_distilled_embedding import _surgery
+from keras_distilled_embedding.layers.distilled_embedding import (
+    DistilledEmbedding,
+)
+
+DEFAULT_SIGNATURE = "serving_default"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What `export_litert` wrote; printable.
+
+    Args:
+        filepath: The file.
+        bytes: Its size.
+        weights_bytes: Bytes of the model's weights, each counted once.
+        tables: How many copies the file holds of each embedding table (of
+            each code matrix, where the table is factorised), by layer name.
+        signatures: Names of the signatures.
+    """
+
+    filepath: str
+    bytes: int
+    weights_bytes: int
+    tables: dict[str, int]
+    signatures: tuple[str, ...]
+
+    @property
+    def overhead(self) -> float:
+        """Bytes of the file divided by bytes of the weights."""
+        return self.bytes / self.weights_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain, JSON-serialisable Python values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        tables = ", ".join(
+            f"{name} ({count} {'copy' if count == 1 else 'copies'})"
+            for name, count in self.tables.items()
+        )
+        return (
+            f"{self.filepath}: {self.bytes:,} bytes, {self.overhead:.3f} x "
+            f"the weights' {self.weights_bytes:,}; tables: {tables or 'none'}; "
+            f"signatures: {', '.join(self.signatures)}"
+        )
+
+
+def export_litert(
+    model: keras.Model,
+    filepath: str | os.PathLike,
+    *,
+    quantization: str | None = None,
+    signatures: Mapping[str, keras.Model] | None = None,
+    verbose: bool = True,
+) -> ExportReport:
+    """Exports a model to LiteRT (TFLite), with one copy of each table.
+
+    The file needs LiteRT's built-in operators only, accepts sequences and
+    batches of any length, and is written whole or not at all. ReLU is applied
+    to the codes before export, `U' = f(U)`: applied in the graph, it would
+    make the converter store them twice.
+
+    Args:
+        model: A built Functional or Sequential model, compressed or not.
+        filepath: The file to write. An existing file is replaced, once the
+            new one is complete.
+        quantization: `None`, float32.
+        signatures: Models by signature name, to put into the file in the
+            place of `model` as a whole: parts of it such as an encoder and a
+            decoder, which share its layers and so their tables. The names of
+            their inputs are the names of the signatures' inputs.
+        verbose: Whether to print the report.
+
+    Returns:
+        An `ExportReport`.
+
+    Raises:
+        TypeError: If `model` or a signature is not a Keras model.
+        ValueError: If `quantization` is not available, if a model is of
+            another kind, if a signature is not part of `model`, or if the
+            model needs operators that LiteRT has not.
+        FileNotFoundError: If the folder of `filepath` does not exist.
+        ImportError: If TensorFlow or ai-edge-litert is missing.
+        RuntimeError: If the file would hold a table more than once.
+
+    Example:
+
+    ```python
+    model = keras.Sequential([
+        keras.Input((None,), dtype="int32"),
+        layers.DistilledEmbedding(10_000, 128, rank=15),
+        keras.layers.GlobalAveragePooling1D(),
+        keras.layers.Dense(2),
+    ])
+    report = export_litert(model, "model.tflite")
+    report.overhead  # 1.0 and a little
+    ```
+    """
+    filepath = Path(filepath)
+    if quantization is not None:
+        raise ValueError(
+            "`quantization` must be None (float32): other kinds are not "
+            f"available yet. Received: quantization={quantization!r}"
+        )
+    if not filepath.parent.is_dir():
+        raise FileNotFoundError(
+            f"The folder of `filepath` does not exist: make it first. "
+            f"Received: filepath={str(filepath)!r}"
+        )
+    signatures = _check_signatures(model, signatures)
+    _import_litert()
+
+    content = _convert(_with_activations_applied(signatures))
+    tables = {
+        layer.name: _count_copies(content, _stored_table(layer))
+        for layer in _surgery.iterate_layers(model)
+        if _is_embedding(layer)
+    }
+    repeated = {name: n for name, n in tables.items() if n > 1}
+    if repeated:
+        raise RuntimeError(
+            "The converter stored tables more than once, so nothing was "
+            f"written. Copies by layer: {repeated}"
+        )
+    _write(filepath, content)
+    report = ExportReport(
+        filepath=str(filepath),
+        bytes=len(content),
+        weights_bytes=_weights_bytes(signatures.values()),
+        tables=tables,
+        signatures=tuple(signatures),
+    )
+    if verbose:
+        print(report)
+    return report
+
+
+def _check_signatures(
+    model: keras.Model, signatures: Mapping[str, keras.Model] | None
+) -> dict[str, keras.Model]:
+    _surgery.check_copyable(model)
+    if signatures is None:
+        return {DEFAULT_SIGNATURE: model}
+    if not isinstance(signatures, Mapping) or not signatures:
+        raise TypeError(
+            "`signatures` must be a non-empty dictionary of models by name. "
+            f"Received: signatures={signatures!r}"
+        )
+    own = {id(variable) for variable in model.variables}
+    for name, part in signatures.items():
+        _surgery.check_copyable(part)
+        foreign = [v.path for v in part.variables if id(v) not in own]
+        if foreign:
+            raise ValueError(
+                f"`signatures` must be parts of `model`. Received: '{name}' "
+                f"with variables that are not the model's, {foreign[:5]}"
+            )
+    return dict(signatures)
+
+
+def _import_litert() -> Any:
+    """The modules conversion needs, or word of what to install."""
+    try:
+        import ai_edge_litert.schema_py_generated as schema
+        import tensorflow as tf
+    except ImportError as error:
+        raise ImportError(
+            f"Export needs `{error.name}`: "
+            'pip install "keras-distilled-embedding[litert]"'
+        ) from error
+    return tf, schema
+
+
+def _with_activations_applied(
+    signatures: Mapping[str, keras.Model],
+) -> dict[str, keras.Model]:
+    """Copies whose factorised tables hold `f(U)` and apply nothing."""
+    parts = list(signatures.values())
+    applied = {
+        layer: layer.with_activation_applied()
+        for part in parts
+        for layer in _surgery.graph_layers(part)
+        if isinstance(layer, DistilledEmbedding)
+    }
+    return dict(zip(signatures, _surgery.copy_models(parts, applied)))
+
+
+def _convert(signatures: Mapping[str, keras.Model]) -> bytes:
+    """The LiteRT file of the models, as bytes."""
+    tf, _ = _import_litert()
+    archive = keras.export.ExportArchive()
+    for name, part in signatures.items():
+        archive.track(part)
+        archive.add_endpoint(name, *_endpoint(tf, part))
+    with tempfile.TemporaryDirectory() as folder:
+        archive.write_out(folder, verbose=False)
+        converter = tf.lite.TFLiteConverter.from_saved_model(
+            folder, signature_keys=list(signatures)
+        )
+        # Fails here rather than on the device, where Flex operators would.
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        try:
+            return converter.convert()
+        except Exception as error:
+            raise ValueError(
+                "`model` cannot be converted with LiteRT's built-in operators "
+                f"alone. The converter says: {error}"
+            ) from error
+
+
+def _endpoint(
+    tf: Any, model: keras.Model
+) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], list[Any]]:
+    """A function of the model's inputs by name, and its input signature."""
+    names = [tensor.name for tensor in model.inputs]
+    if isinstance(model.input, dict):
+        names = list(model.input)
+    signature = {
+        name: tf.TensorSpec(tensor.shape, tensor.dtype, name)
+        for name, tensor in zip(names, keras.tree.flatten(model.input))
+    }
+
+    def endpoint(inputs: dict[str, Any]) -> dict[str, Any]:
+        values = keras.tree.pack_sequence_as(
+            model.input, [inputs[name] for name in names]
+        )
+        outputs = model(values, training=False)
+        if isinstance(outputs, dict):
+            return outputs
+        return {
+            f"output_{i}": output
+            for i, output in enumerate(keras.tree.flatten(outputs))
+        }
+
+    return endpoint, [signature]
+
+
+def _is_embedding(layer: keras.layers.Layer) -> bool:
+    return isinstance(layer, keras.layers.Embedding | DistilledEmbedding)
+
+
+def _stored_table(layer: keras.layers.Layer) -> np.ndarray:
+    """The largest array that an embedding layer leaves in a file."""
+    if isinstance(layer, DistilledEmbedding):
+        layer = layer.with_activation_applied()
+        return keras.ops.convert_to_numpy(layer.codes)
+    return keras.ops.convert_to_numpy(layer.embeddings)
+
+
+def _count_copies(content: bytes, table: np.ndarray) -> int:
+    """How many buffers of the file hold exactly this table."""
+    _, schema = _import_litert()
+    model = schema.Model.GetRootAs(content, 0)
+    count = 0
+    for array in (table, table.T):
+        wanted = np.ascontiguousarray(array).tobytes()
+        for i in range(model.BuffersLength()):
+            buffer = model.Buffers(i)
+            if buffer.DataLength() == len(wanted):
+                count += buffer.DataAsNumpy().tobytes() == wanted
+    return count
+
+
+def _weights_bytes(models: Any) -> int:
+    weights = {id(w): w for model in models for w in model.weights}
+    return sum(w.numpy().nbytes for w in weights.values())
+
+
+def _write(filepath: Path, content: bytes) -> None:
+    """Puts the file in place whole; on a failure the old one stays."""
+    handle, part = tempfile.mkstemp(dir=filepath.parent, suffix=".part")
+    with _removed_on_error(part):
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(part, filepath)
+
+
+@contextlib.contextmanager
+def _removed_on_error(path: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise

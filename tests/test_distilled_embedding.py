@@ -1,0 +1,1141 @@
+"""The layer, against NumPy and against a dense ReversibleEmbedding."""
+
+import inspect
+import math
+import re
+import runpy
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.layers.distilled_embedding import (
+    embedding_tables,
+)
+
+# Keras's own, whenever it copies a variable to NumPy, as saving does.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't:DeprecationWarning"
+)
+
+# Primes, so that a shape says what a tensor is.
+VOCABULARY, WIDTH, RANK, HIDDEN = 53, 17, 5, 7
+IDS = np.array([[1, 0, 52, 7], [3, 3, 0, 11]], dtype="int32")
+POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "bfloat16")
+
+# Every variant of the equation.
+VARIANTS = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": None},
+        {"tie_weights": False},
+        {"hidden_dim": HIDDEN},
+        {"hidden_dim": HIDDEN, "tie_weights": False, "activation": "tanh"},
+    ],
+    ids=["tied", "linear", "untied", "hidden", "hidden-untied"],
+)
+# The smallest and the largest of them, where a test is slow.
+EXTREMES = pytest.mark.parametrize(
+    "options",
+    [{}, {"hidden_dim": HIDDEN, "tie_weights": False, "activation": "tanh"}],
+    ids=["tied", "hidden-untied"],
+)
+REVERSE = pytest.mark.parametrize("reverse", [False, True])
+# Keras has a word to say about every layer of a model it does not quantize.
+quantizes_a_model = pytest.mark.filterwarnings("ignore:Layer InputLayer")
+tensorflow_only = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="inspects TensorFlow"
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    keras.utils.set_random_seed(0)
+
+
+def make_layer(**options):
+    """A built layer with factors of size one, so that nothing hides."""
+    layer = DistilledEmbedding(VOCABULARY, WIDTH, RANK, **options)
+    layer.build()
+    rng = np.random.default_rng(0)
+    for variable in layer.weights:
+        variable.assign(rng.normal(size=variable.shape))
+    return layer
+
+
+def make_inputs(reverse, dtype="float32"):
+    if not reverse:
+        return IDS
+    hidden = np.random.default_rng(1).normal(size=(2, 4, WIDTH))
+    return ops.cast(hidden, dtype)
+
+
+def to_numpy(x):
+    return ops.convert_to_numpy(ops.cast(x, "float32"))
+
+
+def reference_table(layer, prefix=""):
+    """The table in NumPy float64, from the equation in the docstring."""
+    activations = {
+        "relu": lambda x: np.maximum(x, 0.0),
+        "linear": lambda x: x,
+        "tanh": np.tanh,
+        "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2,
+    }
+
+    def get(name):
+        return to_numpy(getattr(layer, prefix + name)).astype("float64")
+
+    f = activations[keras.activations.serialize(layer.activation)]
+    table = f(get("codes")) @ get("basis")
+    if layer.hidden_dim is not None:
+        g = activations[keras.activations.serialize(layer.hidden_activation)]
+        hidden = get("codes") @ get("hidden_kernel") + get("hidden_bias")
+        table += g(hidden) @ get("hidden_basis")
+    return table
+
+
+def reference_call(layer, inputs, reverse):
+    if not reverse:
+        return reference_table(layer)[np.asarray(inputs)]
+    prefix = "" if layer.tie_weights else "reverse_"
+    logits = to_numpy(inputs) @ reference_table(layer, prefix).T
+    if layer.logit_soft_cap is not None:
+        cap = layer.logit_soft_cap
+        logits = np.tanh(logits / cap) * cap
+    return logits
+
+
+class Nested(keras.layers.Layer):
+    """A layer that owns the embedding, as models do."""
+
+    def __init__(self, embedding, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = embedding
+
+    def call(self, inputs, reverse=False):
+        return self.embedding(inputs, reverse=reverse)
+
+
+def make_model(layer, reverse=None):
+    """ids -> states, states -> logits, or (by default) ids -> logits."""
+    if reverse:
+        inputs = keras.Input((4, WIDTH))
+        return keras.Model(inputs, layer(inputs, reverse=True))
+    inputs = keras.Input((4,), dtype="int32")
+    outputs = layer(inputs)
+    if reverse is None:
+        outputs = layer(outputs, reverse=True)
+    return keras.Model(inputs, outputs)
+
+
+# The equation
+
+
+@VARIANTS
+@REVERSE
+def test_call_matches_numpy(options, reverse):
+    layer = make_layer(**options)
+    inputs = make_inputs(reverse)
+    expected = reference_call(layer, inputs, reverse)
+    np.testing.assert_allclose(
+        to_numpy(layer(inputs, reverse=reverse)), expected, atol=1e-4
+    )
+    nested = Nested(layer)
+    np.testing.assert_allclose(
+        to_numpy(nested(inputs, reverse=reverse)), expected, atol=1e-4
+    )
+    model = make_model(layer, reverse)
+    np.testing.assert_allclose(to_numpy(model(inputs)), expected, atol=1e-4)
+
+
+@REVERSE
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("logit_soft_cap", [None, 2.0])
+def test_matches_a_dense_layer_holding_the_table(
+    reverse, tie_weights, logit_soft_cap
+):
+    options = {"tie_weights": tie_weights, "logit_soft_cap": logit_soft_cap}
+    layer = make_layer(**options)
+    dense = keras.layers.ReversibleEmbedding(VOCABULARY, WIDTH, **options)
+    dense.build()
+    tables = [layer.embeddings]
+    if not tie_weights:
+        tables.append(layer.reverse_embeddings)
+    dense.set_weights([to_numpy(table) for table in tables])
+    inputs = make_inputs(reverse)
+    np.testing.assert_allclose(
+        to_numpy(layer(inputs, reverse=reverse)),
+        to_numpy(dense(inputs, reverse=reverse)),
+        atol=1e-5,
+    )
+
+
+@VARIANTS
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "bfloat16"])
+def test_embeddings(options, dtype):
+    layer = make_layer(dtype=dtype, **options)
+    tolerance = 0.3 if dtype == "bfloat16" else 1e-4
+    assert layer.embeddings.shape == (VOCABULARY, WIDTH)
+    assert keras.backend.standardize_dtype(layer.embeddings.dtype) == (
+        layer.variable_dtype
+    )
+    np.testing.assert_allclose(
+        to_numpy(layer.embeddings), reference_table(layer), atol=tolerance
+    )
+    if layer.tie_weights:
+        assert not hasattr(layer, "reverse_embeddings")
+    else:
+        np.testing.assert_allclose(
+            to_numpy(layer.reverse_embeddings),
+            reference_table(layer, "reverse_").T,
+            atol=tolerance,
+        )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "int64"])
+def test_integer_dtypes(dtype):
+    layer = make_layer()
+    np.testing.assert_allclose(
+        to_numpy(layer(ops.cast(IDS, dtype))), to_numpy(layer(IDS))
+    )
+
+
+def test_starts_at_the_scale_of_the_initializer():
+    initializer = keras.initializers.RandomNormal(stddev=0.5)
+    layer = DistilledEmbedding(
+        400, 300, 64, embeddings_initializer=initializer, hidden_dim=8
+    )
+    layer.build()
+    assert np.std(to_numpy(layer.embeddings)) == pytest.approx(0.5, rel=0.1)
+
+
+def test_untied_factors_start_apart():
+    layer = DistilledEmbedding(
+        VOCABULARY, WIDTH, RANK, tie_weights=False, hidden_dim=HIDDEN
+    )
+    layer.build()
+    for name in ("codes", "basis", "hidden_kernel", "hidden_basis"):
+        one = to_numpy(getattr(layer, name))
+        other = to_numpy(getattr(layer, f"reverse_{name}"))
+        assert np.abs(one - other).max() > 1e-3, name
+
+
+@VARIANTS
+def test_compression_ratio(options):
+    layer = DistilledEmbedding(VOCABULARY, WIDTH, RANK, **options)
+    ratio = layer.compression_ratio
+    layer.build()
+    tables = 1 if layer.tie_weights else 2
+    assert ratio == tables * VOCABULARY * WIDTH / layer.count_params()
+    assert ratio == layer.compression_ratio
+
+
+# Shapes, dtypes, masks
+
+
+@REVERSE
+@pytest.mark.parametrize("policy", POLICIES)
+def test_dtypes(policy, reverse):
+    layer = make_layer(dtype=policy, hidden_dim=HIDDEN)
+    compute_dtype = keras.DTypePolicy(policy).compute_dtype
+    variable_dtype = keras.DTypePolicy(policy).variable_dtype
+    # A float32 input too: the reverse product must cast both operands.
+    for input_dtype in ("float32", compute_dtype):
+        inputs = make_inputs(reverse, input_dtype)
+        symbolic = keras.KerasTensor(inputs.shape, inputs.dtype)
+        spec = layer.compute_output_spec(symbolic, reverse=reverse)
+        assert spec.dtype == compute_dtype
+        assert spec.shape == layer.compute_output_shape(
+            inputs.shape, reverse=reverse
+        )
+        for outputs in (
+            layer(inputs, reverse=reverse),
+            Nested(layer, dtype=policy)(inputs, reverse=reverse),
+            Nested(layer, dtype="float32")(inputs, reverse=reverse),
+            make_model(layer, reverse)(inputs),
+        ):
+            assert outputs.dtype == spec.dtype
+            assert tuple(outputs.shape) == spec.shape
+    assert make_model(layer, reverse).output.dtype == compute_dtype
+    assert {v.dtype for v in layer.weights} == {variable_dtype}
+    expected = reference_call(layer, inputs, reverse)
+    tolerance = 1e-4 if policy == "float32" else 0.05 * np.abs(expected).max()
+    np.testing.assert_allclose(
+        to_numpy(layer(inputs, reverse=reverse)), expected, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+def test_reverse_dtype(policy):
+    layer = make_layer(dtype=policy, reverse_dtype="float32")
+    hidden = make_inputs(True, "bfloat16")
+    outputs = layer(hidden, reverse=True)
+    assert outputs.dtype == "float32"
+    assert make_model(layer, reverse=True).output.dtype == "float32"
+    assert layer(IDS).dtype == "bfloat16"
+    np.testing.assert_allclose(
+        to_numpy(outputs), reference_call(layer, hidden, True), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (None, 4), (2, None, 5)])
+def test_output_shapes(shape):
+    layer = DistilledEmbedding(VOCABULARY, WIDTH, RANK)
+    ids = keras.KerasTensor(shape, "int32")
+    assert layer(ids).shape == (*shape, WIDTH)
+    hidden = keras.KerasTensor((*shape, WIDTH))
+    assert layer(hidden, reverse=True).shape == (*shape, VOCABULARY)
+
+
+@pytest.mark.parametrize("mask_zero", [False, True])
+def test_mask(mask_zero):
+    layer = make_layer(mask_zero=mask_zero)
+    hidden = layer(IDS)
+    if not mask_zero:
+        assert keras.src.backend.get_keras_mask(hidden) is None
+        # The mask of other layers survives the projection all the same.
+        keras.src.backend.set_keras_mask(hidden, ops.not_equal(IDS, 0))
+    for tensor in (hidden, layer(hidden, reverse=True)):
+        mask = keras.src.backend.get_keras_mask(tensor)
+        np.testing.assert_array_equal(ops.convert_to_numpy(mask), IDS != 0)
+    assert layer.supports_masking
+    assert (layer.compute_mask(IDS) is not None) == mask_zero
+    assert layer.compute_mask(hidden) is None
+    assert layer.compute_mask(hidden, "previous") == "previous"
+
+
+def test_mask_reaches_the_loss_of_a_model():
+    model = make_model(make_layer(mask_zero=True))
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    changed = np.where(IDS == 0, 5, IDS)
+    loss = model.evaluate(IDS, IDS, verbose=0)
+    assert loss == pytest.approx(model.evaluate(IDS, changed, verbose=0))
+
+
+# Cost
+
+
+def _shapes(graph):
+    for operation in graph.get_operations():
+        for tensor in operation.outputs:
+            if tensor.shape.rank is not None:
+                yield tuple(tensor.shape)
+
+
+@tensorflow_only
+@VARIANTS
+@REVERSE
+@pytest.mark.parametrize("training", [False, True])
+def test_no_call_builds_the_table(options, reverse, training):
+    import tensorflow as tf
+
+    layer = make_layer(**options)
+
+    @tf.function
+    def run(inputs):
+        with tf.GradientTape() as tape:
+            outputs = layer(inputs, reverse=reverse)
+        if not training:
+            return outputs
+        return tape.gradient(outputs, layer.trainable_variables)
+
+    inputs = tf.convert_to_tensor(make_inputs(reverse))
+    graph = run.get_concrete_function(inputs).graph
+    shapes = set(_shapes(graph))
+    for function in graph._functions.values():
+        if hasattr(function, "graph"):
+            shapes |= set(_shapes(function.graph))
+    assert (VOCABULARY, RANK) in shapes
+    assert (VOCABULARY, WIDTH) not in shapes
+    assert (WIDTH, VOCABULARY) not in shapes
+
+
+@tensorflow_only
+@VARIANTS
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_lookup_computes_with_its_own_rows_only(options, policy):
+    import tensorflow as tf
+
+    layer = make_layer(dtype=policy, **options)
+    graph = tf.function(layer).get_concrete_function(tf.constant(IDS)).graph
+    # No activation and no cast of all codes: they are read, not copied.
+    of_all_tokens = {
+        operation.type
+        for operation in graph.get_operations()
+        for tensor in operation.outputs
+        if tensor.shape.rank and tensor.shape[0] == VOCABULARY
+    }
+    assert of_all_tokens == {"ReadVariableOp"}
+
+
+@tensorflow_only
+@VARIANTS
+def test_gradients_equal_those_through_the_table(options):
+    import tensorflow as tf
+
+    layer = make_layer(logit_soft_cap=20.0, **options)
+    hidden = tf.constant(make_inputs(True))
+    rng = np.random.default_rng(2)
+    row_weights = rng.normal(size=(2, 4, WIDTH)).astype("float32")
+    logit_weights = rng.normal(size=(2, 4, VOCABULARY)).astype("float32")
+
+    def through_layer():
+        return layer(IDS), layer(hidden, reverse=True)
+
+    def through_table():
+        table = layer.embeddings
+        kernel = tf.transpose(table)
+        if not layer.tie_weights:
+            kernel = layer.reverse_embeddings
+        logits = tf.tanh(tf.matmul(hidden, kernel) / 20.0) * 20.0
+        return tf.gather(table, IDS), logits
+
+    gradients = []
+    for function in (through_layer, through_table):
+        with tf.GradientTape() as tape:
+            tape.watch(hidden)
+            rows, logits = function()
+            loss = tf.reduce_sum(rows * row_weights)
+            loss += tf.reduce_sum(logits * logit_weights)
+        sources = [*(v.value for v in layer.trainable_variables), hidden]
+        gradients.append(
+            [tf.convert_to_tensor(g) for g in tape.gradient(loss, sources)]
+        )
+    for one, other in zip(*gradients, strict=True):
+        scale = np.abs(other).max()
+        assert scale > 0
+        np.testing.assert_allclose(one / scale, other / scale, atol=1e-5)
+
+
+# Training
+
+
+def _fit(layer, **compile_options):
+    model = make_model(layer)
+    model.compile(
+        "adam",
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **compile_options,
+    )
+    return model.fit(IDS, IDS, verbose=0).history["loss"][0]
+
+
+@EXTREMES
+def test_fit_trains_every_factor(options):
+    layer = make_layer(mask_zero=True, **options)
+    before = layer.get_weights()
+    assert np.isfinite(_fit(layer, jit_compile=True))
+    for variable, old in zip(layer.weights, before, strict=True):
+        assert np.abs(to_numpy(variable) - old).max() > 0, variable.path
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_regularizer_sees_both_factors_of_the_lookup(tie_weights):
+    layer = make_layer(
+        embeddings_regularizer=keras.regularizers.L2(0.1),
+        tie_weights=tie_weights,
+        hidden_dim=HIDDEN,
+    )
+    expected = [
+        0.1 * np.sum(to_numpy(factor) ** 2)
+        for factor in (layer.codes, layer.basis)
+    ]
+    np.testing.assert_allclose(layer.losses, expected, rtol=1e-5)
+
+
+def test_constraint_holds_for_the_codes_only():
+    layer = make_layer(embeddings_constraint=keras.constraints.UnitNorm(axis=1))
+    _fit(layer)
+    norms = np.linalg.norm(to_numpy(layer.codes), axis=1)
+    np.testing.assert_allclose(norms, 1.0, atol=1e-5)
+    assert np.abs(np.linalg.norm(to_numpy(layer.basis), axis=1) - 1).min() > 0.1
+
+
+def test_keras_layer_checks():
+    testing = pytest.importorskip("keras.src.testing")
+    for options in ({}, {"hidden_dim": HIDDEN, "tie_weights": False}):
+        weights = 2 if not options else 10
+        testing.TestCase().run_layer_test(
+            DistilledEmbedding,
+            init_kwargs={
+                "input_dim": VOCABULARY,
+                "output_dim": WIDTH,
+                "rank": RANK,
+                **options,
+            },
+            input_data=IDS,
+            expected_output_shape=(2, 4, WIDTH),
+            expected_num_trainable_weights=weights,
+            expected_num_non_trainable_weights=0,
+            expected_num_seed_generators=0,
+            expected_num_losses=0,
+            supports_masking=True,
+            # Training it checks with random labels, jitted; done above.
+            run_training_check=False,
+        )
+
+
+# Configuration and saving
+
+
+def test_config_is_complete():
+    options = {
+        "activation": "tanh",
+        "hidden_dim": HIDDEN,
+        "tie_weights": False,
+        "embeddings_initializer": keras.initializers.RandomNormal(stddev=0.3),
+        "embeddings_regularizer": keras.regularizers.L1(0.2),
+        "embeddings_constraint": keras.constraints.MaxNorm(3.0, axis=1),
+        "mask_zero": True,
+        "reverse_dtype": "float32",
+        "logit_soft_cap": 30.0,
+        "hidden_activation": "relu",
+        "activity_regularizer": keras.regularizers.L2(0.1),
+        "trainable": False,
+        "dtype": "mixed_bfloat16",
+        "name": "tokens",
+    }
+    layer = DistilledEmbedding(VOCABULARY, WIDTH, RANK, **options)
+    config = layer.get_config()
+    signature = {"input_dim", "output_dim", "rank", "lora_rank", "lora_alpha"}
+    assert set(config) == signature | set(options)
+    restored = DistilledEmbedding.from_config(config)
+    assert restored.get_config() == config
+    serialized = keras.saving.serialize_keras_object(layer)
+    assert serialized["registered_name"] == (
+        "keras_distilled_embedding>DistilledEmbedding"
+    )
+    assert serialized["config"]["embeddings_initializer"]["config"] == {
+        "mean": 0.0,
+        "stddev": 0.3,
+        "seed": None,
+    }
+    restored = keras.saving.deserialize_keras_object(serialized)
+    assert restored.get_config() == config
+
+
+@VARIANTS
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_saved_model_round_trip(tmp_path, options, policy):
+    model = make_model(make_layer(dtype=policy, **options))
+    model.save(tmp_path / "model.keras")
+    restored = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(model(IDS), restored(IDS))
+
+    model.save_weights(tmp_path / "model.weights.h5")
+    layer = DistilledEmbedding(VOCABULARY, WIDTH, RANK, dtype=policy, **options)
+    other = make_model(layer)
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(model(IDS), other(IDS))
+
+
+@VARIANTS
+def test_build_from_config(options):
+    layer = make_layer(**options)
+    restored = DistilledEmbedding.from_config(layer.get_config())
+    restored.build_from_config(layer.get_build_config())
+    assert restored.built
+    assert [v.path.split("/")[-1] for v in restored.weights] == list(
+        layer._factor_shapes()
+    )
+    called = DistilledEmbedding.from_config(layer.get_config())
+    called(IDS)
+    restored = DistilledEmbedding.from_config(layer.get_config())
+    restored.build_from_config(called.get_build_config())
+    restored.set_weights(layer.get_weights())
+    np.testing.assert_array_equal(restored(IDS), layer(IDS))
+
+
+def test_build_twice_keeps_the_weights():
+    layer = make_layer()
+    layer.build((None, 4))
+    assert len(layer.weights) == 2
+
+
+def test_saving_does_not_compute_the_table(tmp_path, monkeypatch):
+    model = make_model(make_layer(tie_weights=False))
+
+    def fail(*args):
+        raise AssertionError("the table was computed")
+
+    # Keras swallows exceptions of attributes, hence the count as well.
+    calls = []
+    monkeypatch.setattr(
+        DistilledEmbedding, "_table", lambda *a: calls.append(a) or fail()
+    )
+    model.save(tmp_path / "model.keras")
+    keras.saving.load_model(tmp_path / "model.keras")
+    assert not calls
+
+
+# From a table
+
+
+@pytest.fixture(scope="module")
+def table():
+    """A table of rank 4 and a little noise."""
+    rng = np.random.default_rng(0)
+    product = rng.normal(size=(VOCABULARY, 4)) @ rng.normal(size=(4, WIDTH))
+    noise = rng.normal(size=(VOCABULARY, WIDTH))
+    return (product + 0.01 * noise).astype("float32")
+
+
+def make_embedding(table, cls=keras.layers.ReversibleEmbedding, **options):
+    layer = cls(*table.shape, **options)
+    layer.build()
+    weights = [table]
+    if not options.get("tie_weights", True):
+        weights.append(table[::-1].T.copy())
+    layer.set_weights(weights)
+    return layer
+
+
+class CustomEmbedding(keras.layers.Embedding):
+    pass
+
+
+class DuckEmbedding:
+    """Not a Keras layer, but it has the table."""
+
+    def __init__(self, table):
+        self.embeddings = table
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda table: table,
+        ops.convert_to_tensor,
+        keras.Variable,
+        DuckEmbedding,
+        make_embedding,
+        lambda table: make_embedding(table, keras.layers.Embedding),
+        lambda table: make_embedding(table, CustomEmbedding),
+        lambda table: DistilledEmbedding.from_embedding(table, rank=6),
+    ],
+    ids=[
+        "array",
+        "tensor",
+        "variable",
+        "duck",
+        "reversible",
+        "embedding",
+        "subclass",
+        "distilled",
+    ],
+)
+def test_from_embedding(make, table):
+    layer = DistilledEmbedding.from_embedding(make(table), rank=5)
+    assert layer.built
+    assert layer.rank == 5
+    error = np.sum((to_numpy(layer.embeddings) - table) ** 2)
+    assert error / np.sum(table**2) < 1e-3
+    np.testing.assert_allclose(
+        to_numpy(layer(IDS)), to_numpy(layer.embeddings)[IDS], atol=1e-5
+    )
+
+
+def test_from_embedding_of_keras_hub(table):
+    keras_hub = pytest.importorskip("keras_hub")
+    embedding = make_embedding(table, keras_hub.layers.ReversibleEmbedding)
+    layer = DistilledEmbedding.from_embedding(embedding, rank=5)
+    np.testing.assert_allclose(to_numpy(layer.embeddings), table, atol=0.1)
+
+
+@pytest.mark.parametrize("compression", [1.5, 2.0, 4.0])
+def test_from_embedding_by_compression(table, compression):
+    layer = DistilledEmbedding.from_embedding(table, compression=compression)
+    assert layer.compression_ratio >= compression
+    larger = DistilledEmbedding(VOCABULARY, WIDTH, layer.rank + 1)
+    assert larger.compression_ratio < compression
+
+
+def test_from_embedding_assigns_what_factorize_returns(table):
+    options = {
+        "activation": None,
+        "row_weights": np.arange(1.0, 1 + VOCABULARY),
+    }
+    factors = factorize(table, 3, **options)
+    layer = DistilledEmbedding.from_embedding(table, rank=3, **options)
+    np.testing.assert_array_equal(to_numpy(layer.codes), factors.codes)
+    np.testing.assert_array_equal(to_numpy(layer.basis), factors.basis)
+    assert layer.activation is keras.activations.linear
+
+
+def test_from_embedding_inherits(table):
+    embedding = make_embedding(
+        table,
+        name="tokens",
+        dtype="mixed_bfloat16",
+        mask_zero=True,
+        embeddings_initializer=keras.initializers.Constant(table),
+        embeddings_regularizer="l2",
+        embeddings_constraint="unit_norm",
+        reverse_dtype="float32",
+        logit_soft_cap=30.0,
+        trainable=False,
+    )
+    layer = DistilledEmbedding.from_embedding(embedding, rank=3)
+    assert layer.name == "tokens"
+    assert layer.dtype_policy.name == "mixed_bfloat16"
+    assert layer.mask_zero
+    assert layer.tie_weights
+    assert not layer.trainable
+    assert layer.reverse_dtype == "float32"
+    assert layer.logit_soft_cap == 30.0
+    assert isinstance(layer.embeddings_regularizer, keras.regularizers.L2)
+    assert layer.embeddings_constraint is None
+    layer = DistilledEmbedding.from_embedding(
+        embedding, rank=3, name="other", dtype="float32", mask_zero=False
+    )
+    assert layer.name == "other"
+    assert not layer.mask_zero
+    assert layer.dtype_policy.name == "float32"
+
+
+def test_from_untied_embedding(table):
+    embedding = make_embedding(table, tie_weights=False)
+    layer = DistilledEmbedding.from_embedding(embedding, rank=5)
+    assert not layer.tie_weights
+    np.testing.assert_allclose(to_numpy(layer.embeddings), table, atol=0.1)
+    np.testing.assert_allclose(
+        to_numpy(layer.reverse_embeddings), table[::-1].T, atol=0.1
+    )
+    # Untied on request: two copies of one factorization to start from.
+    layer = DistilledEmbedding.from_embedding(table, rank=5, tie_weights=False)
+    np.testing.assert_array_equal(layer.codes, layer.reverse_codes)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_from_quantized_embedding(table, mode, tie_weights):
+    embedding = make_embedding(
+        table, tie_weights=tie_weights, logit_soft_cap=50.0
+    )
+    embedding.quantize(mode, type_check=False)
+    tolerance = 0.05 if mode == "int8" else 0.8
+    one, other = embedding_tables(embedding)
+    np.testing.assert_allclose(one, table, atol=tolerance)
+    if tie_weights:
+        assert other is None
+    else:
+        np.testing.assert_allclose(other, table[::-1], atol=tolerance)
+    layer = DistilledEmbedding.from_embedding(embedding, rank=5)
+    assert layer.dtype_policy.name == "float32"
+
+
+def test_from_embedding_with_lora(table):
+    embedding = make_embedding(table)
+    embedding.enable_lora(2)
+    embedding.lora_embeddings_b.assign(
+        np.random.default_rng(0).normal(size=(2, WIDTH))
+    )
+    expected = to_numpy(embedding.embeddings)
+    assert np.abs(expected - table).max() > 0.1
+    layer = DistilledEmbedding.from_embedding(embedding, rank=7)
+    np.testing.assert_allclose(to_numpy(layer.embeddings), expected, atol=0.1)
+
+
+def test_like_and_set_factors_are_from_embedding_in_two_steps(table):
+    layer = DistilledEmbedding.like(make_embedding(table, name="x"), rank=4)
+    assert layer.built
+    assert layer.name == "x"
+    layer.set_factors(factorize(table, 4))
+    whole = DistilledEmbedding.from_embedding(table, rank=4)
+    np.testing.assert_array_equal(layer.embeddings, whole.embeddings)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("name", ["input_dim", "output_dim", "rank"])
+@pytest.mark.parametrize("value", [0, -3, True, 2.0, "2", None])
+def test_bad_sizes(name, value):
+    sizes = {"input_dim": 10, "output_dim": 8, "rank": 2, name: value}
+    with pytest.raises(
+        (ValueError, TypeError),
+        match=f"`{name}` must be a positive integer. Received: {name}={value}"
+        if not isinstance(value, str)
+        else f"Received: {name}='2'",
+    ):
+        DistilledEmbedding(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_dim": 0}, "Received: hidden_dim=0$"),
+        ({"hidden_dim": False}, "Received: hidden_dim=False$"),
+        ({"hidden_dim": 1.5}, "Received: hidden_dim=1.5$"),
+        ({"lora_rank": 0}, "Received: lora_rank=0$"),
+        ({"logit_soft_cap": 0}, "Received: logit_soft_cap=0$"),
+        ({"logit_soft_cap": -1.0}, "Received: logit_soft_cap=-1.0$"),
+        ({"logit_soft_cap": math.nan}, "Received: logit_soft_cap=nan$"),
+        ({"logit_soft_cap": True}, "Received: logit_soft_cap=True$"),
+        ({"reverse_dtype": "int8"}, "Received: reverse_dtype='int8'$"),
+        ({"reverse_dtype": "floaty"}, "floaty"),
+        ({"activation": "relux"}, "relux"),
+        ({"size": 3}, "Unrecognized keyword arguments"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        DistilledEmbedding(10, 8, 2, **options)
+
+
+def test_a_rank_that_saves_nothing_is_allowed():
+    assert DistilledEmbedding(10, 8, 100).compression_ratio < 1
+
+
+def test_numpy_sizes_become_integers():
+    layer = DistilledEmbedding(np.int64(10), np.int32(8), np.uint8(2))
+    assert {type(v) for v in (layer.input_dim, layer.rank)} == {int}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reverse", "error", "message"),
+    [
+        (np.ones((2, 3), "float32"), False, TypeError, "dtype float32"),
+        (np.ones((2, 3), "bool"), False, TypeError, "dtype bool"),
+        (np.ones((2, 3), "int32"), True, TypeError, "dtype int32"),
+        (np.ones((2, 3), "float32"), True, ValueError, r"shape \(2, 3\)"),
+        (np.float32(1.0), True, ValueError, r"shape \(\)"),
+    ],
+)
+def test_bad_inputs(inputs, reverse, error, message):
+    layer = make_layer()
+    if inputs.shape:
+        with pytest.raises(error, match=message):
+            layer(inputs, reverse=reverse)
+    symbolic = keras.KerasTensor(inputs.shape, inputs.dtype.name)
+    with pytest.raises(error, match=message):
+        layer.compute_output_spec(symbolic, reverse=reverse)
+    with pytest.raises(error, match=message):
+        layer(symbolic, reverse=reverse)
+
+
+def test_float_indices_say_what_to_do():
+    with pytest.raises(TypeError, match=r'keras\.Input.*dtype="int32"'):
+        make_layer()(keras.Input((4,)))
+
+
+def test_embeddings_of_an_unbuilt_layer():
+    layer = DistilledEmbedding(10, 8, 2)
+    with pytest.raises(AttributeError, match="before it is built"):
+        _ = layer.embeddings
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        # The embedding
+        (
+            lambda t: keras.layers.Embedding(*t.shape),
+            {"rank": 2},
+            ValueError,
+            "must be built",
+        ),
+        (lambda t: keras.layers.ReLU(), {"rank": 2}, TypeError, "must be a"),
+        (lambda t: t[0], {"rank": 2}, ValueError, r"of shape \(17,\)$"),
+        (lambda t: t * np.inf, {"rank": 2}, ValueError, "finite"),
+        # The size
+        (None, {}, ValueError, "exactly one .* rank=None, compression=None$"),
+        (None, {"rank": 2, "compression": 2.0}, ValueError, "exactly one"),
+        (None, {"rank": 0}, ValueError, "rank=0"),
+        (None, {"rank": 13}, ValueError, "rank=13"),
+        (None, {"rank": 2.0}, ValueError, "rank=2.0"),
+        (None, {"compression": 1.0}, ValueError, "compression=1.0"),
+        (None, {"compression": 100.0}, ValueError, "rank 1"),
+        (
+            None,
+            {"compression": 2.0, "hidden_dim": 4},
+            ValueError,
+            "give `rank`",
+        ),
+        (
+            None,
+            {"rank": 2, "hidden_dim": 99},
+            ValueError,
+            "Received: rank=2, hidden_dim=99$",
+        ),
+        # The rest
+        (None, {"rank": 2, "method": "magic"}, ValueError, "method"),
+        (None, {"rank": 2, "size": 3}, ValueError, "Unrecognized keyword"),
+        (
+            None,
+            {"rank": 2, "dtype": "int8_from_float32"},
+            ValueError,
+            "float factors",
+        ),
+    ],
+)
+def test_bad_from_embedding(make, options, error, message, table):
+    embedding = table if make is None else make(table)
+    with pytest.raises(error, match=message):
+        DistilledEmbedding.from_embedding(embedding, **options)
+
+
+def test_bad_set_factors(table):
+    factors = factorize(table, 4)
+    unbuilt = DistilledEmbedding(VOCABULARY, WIDTH, 4)
+    with pytest.raises(ValueError, match="built=False"):
+        unbuilt.set_factors(factors)
+    with pytest.raises(ValueError, match=r"`codes` must have shape \(53, 5\)"):
+        make_layer().set_factors(factors)
+    layer = DistilledEmbedding.like(table, rank=4, hidden_dim=3)
+    before = to_numpy(layer.codes)
+    with pytest.raises(ValueError, match="`hidden_kernel` must have shape"):
+        layer.set_factors(factors)
+    np.testing.assert_array_equal(before, layer.codes)
+    layer = DistilledEmbedding.like(table, rank=4)
+    with pytest.raises(ValueError, match="reverse=given"):
+        layer.set_factors(factors, reverse=factors)
+    layer = DistilledEmbedding.like(table, rank=4, tie_weights=False)
+    with pytest.raises(ValueError, match="tie_weights=False, reverse=None"):
+        layer.set_factors(factors)
+
+
+# Quantization
+
+
+@quantizes_a_model
+@EXTREMES
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_quantize(options, policy, tmp_path):
+    layer = make_layer(dtype=policy, **options)
+    model = make_model(layer)
+    inputs = {r: make_inputs(r, layer.compute_dtype) for r in (False, True)}
+    expected = {r: reference_call(layer, inputs[r], r) for r in inputs}
+    model.quantize("int8")
+    assert layer.quantization_mode == "int8"
+    matrices = [n for n, s in layer._factor_shapes().items() if len(s) == 2]
+    for name in matrices:
+        assert getattr(layer, name).dtype == "int8"
+        assert not getattr(layer, name).trainable
+    for reverse, x in inputs.items():
+        outputs = layer(x, reverse=reverse)
+        assert outputs.dtype == layer.compute_dtype
+        error = np.abs(to_numpy(outputs) - expected[reverse]).max()
+        assert 0 < error < 0.05 * np.abs(expected[reverse]).max()
+    # The table is the one that calls use.
+    np.testing.assert_allclose(
+        to_numpy(layer.embeddings)[IDS], to_numpy(layer(IDS)), atol=0.1
+    )
+    assert layer.embeddings.dtype == "float32"
+
+    model.save(tmp_path / "model.keras")
+    restored = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(model(IDS), restored(IDS))
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = keras.Model.from_config(model.get_config())
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(model(IDS), other(IDS))
+
+
+def test_quantization_is_per_row_and_per_output_channel():
+    layer = make_layer(activation=None)
+    rows = np.logspace(-3, 3, VOCABULARY)[:, None]
+    columns = np.logspace(-3, 3, WIDTH)[None]
+    layer.codes.assign(to_numpy(layer.codes) * rows)
+    layer.basis.assign(to_numpy(layer.basis) * columns)
+    expected = to_numpy(layer.embeddings) / rows / columns
+    layer.quantize("int8")
+    assert layer.codes_scale.shape == (VOCABULARY, 1)
+    assert layer.basis_scale.shape == (1, WIDTH)
+    actual = to_numpy(layer.embeddings) / rows / columns
+    np.testing.assert_allclose(actual, expected, atol=0.1)
+
+
+def test_quantized_table_is_never_built():
+    layer = make_layer()
+    layer.quantize("int8")
+    assert layer.count_params() == (
+        VOCABULARY * RANK + RANK * WIDTH + VOCABULARY + WIDTH
+    )
+
+
+@quantizes_a_model
+def test_subclass_is_quantized():
+    class Scaled(DistilledEmbedding):
+        def call(self, inputs, reverse=False):
+            return 2.0 * super().call(inputs, reverse=reverse)
+
+    layer = Scaled(VOCABULARY, WIDTH, RANK)
+    expected = to_numpy(layer(IDS))
+    model = make_model(layer)
+    model.quantize("int8")
+    np.testing.assert_allclose(to_numpy(layer(IDS)), expected, atol=0.01)
+
+
+@quantizes_a_model
+@pytest.mark.parametrize("mode", ["int4", "float8"])
+def test_other_modes_are_refused(mode):
+    layer = make_layer()
+    with pytest.raises(NotImplementedError, match=f"mode='{mode}'$"):
+        layer.quantize(mode)
+    # Keras warns and leaves the layer alone.
+    with pytest.warns(UserWarning, match="'int8' only"):
+        make_model(layer).quantize(mode)
+    assert layer.quantization_mode is None
+    assert layer.codes.dtype == "float32"
+
+
+def test_bad_quantize():
+    with pytest.raises(ValueError, match="isn't yet built"):
+        DistilledEmbedding(10, 8, 2).quantize("int8")
+    layer = make_layer()
+    config = keras.quantizers.Int8QuantizationConfig(
+        weight_quantizer=keras.quantizers.AbsMaxQuantizer(axis=0)
+    )
+    with pytest.raises(ValueError, match=r"config\.weight_quantizer="):
+        layer.quantize(config=config)
+    layer.quantize("int8")
+    with pytest.raises(ValueError, match="already quantized"):
+        layer.quantize("int8")
+    with pytest.raises(ValueError, match="quantization_mode=int8"):
+        layer.set_factors(None)
+    layer = DistilledEmbedding(10, 8, 2, dtype="int4_from_float32")
+    with pytest.raises(NotImplementedError, match="'int8' only"):
+        layer.build()
+
+
+# LoRA
+
+
+@EXTREMES
+@pytest.mark.parametrize("quantized", [False, True])
+def test_lora(options, quantized, tmp_path):
+    layer = make_layer(**options)
+    if quantized:
+        layer.quantize("int8")
+    model = make_model(layer)
+    before = to_numpy(model(IDS))
+    layer.enable_lora(2, lora_alpha=3.0)
+    # Nothing changes at first; then only the LoRA weights do.
+    np.testing.assert_allclose(to_numpy(model(IDS)), before, atol=1e-5)
+    lookup = {n for n in layer._factor_shapes() if not n.startswith("reverse")}
+    trainable = {v.path.split("/")[-1] for v in layer.trainable_variables}
+    assert not trainable & lookup
+    assert {"lora_codes_a", "lora_codes_b"} <= trainable
+    codes = to_numpy(layer._read("codes", "float32"))
+    _fit(layer)
+    delta = to_numpy(layer.lora_codes_a) @ to_numpy(layer.lora_codes_b)
+    assert np.abs(delta).max() > 0
+    np.testing.assert_allclose(
+        to_numpy(layer._read("codes", "float32")),
+        codes + 3.0 / 2 * delta,
+        atol=1e-6,
+    )
+
+    # Saved merged, under the names of a layer without LoRA.
+    expected = to_numpy(model(IDS))
+    tolerance = 0.05 * np.abs(expected).max() if quantized else 1e-4
+    model.save(tmp_path / "model.keras")
+    restored = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(
+        to_numpy(restored(IDS)), expected, atol=tolerance
+    )
+    restored = restored.get_layer(layer.name)
+    assert restored.lora_enabled
+    assert (restored.lora_rank, restored.lora_alpha) == (2, 3.0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    plain = make_layer(**options)
+    if quantized:
+        plain.quantize("int8")
+    plain = make_model(plain)
+    plain.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(to_numpy(plain(IDS)), expected, atol=tolerance)
+    # Loading into an adapted layer replaces the adaptation.
+    model.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(to_numpy(model(IDS)), expected, atol=tolerance)
+    assert np.abs(to_numpy(layer.lora_codes_b)).max() == 0
+    assert np.abs(to_numpy(layer.lora_codes_a)).max() > 0
+
+
+@VARIANTS
+@pytest.mark.parametrize("quantized", [False, True])
+def test_with_activation_applied(options, quantized):
+    layer = make_layer(name="tokens", mask_zero=True, **options)
+    if quantized:
+        layer.quantize("int8")
+    layer.enable_lora(2)
+    layer.lora_codes_b.assign(np.ones((2, RANK)))
+    applied = layer.with_activation_applied()
+    assert applied.name == "tokens"
+    assert applied.mask_zero
+    assert applied.dtype_policy.name == "float32"
+    assert not applied.lora_enabled
+    assert applied.activation is (
+        layer.activation if layer.hidden_dim else keras.activations.linear
+    )
+    for reverse in (False, True):
+        inputs = make_inputs(reverse)
+        np.testing.assert_allclose(
+            applied(inputs, reverse=reverse),
+            layer(inputs, reverse=reverse),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_policy_map(table):
+    policies = keras.dtype_policies.DTypePolicyMap()
+    policies["tokens"] = keras.DTypePolicy("mixed_bfloat16")
+    embedding = make_embedding(table, name="tokens", dtype=policies)
+    assert embedding.compute_dtype == "bfloat16"
+    layer = DistilledEmbedding.from_embedding(embedding, rank=3)
+    assert layer.dtype_policy.name == "mixed_bfloat16"
+
+
+def test_lora_argument():
+    layer = DistilledEmbedding(
+        VOCABULARY, WIDTH, RANK, lora_rank=2, dtype="bfloat16"
+    )
+    layer(IDS)
+    assert layer.lora_enabled
+    assert layer.lora_alpha == 2
+    assert layer.lora_codes_a.dtype == "float32"
+    assert layer.codes.dtype == "bfloat16"
+
+
+def test_bad_lora():
+    with pytest.raises(ValueError, match="not built"):
+        DistilledEmbedding(10, 8, 2).enable_lora(2)
+    layer = make_layer()
+    for rank in (0, True, 1.5):
+        with pytest.raises(ValueError, match=f"Received: rank={rank}$"):
+            layer.enable_lora(rank)
+    layer.enable_lora(2)
+    with pytest.raises(ValueError, match="enabled already"):
+        layer.enable_lora(2)
+    layer = make_layer(embeddings_constraint="non_neg")
+    with pytest.raises(ValueError, match="incompatible with a constraint"):
+        layer.enable_lora(2)
+
+
+@pytest.mark.parametrize(
+    "documented", [DistilledEmbedding, DistilledEmbedding.from_embedding]
+)
+def test_docstring_examples_run(documented, tmp_path):
+    text = inspect.getdoc(documented)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    # What a line is said to return, it returns.
+    code = re.sub(
+        r"^(layer\.\w+)  # (.*)", r"said = \2, \1", code, flags=re.MULTILINE
+    )
+    path = tmp_path / "example.py"
+    path.write_text(code)
+    scope = {
+        "DistilledEmbedding": DistilledEmbedding,
+        "keras": keras,
+        "np": np,
+    }
+    said, value = runpy.run_path(str(path), init_globals=scope)["said"]
+    assert value == pytest.approx(said, abs=0.005)

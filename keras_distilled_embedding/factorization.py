@@ -654,15 +654,15 @@ def _learned_factors(
     verbose: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns factors trained by gradient descent from a random start."""
-    batches = _RowBatches(table, weights, seed)
     random = np.random.default_rng(seed)
+    batches = _RowBatches(table, weights, random)
 
     def revive(codes, basis):
         basis = batches.scale * basis
         return _revive_dead_rows(table, codes, basis, function, random)
 
     model = _factorized_embedding(
-        table.shape, rank, function, batches.batch_size, seed
+        table.shape, rank, function, batches.batch_size, random
     )
     model.compile(
         optimizer=keras.optimizers.Adam(LEARNING_RATE),
@@ -697,7 +697,7 @@ def _factorized_embedding(
     rank: int,
     function: Callable,
     batch_size: int,
-    seed: int,
+    random: np.random.Generator,
 ) -> keras.Model:
     """Returns the model `ids -> f(U_ids) W`; its weights are `[U, W]`.
 
@@ -706,6 +706,7 @@ def _factorized_embedding(
     would stay lost: half of them from the start. A bound keeps them alive.
     """
     input_dim, output_dim = table_shape
+    codes_seed, basis_seed = random.integers(2**31, size=2).tolist()
     bound = _LowerBound(MARGIN) if _is_zero_below(function) else None
     return keras.Sequential(
         [
@@ -714,7 +715,7 @@ def _factorized_embedding(
                 input_dim,
                 rank,
                 embeddings_initializer=keras.initializers.RandomNormal(
-                    stddev=1.0, seed=seed
+                    stddev=1.0, seed=codes_seed
                 ),
                 embeddings_constraint=bound,
                 dtype="float32",
@@ -724,7 +725,7 @@ def _factorized_embedding(
                 output_dim,
                 use_bias=False,
                 kernel_initializer=keras.initializers.RandomNormal(
-                    stddev=math.sqrt(2 / rank), seed=seed + 1
+                    stddev=math.sqrt(2 / rank), seed=basis_seed
                 ),
                 dtype="float32",
             ),
@@ -740,13 +741,18 @@ class _RowBatches(keras.utils.PyDataset):
     and one learning rate serves them all.
     """
 
-    def __init__(self, table: np.ndarray, weights: np.ndarray, seed: int):
+    def __init__(
+        self,
+        table: np.ndarray,
+        weights: np.ndarray,
+        random: np.random.Generator,
+    ):
         super().__init__()
         self.batch_size = min(BATCH_SIZE, len(table))
         self.scale = _weighted_rms(table, weights) or 1.0
         self._table = table
         self._weights = (weights / weights.mean()).astype(np.float32)
-        self._random = np.random.default_rng(seed)
+        self._random = random
         self.on_epoch_end()
 
     def __len__(self) -> int:

@@ -251,27 +251,32 @@ class Batching:
             weights, 1 where the label is a token and 0 where it is padding.
         """
         training = shuffle_seed is not None
-
-        def length(source: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
-            return tf.maximum(tf.size(source), tf.size(target))
-
-        pairs = (
-            tf.data.Dataset.from_tensor_slices(
-                (vocabulary.encode(text.source), vocabulary.encode(text.target))
-            )
-            .map(lambda source, target: (_dense(source), _dense(target)))
-            .filter(lambda s, t: length(s, t) <= self.max_length)
-        )
-        if training:
-            pairs = pairs.shuffle(len(text), seed=shuffle_seed)
         sizes = [self.tokens // width for width in self.widths]
+        source = vocabulary.encode(text.source)
+        target = vocabulary.encode(text.target)
+        lengths = np.maximum(source.row_lengths(), target.row_lengths())
+        kept = lengths <= self.max_length
+        pairs = tf.data.Dataset.from_tensor_slices(
+            (
+                tf.ragged.boolean_mask(source, kept),
+                tf.ragged.boolean_mask(target, kept),
+            )
+        ).map(lambda source, target: (_dense(source), _dense(target)))
+        if training:
+            pairs = pairs.shuffle(int(kept.sum()), seed=shuffle_seed)
         batches = pairs.bucket_by_sequence_length(
-            length,
+            lambda source, target: tf.maximum(tf.size(source), tf.size(target)),
             bucket_boundaries=[width + 1 for width in self.widths],
             bucket_batch_sizes=[*sizes, 1],
             pad_to_bucket_boundary=True,
             drop_remainder=training,
         )
+        # Known beforehand, so that Keras shows how far an epoch is.
+        bucket = np.searchsorted(self.widths, lengths[kept])
+        counts = np.bincount(bucket, minlength=len(sizes))
+        round_to_batches = np.floor if training else np.ceil
+        number = int(round_to_batches(counts / sizes).sum())
+        batches = batches.apply(tf.data.experimental.assert_cardinality(number))
         if not training:
             batches = batches.map(self._complete)
         return batches.map(_teacher_forcing).prefetch(2)

@@ -106,7 +106,7 @@ def fit(
     Returns:
         The `History` of the epochs run by this call.
     """
-    steps_per_epoch = int(training.reduce(0, lambda count, _: count + 1))
+    steps_per_epoch = int(training.cardinality())
     if steps_per_epoch == 0:
         raise ValueError(
             "`training` has no complete batch: give it more sentence pairs, "

@@ -291,8 +291,8 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
     def with_activation_applied(self) -> DistilledEmbedding:
         """A layer that computes the same, with `f(U)` in place of `U`.
 
-        For deployment: nothing is left to compute of the codes at run time,
-        and a converter keeps one copy of them. With `hidden_dim` the second
+        For inference: a graph that applies `f` to constant codes makes
+        converters keep them twice. With `hidden_dim` the second
         term needs `U` itself, so there the activation stays. LoRA weights are
         merged, quantized factors become floats.
 
@@ -422,7 +422,7 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
 
         A tensor in the variable dtype, computed at every access.
         """
-        return self._table()
+        return self.reconstruct()
 
     @property
     def reverse_embeddings(self) -> Any:
@@ -435,17 +435,29 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
                 "`reverse_embeddings` exists with `tie_weights=False` only; "
                 "the projection of this layer uses `embeddings`."
             )
-        return ops.transpose(self._table("reverse_"))
+        return ops.transpose(self.reconstruct(reverse=True))
 
-    def _table(self, prefix: str = "") -> Any:
+    def reconstruct(self, ids: Any = None, *, reverse: bool = False) -> Any:
+        """Rows of the table that the factors stand for.
+
+        Args:
+            ids: Integer tensor of row numbers; `None` for all rows.
+            reverse: Whether to take the projection's table, which is another
+                one where the weights are not tied.
+
+        Returns:
+            A tensor `(..., output_dim)`, or `(input_dim, output_dim)`, in the
+            variable dtype.
+        """
         if not self.built:
             raise AttributeError(
                 "The layer has no embeddings before it is built. Call "
                 f"`build()` first. Received: layer '{self.name}'"
             )
+        prefix = "reverse_" if reverse and not self.tie_weights else ""
         dtype = self.variable_dtype
         return ops.matmul(
-            self._features(dtype, prefix=prefix), self._basis(dtype, prefix)
+            self._features(dtype, ids, prefix), self._basis(dtype, prefix)
         )
 
     def __dir__(self) -> list[str]:

@@ -612,10 +612,15 @@ def test_rank_for_compression_is_the_largest(input_dim, output_dim, ratio):
     validate_rank(rank, input_dim, output_dim)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 47, 94])
-def test_rank_for_compression_inverts_the_ratio(rank):
-    ratio = 30522 * 384 / (rank * (30522 + 384))
-    assert rank_for_compression(30522, 384, ratio) == rank
+@pytest.mark.parametrize(
+    ("input_dim", "output_dim"), [(30522, 384), (8000, 256)]
+)
+def test_rank_for_compression_survives_rounding(input_dim, output_dim):
+    for rank in range(2, 60):
+        ratio = input_dim * output_dim / (rank * (input_dim + output_dim))
+        assert rank_for_compression(input_dim, output_dim, ratio) == rank
+        above = np.nextafter(ratio, np.inf)
+        assert rank_for_compression(input_dim, output_dim, above) == rank - 1
 
 
 def test_measured_ranks():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import sentencepiece
 import tensorflow as tf
 from keras_nlp.tokenizers import SentencePieceTokenizer
 from keras_nlp.tokenizers import compute_sentence_piece_proto
@@ -165,11 +166,22 @@ class Vocabulary:
 
     @classmethod
     def train(cls, text: ParallelText, size: int) -> Vocabulary:
-        """Learns `size` pieces from both sides of `text`."""
+        """Learns `size` pieces from both sides of `text`.
+
+        Raises:
+            ValueError: If the text has not that many different pieces.
+        """
+        sentencepiece.set_min_log_level(2)  # errors only
         sentences = tf.data.Dataset.from_tensor_slices(
             text.source + text.target
         )
-        return cls(compute_sentence_piece_proto(sentences, size))
+        try:
+            return cls(compute_sentence_piece_proto(sentences, size))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                "`size` must be a number of pieces that the text can give. "
+                f"Received: size={size}; SentencePiece says: {error}"
+            ) from error
 
     def encode(self, sentences: list[str]) -> tf.RaggedTensor:
         """Turns strings into ragged ids, each row ending with EOS."""

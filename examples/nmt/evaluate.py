@@ -20,7 +20,8 @@ class Result:
         name: What was evaluated.
         bleu: sacreBLEU of greedy search.
         embedding_bytes: Bytes of the table, or of its factors.
-        file_bytes: Bytes of the saved model.
+        model_bytes: Bytes of the weights of a Keras model, of the file of an
+            exported one.
         ms_per_sentence: Milliseconds a sentence, greedy; batches of 64 with
             Keras, one sentence at a time on one thread with LiteRT.
         beam_bleu: sacreBLEU of beam search, where it was run.
@@ -29,7 +30,7 @@ class Result:
     name: str
     bleu: float
     embedding_bytes: int
-    file_bytes: int
+    model_bytes: int
     ms_per_sentence: float
     beam_bleu: float | None = None
 
@@ -53,7 +54,7 @@ def print_table(results: list[Result], title: str) -> None:
     """Prints the results, the loss of BLEU against the first row included."""
     table = Table(title=title, caption=f"sacreBLEU {signature()}")
     table.add_column("model")
-    headings = ["BLEU", "Δ", "embedding", "file", "ms/sentence"]
+    headings = ["BLEU", "Δ", "embedding", "model", "ms/sentence"]
     with_beam = any(result.beam_bleu is not None for result in results)
     if with_beam:
         headings.insert(2, "BLEU beam")
@@ -64,7 +65,7 @@ def print_table(results: list[Result], title: str) -> None:
             f"{result.bleu:.2f}",
             f"{result.bleu - results[0].bleu:+.2f}",
             f"{result.embedding_bytes / 1e6:.3f} MB",
-            f"{result.file_bytes / 1e6:.2f} MB",
+            f"{result.model_bytes / 1e6:.2f} MB",
             f"{result.ms_per_sentence:.1f}",
         ]
         if with_beam:

@@ -112,6 +112,7 @@ QUICK = dict(
     num_beams=1,
     max_pairs=2_000,
     max_sentences=50,
+    jit_compile=False,
 )
 
 
@@ -316,9 +317,7 @@ class Run:
             with self._stage(name):
                 keras.utils.set_random_seed(self.settings.seed)
                 model = make()
-                _write(
-                    path, lambda part: model.save(part, include_optimizer=False)
-                )
+                _write(path, model.save)
         return path
 
     def _training(self, name: str, schedule: Schedule) -> dict:
@@ -362,8 +361,8 @@ class Run:
             return Result(
                 name=title,
                 bleu=bleu,
-                embedding_bytes=sum(_bytes(w) for w in embedding.weights),
-                file_bytes=self._model_path(name).stat().st_size,
+                embedding_bytes=_weights_bytes(embedding),
+                model_bytes=_weights_bytes(model),
                 ms_per_sentence=ms,
                 beam_bleu=beam_bleu,
             )
@@ -381,8 +380,8 @@ class Run:
             return Result(
                 name=title,
                 bleu=bleu,
-                embedding_bytes=sum(_bytes(w) for w in embedding.weights),
-                file_bytes=path.stat().st_size,
+                embedding_bytes=_weights_bytes(embedding),
+                model_bytes=path.stat().st_size,
                 ms_per_sentence=ms,
             )
 
@@ -440,8 +439,8 @@ class Run:
             log.write(json.dumps(seconds) + "\n")
 
 
-def _bytes(weight: keras.Variable) -> int:
-    return weight.numpy().nbytes
+def _weights_bytes(layer: keras.layers.Layer) -> int:
+    return sum(weight.numpy().nbytes for weight in layer.weights)
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

@@ -129,6 +129,7 @@ def fit(
         training,
         validation_data=validation,
         epochs=schedule.epochs,
+        shuffle=False,  # the dataset does
         callbacks=callbacks,
         verbose=verbose,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import keras
@@ -18,6 +20,15 @@ from .data import PAD_ID
 from .data import Batching
 from .data import Vocabulary
 from .data import sentence_batches
+from .model import decoder_layers
+from .model import encoder
+
+
+def _progress(items: list, description: str) -> Iterable:
+    """A progress bar, on a terminal."""
+    return track(
+        items, description, transient=True, disable=not sys.stdout.isatty()
+    )
 
 
 class Translator:
@@ -37,17 +48,11 @@ class Translator:
         batching: Batching,
         num_beams: int = 1,
     ) -> None:
-        from .model import encoder
-
         self.vocabulary = vocabulary
         self.batching = batching
         self._model = model
         self._encoder = encoder(model)
-        self._decoder_layers = [
-            layer
-            for layer in model.layers
-            if isinstance(layer, keras_nlp.layers.TransformerDecoder)
-        ]
+        self._decoder_layers = decoder_layers(model)
         self._sampler = (
             keras_nlp.samplers.GreedySampler()
             if num_beams == 1
@@ -67,7 +72,7 @@ class Translator:
                 sentences, self.vocabulary, self.batching, batch_size
             )
         )
-        for rows, source in track(batches, "Translating", transient=True):
+        for rows, source in _progress(batches, "Translating"):
             ids = self._generate(source).numpy()[: len(rows), 1:]
             for row, text in zip(rows, self.vocabulary.decode(ids)):
                 translations[row] = text
@@ -190,8 +195,8 @@ class LiteRTTranslator:
         """Translates `sentences` one at a time, as a phone would."""
         ids = self.vocabulary.encode(sentences).to_list()
         targets = np.full((len(ids), self.max_length), PAD_ID, "int32")
-        for row, source in track(
-            list(enumerate(ids)), "Translating (LiteRT)", transient=True
+        for row, source in _progress(
+            list(enumerate(ids)), "Translating (LiteRT)"
         ):
             target = self._greedy(source[: self.max_length])
             targets[row, : len(target)] = target

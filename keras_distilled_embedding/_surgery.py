@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras.src.models.functional import Functional
@@ -36,6 +37,20 @@ def graph_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
             if id(found) not in seen:
                 seen.add(id(found))
                 yield found
+
+
+def input_structure(model: keras.Model) -> Any:
+    """The symbolic inputs of a Functional or Sequential model, as it is called.
+
+    A tensor, or a list or dictionary of tensors.
+    """
+    # A Sequential model has no `input` before it is called.
+    return model.input if type(model) is Functional else model.inputs[0]
+
+
+def output_structure(model: keras.Model) -> Any:
+    """The symbolic outputs of a Functional or Sequential model."""
+    return model.output if type(model) is Functional else model.outputs[0]
 
 
 def check_copyable(model: keras.Model) -> None:

@@ -507,9 +507,11 @@ class _FeatureExtractor:
         self._names = layer_names
         if layer_names:
             self._model = keras.Model(
-                model.input,
-                [model.output]
-                + [model.get_layer(name).output for name in layer_names],
+                _surgery.input_structure(model),
+                [
+                    _surgery.output_structure(model),
+                    *(model.get_layer(name).output for name in layer_names),
+                ],
             )
 
     def __call__(self, inputs: Any, training: bool | None) -> Any:

@@ -230,17 +230,21 @@ def _endpoint(
     tf: Any, model: keras.Model
 ) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], list[Any]]:
     """A function of the model's inputs by name, and its input signature."""
-    names = [tensor.name for tensor in model.inputs]
-    if isinstance(model.input, dict):
-        names = list(model.input)
+    inputs = _surgery.input_structure(model)
+    tensors = keras.tree.flatten(inputs)
+    names = (
+        sorted(inputs)  # the order of `flatten`
+        if isinstance(inputs, dict)
+        else [tensor.name for tensor in tensors]
+    )
     signature = {
         name: tf.TensorSpec(tensor.shape, tensor.dtype, name)
-        for name, tensor in zip(names, keras.tree.flatten(model.input))
+        for name, tensor in zip(names, tensors)
     }
 
-    def endpoint(inputs: dict[str, Any]) -> dict[str, Any]:
+    def endpoint(arguments: dict[str, Any]) -> dict[str, Any]:
         values = keras.tree.pack_sequence_as(
-            model.input, [inputs[name] for name in names]
+            inputs, [arguments[name] for name in names]
         )
         outputs = model(values, training=False)
         if isinstance(outputs, dict):

@@ -71,9 +71,9 @@ class Settings:
     num_heads: int = 4
     feed_forward_dim: int = 256
     dropout: float = 0.1
-    batching: Batching = Batching(widths=(8, 16, 32), tokens=2_048)
-    teacher: Schedule = Schedule(epochs=8, peak_learning_rate=3e-3)
-    student: Schedule = Schedule(epochs=8, peak_learning_rate=3e-3)
+    batching: Batching = Batching(widths=(10, 16, 32), tokens=2_048)
+    teacher: Schedule = Schedule(epochs=5, peak_learning_rate=3e-3)
+    student: Schedule = Schedule(epochs=5, peak_learning_rate=3e-3)
     compression: float = 8.0
     activation: str | None = "relu"
     num_beams: int = 1
@@ -114,6 +114,15 @@ QUICK = dict(
     max_sentences=50,
     jit_compile=False,
 )
+
+# The rows of the table: what is evaluated, and how it is called there.
+EVALUATED = {
+    "teacher": "teacher",
+    "compressed": "compressed, before distillation",
+    "student": "compressed, distilled",
+    "teacher_litert": "teacher, LiteRT",
+    "student_litert": "compressed, distilled, LiteRT",
+}
 
 
 class Run:
@@ -269,20 +278,17 @@ class Run:
 
     def evaluate(self) -> None:
         """Translates the test set with every model; a file for each."""
-        for name, title in (
-            ("teacher", "teacher"),
-            ("compressed", "compressed, before distillation"),
-            ("student", "compressed, distilled"),
-        ):
-            self._evaluate_keras(name, title)
-        self._evaluate_litert("teacher", "teacher, LiteRT")
-        self._evaluate_litert("student", "compressed, distilled, LiteRT")
+        for name in EVALUATED:
+            path = self._result_path(name)
+            if not path.exists():
+                with self._stage(f"evaluate {name}"):
+                    _write_json(path, self._evaluate(name).to_dict())
 
     def report(self) -> list[Result]:
         """Prints the table of results and draws the pictures."""
         results = [
-            Result(**json.loads(path.read_text()))
-            for path in sorted(self.work_dir.glob("result_*.json"))
+            Result(**json.loads(self._result_path(name).read_text()))
+            for name in EVALUATED
         ]
         settings = self.settings
         print_table(
@@ -346,50 +352,36 @@ class Run:
             return 0
         return 1 if sys.stdout.isatty() else 2
 
-    def _evaluate_keras(self, name: str, title: str) -> None:
-        def evaluate() -> Result:
-            model = self.model(name)
-            embedding = model.get_layer("token_embedding")
-            bleu, ms = self._score(name, Translator(model, *self._searching))
-            beam_bleu = None
-            beams = self.settings.num_beams
-            if beams > 1:
-                beam_bleu, _ = self._score(
-                    f"{name}_beam",
-                    Translator(model, *self._searching, num_beams=beams),
-                )
-            return Result(
-                name=title,
-                bleu=bleu,
-                embedding_bytes=_weights_bytes(embedding),
-                model_bytes=_weights_bytes(model),
-                ms_per_sentence=ms,
-                beam_bleu=beam_bleu,
-            )
+    def _result_path(self, name: str) -> Path:
+        return self.work_dir / f"result_{name}.json"
 
-        self._result_stage(name, evaluate)
-
-    def _evaluate_litert(self, name: str, title: str) -> None:
-        def evaluate() -> Result:
-            path = self.work_dir / f"{name}.tflite"
+    def _evaluate(self, name: str) -> Result:
+        settings = self.settings
+        model = self.model(name.removesuffix("_litert"))
+        beam_bleu = None
+        if name.endswith("_litert"):
+            file = self.work_dir / f"{name.removesuffix('_litert')}.tflite"
+            model_bytes = file.stat().st_size
             translator = LiteRTTranslator(
-                path, self.vocabulary, self.settings.batching.max_length
+                file, self.vocabulary, settings.batching.max_length
             )
-            bleu, ms = self._score(f"{name}_litert", translator)
-            embedding = self.model(name).get_layer("token_embedding")
-            return Result(
-                name=title,
-                bleu=bleu,
-                embedding_bytes=_weights_bytes(embedding),
-                model_bytes=path.stat().st_size,
-                ms_per_sentence=ms,
-            )
-
-        self._result_stage(f"{name}_litert", evaluate)
-
-    @property
-    def _searching(self) -> tuple[Vocabulary, Batching]:
-        return self.vocabulary, self.settings.batching
+        else:
+            model_bytes = _weights_bytes(model)
+            arguments = (model, self.vocabulary, settings.batching)
+            translator = Translator(*arguments)
+            if settings.num_beams > 1:
+                beam_bleu, _ = self._score(
+                    f"{name}_beam", Translator(*arguments, settings.num_beams)
+                )
+        bleu, milliseconds = self._score(name, translator)
+        return Result(
+            name=EVALUATED[name],
+            bleu=bleu,
+            embedding_bytes=_weights_bytes(model.get_layer("token_embedding")),
+            model_bytes=model_bytes,
+            ms_per_sentence=milliseconds,
+            beam_bleu=beam_bleu,
+        )
 
     def _score(
         self, name: str, translator: Translator | LiteRTTranslator
@@ -405,21 +397,6 @@ class Run:
         )
         bleu = score(translations, self.corpus.test.target)
         return bleu, 1_000 * seconds / len(sentences)
-
-    # The order of the rows, which is the order of the files' names.
-    _ROWS = (
-        "teacher",
-        "compressed",
-        "student",
-        "teacher_litert",
-        "student_litert",
-    )
-
-    def _result_stage(self, name: str, evaluate: Callable[[], Result]) -> None:
-        path = self.work_dir / f"result_{self._ROWS.index(name)}_{name}.json"
-        if not path.exists():
-            with self._stage(f"evaluate {name}"):
-                _write_json(path, evaluate().to_dict())
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

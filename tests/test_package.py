@@ -1,0 +1,133 @@
+"""What is promised of the package as a whole."""
+
+import doctest
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_distilled_embedding as kde
+
+ROOT = Path(__file__).parent.parent
+NAMES = [name for name in kde.__all__ if not name.startswith("_")]
+
+
+def test_all_is_true():
+    assert len(set(kde.__all__)) == len(kde.__all__)
+    for name in kde.__all__:
+        assert getattr(kde, name) is not None
+
+
+def test_version_is_written_once():
+    from importlib.metadata import version
+
+    assert version("keras-distilled-embedding") == kde.__version__
+
+
+def test_import_loads_no_optional_package():
+    optional = (
+        "keras_hub",
+        "keras_nlp",
+        "tensorflow_text",
+        "ai_edge_litert",
+        "sacrebleu",
+    )
+    code = (
+        "import sys, keras_distilled_embedding; "
+        f"print([name for name in {optional} if name in sys.modules])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == "[]"
+
+
+def test_layers_of_keras_nlp_work():
+    import keras_hub
+    import keras_nlp
+
+    assert keras_nlp.layers.TransformerEncoder is (
+        keras_hub.layers.TransformerEncoder
+    )
+    ids = keras.Input((None,), dtype="int32")
+    x = keras_nlp.layers.ReversibleEmbedding(50, 8)(ids)
+    x = keras_nlp.layers.TransformerEncoder(16, 2)(x)
+    model = keras.Model(ids, x)
+    assert kde.compress(model, 4.0, verbose=0)(np.ones((1, 3))).shape == (1, 3, 8)
+
+
+def _python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def _namespace():
+    return {"keras": keras, "np": np, "kde": kde, **vars(kde), **vars(kde.layers)}
+
+
+def _public_objects():
+    objects = {name: getattr(kde, name) for name in NAMES if name != "layers"}
+    objects["DistilledEmbedding"] = kde.layers.DistilledEmbedding
+    objects["from_embedding"] = kde.layers.DistilledEmbedding.from_embedding
+    return objects
+
+
+@pytest.mark.parametrize("name", _public_objects())
+def test_public_objects_are_documented(name):
+    documented = inspect.getdoc(_public_objects()[name])
+    assert "\n\nArgs:\n" in documented or "\n\nAttributes:\n" in documented
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, value in _public_objects().items()
+        if "```python" in inspect.getdoc(value)
+    ],
+)
+def test_examples_of_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = _namespace()
+    if name == "EmbeddingDistillation" or name == "LogitsDistillation":
+        namespace["teacher"] = keras.Sequential(
+            [
+                keras.Input((None,), dtype="int32"),
+                keras.layers.Embedding(100, 16),
+                keras.layers.Dense(3),
+            ]
+        )
+        namespace["student"] = kde.compress(namespace["teacher"], 4.0, verbose=0)
+    for block in _python_blocks(inspect.getdoc(_public_objects()[name])):
+        exec(inspect.cleandoc(block), namespace)
+
+
+def test_doctests():
+    # By name: the package has a function of the same name.
+    module = importlib.import_module("keras_distilled_embedding.factorization")
+    namespace = {**vars(module), "np": np}
+    result = doctest.testmod(
+        module,
+        extraglobs=namespace,
+        optionflags=doctest.NORMALIZE_WHITESPACE,
+    )
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    namespace = _namespace()
+    blocks = _python_blocks(text)
+    assert blocks
+    for block in blocks:
+        exec(block, namespace)
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / link).exists(), link

@@ -45,12 +45,12 @@ def input_structure(model: keras.Model) -> Any:
     A tensor, or a list or dictionary of tensors.
     """
     # A Sequential model has no `input` before it is called.
-    return model.input if type(model) is Functional else model.inputs[0]
+    return model.input if isinstance(model, Functional) else model.inputs[0]
 
 
 def output_structure(model: keras.Model) -> Any:
     """The symbolic outputs of a Functional or Sequential model."""
-    return model.output if type(model) is Functional else model.outputs[0]
+    return model.output if isinstance(model, Functional) else model.outputs[0]
 
 
 def check_copyable(model: keras.Model) -> None:

@@ -353,6 +353,20 @@ def test_score_is_sacrebleu():
     assert "tok:13a" in evaluate.signature()
 
 
+def test_table_compares_with_the_first_row():
+    results = [
+        evaluate.Result("teacher", 30.0, 8_000_000, 20_000_000, 2.0, 31.0),
+        evaluate.Result("student", 29.5, 1_000_000, 13_000_000, 1.5),
+    ]
+    headings, teacher, student = evaluate.table_cells(results)
+    assert headings.index("BLEU beam") == 3
+    assert teacher[1:5] == ["30.00", "+0.00", "31.00", "8.000 MB"]
+    assert student[1:5] == ["29.50", "-0.50", "", "1.000 MB"]
+    lines = evaluate.markdown_table([headings, teacher, student]).splitlines()
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    assert lines[3].startswith("| student | 29.50 | -0.50 |")
+
+
 # The main job
 
 
@@ -362,7 +376,7 @@ def test_main_job_quick(tmp_path, capsys):
     assert command.main(arguments) == 0
     output = capsys.readouterr().out
     assert "compressed, distilled, LiteRT" in output
-    for name in ("training.png", "quality.png", "student.tflite"):
+    for name in ("training.png", "quality.png", "student.tflite", "report.md"):
         assert (work_dir / name).stat().st_size > 1_000
     assert not list(work_dir.glob("part_*"))
     student = keras.saving.load_model(work_dir / "student.keras")

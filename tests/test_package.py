@@ -59,7 +59,11 @@ def test_layers_of_keras_nlp_work():
     x = keras_nlp.layers.ReversibleEmbedding(50, 8)(ids)
     x = keras_nlp.layers.TransformerEncoder(16, 2)(x)
     model = keras.Model(ids, x)
-    assert kde.compress(model, 4.0, verbose=0)(np.ones((1, 3))).shape == (1, 3, 8)
+    assert kde.compress(model, 4.0, verbose=0)(np.ones((1, 3))).shape == (
+        1,
+        3,
+        8,
+    )
 
 
 def _python_blocks(text):
@@ -67,7 +71,13 @@ def _python_blocks(text):
 
 
 def _namespace():
-    return {"keras": keras, "np": np, "kde": kde, **vars(kde), **vars(kde.layers)}
+    return {
+        "keras": keras,
+        "np": np,
+        "kde": kde,
+        **vars(kde),
+        **vars(kde.layers),
+    }
 
 
 def _public_objects():
@@ -95,14 +105,16 @@ def test_examples_of_docstrings_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = _namespace()
     if name == "EmbeddingDistillation" or name == "LogitsDistillation":
-        namespace["teacher"] = keras.Sequential(
+        teacher = keras.Sequential(
             [
                 keras.Input((None,), dtype="int32"),
                 keras.layers.Embedding(100, 16),
                 keras.layers.Dense(3),
             ]
         )
-        namespace["student"] = kde.compress(namespace["teacher"], 4.0, verbose=0)
+        namespace["student"] = kde.compress(
+            namespace["teacher"], 4.0, verbose=0
+        )
     for block in _python_blocks(inspect.getdoc(_public_objects()[name])):
         exec(inspect.cleandoc(block), namespace)
 

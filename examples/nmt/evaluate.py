@@ -50,31 +50,49 @@ def signature() -> str:
     return str(metric.get_signature())
 
 
-def print_table(results: list[Result], title: str) -> None:
-    """Prints the results, the loss of BLEU against the first row included."""
-    table = Table(title=title, caption=f"sacreBLEU {signature()}")
-    table.add_column("model")
-    headings = ["BLEU", "Δ", "embedding", "model", "ms/sentence"]
-    with_beam = any(result.beam_bleu is not None for result in results)
-    if with_beam:
-        headings.insert(2, "BLEU beam")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+def table_cells(results: list[Result]) -> list[list[str]]:
+    """The table of results: its headings, then a row for each result.
+
+    The losses of BLEU are against the first row.
+    """
+    rows = [["model", "BLEU", "Δ", "embedding", "model size", "ms/sentence"]]
     for result in results:
-        cells = [
-            f"{result.bleu:.2f}",
-            f"{result.bleu - results[0].bleu:+.2f}",
-            f"{result.embedding_bytes / 1e6:.3f} MB",
-            f"{result.model_bytes / 1e6:.2f} MB",
-            f"{result.ms_per_sentence:.1f}",
-        ]
-        if with_beam:
-            beam = result.beam_bleu
-            cells.insert(2, "" if beam is None else f"{beam:.2f}")
-        table.add_row(result.name, *cells)
+        rows.append(
+            [
+                result.name,
+                f"{result.bleu:.2f}",
+                f"{result.bleu - results[0].bleu:+.2f}",
+                f"{result.embedding_bytes / 1e6:.3f} MB",
+                f"{result.model_bytes / 1e6:.2f} MB",
+                f"{result.ms_per_sentence:.1f}",
+            ]
+        )
+    if any(result.beam_bleu is not None for result in results):
+        beam = [result.beam_bleu for result in results]
+        column = ["" if bleu is None else f"{bleu:.2f}" for bleu in beam]
+        for row, cell in zip(rows, ["BLEU beam", *column]):
+            row.insert(3, cell)
+    return rows
+
+
+def print_table(results: list[Result], title: str) -> None:
+    """Prints the table of results."""
+    headings, *rows = table_cells(results)
+    table = Table(title=title, caption=f"sacreBLEU {signature()}")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
     # A log has no width of its own: keep each row on one line there.
     console = Console()
     Console(width=None if console.is_terminal else 110).print(table)
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Headings and rows as a Markdown table."""
+    alignment = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    lines = [rows[0], alignment, *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot_training(histories: dict[str, Path], path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import keras
@@ -26,10 +28,13 @@ from .data import Corpus
 from .data import Vocabulary
 from .data import load_corpus
 from .evaluate import Result
+from .evaluate import markdown_table
 from .evaluate import plot_quality
 from .evaluate import plot_training
 from .evaluate import print_table
 from .evaluate import score
+from .evaluate import signature
+from .evaluate import table_cells
 from .model import build_transformer
 from .model import decoder
 from .model import encoder
@@ -94,7 +99,7 @@ PRESETS = {
         dropout=0.2,
         batching=Batching(),
         teacher=Schedule(epochs=9, peak_learning_rate=1.2e-3),
-        student=Schedule(epochs=9, peak_learning_rate=1e-3, warmup=0.02),
+        student=Schedule(epochs=7, peak_learning_rate=1e-3, warmup=0.02),
         num_beams=4,
     ),
 }
@@ -291,12 +296,13 @@ class Run:
             for name in EVALUATED
         ]
         settings = self.settings
-        print_table(
-            results,
+        title = (
             f"{settings.dataset} en-de, table "
             f"{self.vocabulary.size} x {settings.d_model}, "
-            f"compressed {settings.compression:g}x",
+            f"compressed {settings.compression:g}x"
         )
+        print_table(results, title)
+        self._write_report(results, title)
         plot_training(
             {
                 name: self.work_dir / f"{name}_history.csv"
@@ -307,6 +313,30 @@ class Run:
         plot_quality(results, self.work_dir / "quality.png")
         self._console.print(f"Files and pictures: {self.work_dir}")
         return results
+
+    def _write_report(self, results: list[Result], title: str) -> None:
+        """Writes the table, and what one needs to know about it, to a file."""
+        stages = [["stage", "wall seconds", "processor seconds"]]
+        for line in (self.work_dir / "stages.jsonl").read_text().splitlines():
+            stages.append([str(cell) for cell in json.loads(line).values()])
+        versions = ", ".join(
+            f"{package} {version(package)}"
+            for package in ("keras", "tensorflow", "keras-hub", "sacrebleu")
+        )
+        parts = [
+            f"# {title}",
+            markdown_table(table_cells(results)),
+            f"sacreBLEU `{signature()}`. Milliseconds: Keras in batches of "
+            "64; LiteRT one sentence at a time, one thread.",
+            markdown_table(stages),
+            f"Python {platform.python_version()}, {versions}; "
+            f"{os.cpu_count()} cores, {platform.machine()}. Settings:",
+            f"```json\n{json.dumps(asdict(self.settings), indent=2)}\n```",
+        ]
+        _write(
+            self.work_dir / "report.md",
+            lambda part: part.write_text("\n\n".join(parts) + "\n"),
+        )
 
     # Parts of stages.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 from keras.src.models.functional import Functional
+from keras.src.saving.serialization_lib import SafeModeScope
 
 
 def iterate_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
@@ -64,22 +65,22 @@ def check_copyable(model: keras.Model) -> None:
         raise TypeError(
             f"`model` must be a `keras.Model`. Received: model={model!r}"
         )
+    if not _is_graph(model):
+        raise ValueError(
+            "`model` must be a Functional or Sequential model, and so "
+            "must the models in it. For another model replace its layers "
+            "where it makes them, with "
+            "`layers.DistilledEmbedding.from_embedding`. Received: "
+            f"model '{model.name}' of class {type(model).__name__}"
+        )
     if not model.built:
         raise ValueError(
             "`model` must be built: call it, or its `build()`, first. "
             f"Received: model={model!r}"
         )
-    for part in (model, *(m for m in model.layers if _is_model(m))):
-        if not _is_graph(part):
-            raise ValueError(
-                "`model` must be a Functional or Sequential model, and so "
-                "must the models in it. For another model replace its layers "
-                "where it makes them, with "
-                "`layers.DistilledEmbedding.from_embedding`. Received: "
-                f"model '{part.name}' of class {type(part).__name__}"
-            )
-        if part is not model:
-            check_copyable(part)
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            check_copyable(layer)
 
 
 def copy_models(
@@ -90,7 +91,7 @@ def copy_models(
 
     A layer that is called several times, or by several of the models, is
     copied once: what was shared stays shared. The copies share no variable
-    with the originals, and start with the same weights.
+    with the originals, start with the same weights, and are not compiled.
 
     Args:
         models: Functional or Sequential models.
@@ -117,15 +118,36 @@ def copy_models(
                 copied.append(layer)
         return copies[id(layer)]
 
+    # Not `keras.models.clone_model`, which compiles the copy of a compiled
+    # model, optimizer state and all, and drops the model's dtype policy.
     def copy_graph(model: keras.Model) -> keras.Model:
-        copy = keras.models.clone_model(model, clone_function=copy_layer)
-        copy.trainable = model.trainable
+        if isinstance(model, keras.Sequential):
+            # Unlike `layers`, `_layers` has the input layer.
+            layers = [copy_layer(layer) for layer in model._layers]
+            copy = keras.Sequential(layers, name=model.name)
+        else:
+            inputs = keras.tree.map_structure(
+                lambda x: copy_layer(x._keras_history.operation).output,
+                model.input,
+            )
+            outputs = model._run_through_graph(inputs, operation_fn=copy_layer)
+            copy = Functional(inputs, outputs, name=model.name)
+        copy.dtype_policy = model.dtype_policy
+        # Of the model alone: its layers have brought their own.
+        copy._trainable = model.trainable
         return copy
 
-    new_models = [copy_graph(model) for model in models]
+    # What the layers hold is code of this process: a `Lambda` may be copied.
+    with SafeModeScope(False):
+        new_models = [copy_graph(model) for model in models]
     for layer in copied:
         if isinstance(layer, keras.layers.Layer):  # not a bare operation
-            copies[id(layer)].set_weights(layer.get_weights())
+            copy = copies[id(layer)]
+            copy.set_weights(layer.get_weights())
+            for old, new in zip(
+                layer._flatten_layers(), copy._flatten_layers()
+            ):
+                new.trainable = old.trainable
     return new_models
 
 
@@ -144,10 +166,6 @@ def _check_not_held_inside(
                     f"Layer '{inner.name}' cannot be replaced: layer "
                     f"'{layer.name}' ({type(layer).__name__}) keeps it inside."
                 )
-
-
-def _is_model(layer: keras.layers.Layer) -> bool:
-    return isinstance(layer, keras.Model)
 
 
 def _is_graph(layer: keras.layers.Layer) -> bool:

@@ -67,7 +67,9 @@ def compress(
         A new, built model of the same class.
 
     Raises:
-        TypeError: If `model` is not a Keras model.
+        TypeError: If `model` is not a Keras model, or if it feeds an
+            embedding with ids that are not integers, as those of a
+            `keras.Input` without `dtype="int32"` are.
         ValueError: If `model` is not built or of another kind, if it has no
             (chosen) embedding, if `rank` or `compression` would not make a
             table smaller, if a table is not finite, or if
@@ -99,27 +101,33 @@ def compress(
 
     # Graphs first, factors later: what can fail fails before it costs time.
     (student,) = _surgery.copy_models([model], chosen)
+    for layer in chosen:
+        _check_finite(layer)
     for old, new in chosen.items():
         if verbose:
-            print(f"Factorising {old.name!r}")
-        table, reverse_table = embedding_tables(old)
-
-        def factors(table: np.ndarray, layer: DistilledEmbedding = new) -> Any:
-            return factorize(
+            print(f"Factorising '{old.name}'")
+        factors = [
+            factorize(
                 table,
-                layer.rank,
+                new.rank,
                 method=method,
-                row_weights=weights.get(layer.name),
+                row_weights=weights.get(old),
                 verbose=verbose,
                 **options,
             )
-
-        new.set_factors(
-            factors(table),
-            None if reverse_table is None else factors(reverse_table),
-        )
+            for table in embedding_tables(old)
+            if table is not None
+        ]
+        new.set_factors(*factors)
     if verbose:
         print(compression_report(student))
+        left = [
+            layer.name
+            for layer in _surgery.iterate_layers(student)
+            if isinstance(layer, keras.layers.Embedding)
+        ]
+        if left:
+            print(f"Left as they are: {', '.join(left)}")
     return student
 
 
@@ -171,40 +179,67 @@ def _matching(
     if callable(layers):
         return [layer for layer in embeddings if layers(layer)]
     names = [layers] if isinstance(layers, str) else list(layers)
-    known = {layer.name: layer for layer in embeddings}
-    unknown = [name for name in names if name not in known]
-    if unknown:
+    # Nested models may each have a layer of one name; all of them are meant.
+    known = [layer.name for layer in embeddings]
+    if not set(names) <= set(known):
         raise ValueError(
             f"`layers` must name embedding layers of the model's graph, of "
-            f"{list(known)}. Received: layers={names}"
+            f"{known}. Received: layers={names}"
         )
-    return [known[name] for name in names]
+    return [layer for layer in embeddings if layer.name in names]
 
 
 def _row_weights(
-    chosen: Mapping[Layer, DistilledEmbedding], token_frequencies: Any
-) -> dict[str, np.ndarray]:
-    """The frequencies by layer name, of the right length each."""
+    chosen: Iterable[Layer], token_frequencies: Any
+) -> dict[Layer, np.ndarray]:
+    """The frequencies by layer, checked."""
     if token_frequencies is None:
         return {}
+    names = [layer.name for layer in chosen]
     if not isinstance(token_frequencies, Mapping):
-        token_frequencies = {layer.name: token_frequencies for layer in chosen}
-    sizes = {layer.name: layer.input_dim for layer in chosen}
-    weights = {}
-    for name, frequencies in token_frequencies.items():
-        if name not in sizes:
+        token_frequencies = dict.fromkeys(names, token_frequencies)
+    if not set(token_frequencies) <= set(names):
+        raise ValueError(
+            "`token_frequencies` must be by names of compressed layers, "
+            f"of {names}. Received: {list(token_frequencies)}"
+        )
+    return {
+        layer: _checked_frequencies(layer, token_frequencies[layer.name])
+        for layer in chosen
+        if layer.name in token_frequencies
+    }
+
+
+def _checked_frequencies(layer: Layer, frequencies: Any) -> np.ndarray:
+    frequencies = np.asarray(frequencies)
+    wanted = f"`token_frequencies` of layer '{layer.name}' must "
+    if frequencies.shape != (layer.input_dim,):
+        raise ValueError(
+            f"{wanted}have shape ({layer.input_dim},), one number a token. "
+            f"Received: shape {frequencies.shape}"
+        )
+    if frequencies.dtype.kind not in "iuf":
+        raise ValueError(
+            f"{wanted}be numbers. Received: dtype {frequencies.dtype}"
+        )
+    if not (np.isfinite(frequencies) & (frequencies >= 0)).all():
+        raise ValueError(
+            f"{wanted}be finite and not negative. Received: numbers from "
+            f"{frequencies.min()} to {frequencies.max()}"
+        )
+    if not frequencies.any():
+        raise ValueError(f"{wanted}not all be 0. Received: only zeros")
+    return frequencies
+
+
+def _check_finite(layer: Layer) -> None:
+    for table in embedding_tables(layer):
+        if table is not None and not np.isfinite(table).all():
             raise ValueError(
-                "`token_frequencies` must be by names of compressed layers, "
-                f"of {list(sizes)}. Received: '{name}'"
+                f"The table of layer '{layer.name}' must be finite. Received: "
+                f"{np.count_nonzero(~np.isfinite(table))} entries that are "
+                "infinite or no number"
             )
-        weights[name] = np.asarray(frequencies)
-        if weights[name].shape != (sizes[name],):
-            raise ValueError(
-                f"`token_frequencies` of layer '{name}' must have shape "
-                f"({sizes[name]},), one number a token. "
-                f"Received: shape {weights[name].shape}"
-            )
-    return weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,8 +332,13 @@ def compression_report(model: keras.Model) -> CompressionReport:
         A `CompressionReport`: printable, and with `to_dict()`.
 
     Raises:
+        TypeError: If `model` is not a Keras model.
         ValueError: If the model has no such layer.
     """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a `keras.Model`. Received: model={model!r}"
+        )
     rows = tuple(
         _report_row(layer)
         for layer in _surgery.iterate_layers(model)

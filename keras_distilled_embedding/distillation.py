@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import numbers
 import re
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ class EmbeddingDistillation(DistillationLoss):
     """Squared distance between the teacher's tables and the student's.
 
     For every `layers.DistilledEmbedding` of the student, and the embedding of
-    the same name in the teacher, the mean over the rows of the table
+    the same name in the teacher (the first, second, ... of that name, where
+    nested models each have one), the mean over the rows of the table
 
     ```
     1/V sum_i ||E_i - E~_i||^2        E (V, d): the teacher's, fixed
@@ -133,23 +135,19 @@ def paired_embeddings(
     Raises:
         ValueError: As `EmbeddingDistillation.validate_model_compatibility`.
     """
-    tables = {
-        layer.name: layer
-        for layer in _surgery.iterate_layers(teacher)
-        if isinstance(layer, keras.layers.Embedding | DistilledEmbedding)
-    }
+    tables = dict(_named_embeddings(teacher))
     found = False
-    for layer in _surgery.iterate_layers(student):
+    for key, layer in _named_embeddings(student):
         if not isinstance(layer, DistilledEmbedding):
             continue
         found = True
-        if layer.name not in tables:
+        if key not in tables:
             raise ValueError(
                 f"`teacher` has no embedding named '{layer.name}' for the "
                 f"student's layer of that name. Received: teacher with "
-                f"embeddings {list(tables)}"
+                f"embeddings {[table.name for table in tables.values()]}"
             )
-        table = tables[layer.name]
+        table = tables[key]
         shape = (table.input_dim, table.output_dim)
         if shape != (layer.input_dim, layer.output_dim):
             raise ValueError(
@@ -164,6 +162,17 @@ def paired_embeddings(
             "into: make it with `compress(teacher)`. Received: student "
             f"'{student.name}'"
         )
+
+
+def _named_embeddings(
+    model: keras.Model,
+) -> Iterator[tuple[tuple[str, int], keras.layers.Layer]]:
+    """Yields embedding layers after their name and its count so far."""
+    counts: collections.Counter[str] = collections.Counter()
+    for layer in _surgery.iterate_layers(model):
+        if isinstance(layer, keras.layers.Embedding | DistilledEmbedding):
+            yield (layer.name, counts[layer.name]), layer
+            counts[layer.name] += 1
 
 
 def _reverse_kernel(layer: keras.layers.Layer) -> Any:
@@ -242,12 +251,15 @@ class LogitsDistillation(DistillationLoss):
         """Computes the divergence, averaged over the weighted tokens."""
         teacher_logits = keras.tree.flatten(teacher_outputs)
         student_logits = keras.tree.flatten(student_outputs)
-        weights = keras.tree.flatten(sample_weight)
-        if len(weights) == 1:
-            weights = weights * len(student_logits)
+        if isinstance(sample_weight, dict):  # by the outputs' names
+            sample_weight = keras.tree.flatten(
+                {name: sample_weight.get(name) for name in student_outputs}
+            )
+        elif not isinstance(sample_weight, list | tuple):
+            sample_weight = [sample_weight] * len(student_logits)
         losses = [
-            self._divergence(t, s, sample_weight=w)
-            for t, s, w in zip(teacher_logits, student_logits, weights)
+            self._divergence(t, s, sample_weight=_token_weights(w, s))
+            for t, s, w in zip(teacher_logits, student_logits, sample_weight)
         ]
         return sum(losses[1:], losses[0])
 
@@ -272,6 +284,19 @@ class _Divergence(keras.losses.Loss):
         log_q = ops.log_softmax(student_logits / temperature, axis=-1)
         divergence = ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
         return temperature**2 * divergence
+
+
+def _token_weights(weights: Any, logits: Any) -> Any:
+    """A weight for each token, where a whole sequence was given one.
+
+    A loss that averages by the weights it is given would sum over the tokens.
+    """
+    if weights is None or len(weights.shape) >= len(logits.shape):
+        return weights
+    while len(weights.shape) < len(logits.shape) - 1:
+        weights = ops.expand_dims(weights, -1)
+    ones = ops.ones_like(logits[..., 0], dtype="float32")
+    return ops.cast(weights, "float32") * ones
 
 
 # The losses that are given the models and the sample weights, and say
@@ -352,7 +377,10 @@ class Distiller(keras.Model):
         losses, weights = _check_losses(
             distillation_losses, distillation_loss_weights
         )
-        if not 0.0 <= student_loss_weight <= 1.0:
+        if (
+            not isinstance(student_loss_weight, numbers.Real)
+            or not 0.0 <= student_loss_weight <= 1.0
+        ):
             raise ValueError(
                 "`student_loss_weight` must be a number from 0 to 1. "
                 f"Received: student_loss_weight={student_loss_weight!r}"
@@ -416,7 +444,7 @@ class Distiller(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        penalties = sum(self.student.losses)
+        penalties = sum(ops.sum(loss) for loss in self.student.losses)
         task = 0.0
         if self.student_loss_weight > 0.0 or self.loss is not None:
             task = super().compute_loss(

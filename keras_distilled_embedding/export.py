@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,8 @@ class ExportReport:
         bytes: Its size.
         weights_bytes: Bytes of the model's weights, each counted once.
         tables: How many copies the file holds of each embedding table (of
-            each code matrix, where the table is factorised), by layer name.
+            each code matrix, with or without its activation, where the table
+            is factorised), by layer name.
         signatures: Names of the signatures.
     """
 
@@ -76,17 +75,21 @@ def export_litert(
     The file needs LiteRT's built-in operators only, accepts sequences and
     batches of any length, and is written whole or not at all. ReLU is applied
     to the codes before export, `U' = f(U)`: applied in the graph, it would
-    make the converter store them twice.
+    make the converter store them twice. (With `hidden_dim` it cannot be
+    applied before: a projection through such a layer still makes the
+    converter store `[f(U), g(U A + b)]` for all tokens, beside `U`.)
 
     Args:
-        model: A built Functional or Sequential model, compressed or not.
+        model: A built Functional or Sequential model, compressed or not,
+            that computes in float32.
         filepath: The file to write. An existing file is replaced, once the
             new one is complete.
         quantization: `None`, float32.
         signatures: Models by signature name, to put into the file in the
             place of `model` as a whole: parts of it such as an encoder and a
             decoder, which share its layers and so their tables. The names of
-            their inputs are the names of the signatures' inputs.
+            their inputs are the names of the signatures' inputs. Not
+            `"serve"`, which is Keras's own.
         verbose: Whether to print the report.
 
     Returns:
@@ -95,9 +98,10 @@ def export_litert(
     Raises:
         TypeError: If `model` or a signature is not a Keras model.
         ValueError: If `quantization` is not available, if a model is of
-            another kind, if a signature is not part of `model`, or if the
-            model needs operators that LiteRT has not.
+            another kind or dtype, if a signature is not part of `model`, or
+            if the model needs operators that LiteRT has not.
         FileNotFoundError: If the folder of `filepath` does not exist.
+        IsADirectoryError: If `filepath` is a folder.
         ImportError: If TensorFlow or ai-edge-litert is missing.
         RuntimeError: If the file would hold a table more than once.
 
@@ -125,20 +129,24 @@ def export_litert(
             f"The folder of `filepath` does not exist: make it first. "
             f"Received: filepath={str(filepath)!r}"
         )
+    if filepath.is_dir():
+        raise IsADirectoryError(
+            "`filepath` must be a file. Received a folder: "
+            f"filepath={str(filepath)!r}"
+        )
     signatures = _check_signatures(model, signatures)
+    _check_float32(model)
     _import_litert()
 
     content = _convert(_with_activations_applied(signatures))
-    tables = {
-        layer.name: _count_copies(content, _stored_table(layer))
-        for layer in _surgery.iterate_layers(model)
-        if _is_embedding(layer)
-    }
+    tables = _count_tables(content, model)
     repeated = {name: n for name, n in tables.items() if n > 1}
     if repeated:
         raise RuntimeError(
             "The converter stored tables more than once, so nothing was "
-            f"written. Copies by layer: {repeated}"
+            "written. A `DistilledEmbedding` must be a layer of the model's "
+            "graph: inside another layer, its activation cannot be applied "
+            f"beforehand. Copies by layer: {repeated}"
         )
     _write(filepath, content)
     report = ExportReport(
@@ -164,6 +172,11 @@ def _check_signatures(
             "`signatures` must be a non-empty dictionary of models by name. "
             f"Received: signatures={signatures!r}"
         )
+    if "serve" in signatures:
+        raise ValueError(
+            "`signatures` must not be named 'serve': the converter would "
+            f"drop the others. Received: signatures named {list(signatures)}"
+        )
     own = {id(variable) for variable in model.variables}
     for name, part in signatures.items():
         _surgery.check_copyable(part)
@@ -174,6 +187,21 @@ def _check_signatures(
                 f"with variables that are not the model's, {foreign[:5]}"
             )
     return dict(signatures)
+
+
+def _check_float32(model: keras.Model) -> None:
+    """LiteRT's built-in operators do not multiply in half precision."""
+    half = [
+        layer.name
+        for layer in _surgery.iterate_layers(model)
+        if layer.compute_dtype in ("float16", "bfloat16")
+    ]
+    if half:
+        raise ValueError(
+            "`model` must compute in float32: build it under the dtype policy "
+            "'float32' and load its weights. Received: layers that compute in "
+            f"half precision, {half[:5]}"
+        )
 
 
 def _import_litert() -> Any:
@@ -257,16 +285,28 @@ def _endpoint(
     return endpoint, [signature]
 
 
-def _is_embedding(layer: keras.layers.Layer) -> bool:
-    return isinstance(layer, keras.layers.Embedding | DistilledEmbedding)
+def _count_tables(content: bytes, model: keras.Model) -> dict[str, int]:
+    """How many copies of each table there are in a file, by layer name."""
+    tables: dict[str, list[np.ndarray]] = {}
+    for layer in _surgery.iterate_layers(model):
+        if isinstance(layer, keras.layers.Embedding | DistilledEmbedding):
+            tables.setdefault(layer.name, []).extend(_stored_forms(layer))
+    return {
+        name: sum(_count_copies(content, form) for form in forms)
+        for name, forms in tables.items()
+    }
 
 
-def _stored_table(layer: keras.layers.Layer) -> np.ndarray:
-    """The largest array that an embedding layer leaves in a file."""
-    if isinstance(layer, DistilledEmbedding):
-        layer = layer.with_activation_applied()
-        return keras.ops.convert_to_numpy(layer.codes)
-    return keras.ops.convert_to_numpy(layer.embeddings)
+def _stored_forms(layer: keras.layers.Layer) -> list[np.ndarray]:
+    """The largest array that an embedding layer can leave in a file.
+
+    Of a factorised table the codes, with and without their activation.
+    """
+    if not isinstance(layer, DistilledEmbedding):
+        return [keras.ops.convert_to_numpy(layer.embeddings)]
+    forms = [layer.with_activation_applied(), layer]
+    codes = [keras.ops.convert_to_numpy(form.codes) for form in forms]
+    return codes[:1] if np.array_equal(*codes) else codes
 
 
 def _count_copies(content: bytes, table: np.ndarray) -> int:
@@ -290,18 +330,9 @@ def _weights_bytes(models: Any) -> int:
 
 def _write(filepath: Path, content: bytes) -> None:
     """Puts the file in place whole; on a failure the old one stays."""
-    handle, part = tempfile.mkstemp(dir=filepath.parent, suffix=".part")
-    with _removed_on_error(part):
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+    # In a folder of its own rather than by `mkstemp`, whose files nobody else
+    # may read.
+    with tempfile.TemporaryDirectory(dir=filepath.parent) as folder:
+        part = Path(folder) / filepath.name
+        part.write_bytes(content)
         os.replace(part, filepath)
-
-
-@contextlib.contextmanager
-def _removed_on_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise

@@ -112,9 +112,8 @@ def test_examples_of_docstrings_run(name, tmp_path, monkeypatch):
                 keras.layers.Dense(3),
             ]
         )
-        namespace["student"] = kde.compress(
-            namespace["teacher"], 4.0, verbose=0
-        )
+        namespace["teacher"] = teacher
+        namespace["student"] = kde.compress(teacher, 4.0, verbose=0)
     for block in _python_blocks(inspect.getdoc(_public_objects()[name])):
         exec(inspect.cleandoc(block), namespace)
 

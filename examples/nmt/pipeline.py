@@ -70,15 +70,15 @@ class Settings:
     """
 
     dataset: str = "cldr"
-    vocabulary_size: int = 4_000
-    d_model: int = 128
-    num_layers: int = 2
+    vocabulary_size: int = 2_000
+    d_model: int = 192
+    num_layers: int = 1
     num_heads: int = 4
-    feed_forward_dim: int = 256
-    dropout: float = 0.1
-    batching: Batching = Batching(widths=(10, 16, 32), tokens=2_048)
-    teacher: Schedule = Schedule(epochs=5, peak_learning_rate=3e-3)
-    student: Schedule = Schedule(epochs=5, peak_learning_rate=3e-3)
+    feed_forward_dim: int = 384
+    dropout: float = 0.05
+    batching: Batching = Batching(widths=(12, 20, 40), tokens=1_024)
+    teacher: Schedule = Schedule(epochs=5, peak_learning_rate=2e-3)
+    student: Schedule = Schedule(epochs=5, peak_learning_rate=2e-3)
     compression: float = 8.0
     activation: str | None = "relu"
     num_beams: int = 1
@@ -94,6 +94,7 @@ PRESETS = {
         dataset="multi30k",
         vocabulary_size=8_000,
         d_model=256,
+        num_layers=2,
         num_heads=8,
         feed_forward_dim=512,
         dropout=0.2,

@@ -146,7 +146,7 @@ def distil(
     """Trains `student` on the task and towards `teacher`.
 
     The loss is 0.3 of the task's, 0.7 of the distillation's: the Kullback-
-    Leibler divergence from the teacher's predictions, and a tenth of the
+    Leibler divergence from the teacher's predictions, and a hundredth of the
     squared distance between the tables. `options` are those of `fit`.
     """
     import keras_distilled_embedding as kde
@@ -155,7 +155,7 @@ def distil(
         teacher,
         student,
         [kde.LogitsDistillation(), kde.EmbeddingDistillation()],
-        distillation_loss_weights=[1.0, 0.1],
+        distillation_loss_weights=[1.0, 0.01],
         student_loss_weight=0.3,
     )
     return fit(distiller, training, validation, schedule, **options)

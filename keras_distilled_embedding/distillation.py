@@ -75,7 +75,7 @@ class EmbeddingDistillation(DistillationLoss):
 
         Raises:
             ValueError: If the student has no `DistilledEmbedding`, or the
-                teacher no embedding of that name and shape.
+                teacher no float embedding of that name and shape.
         """
         for _ in paired_embeddings(teacher, student):
             pass
@@ -148,6 +148,15 @@ def paired_embeddings(
                 f"embeddings {[table.name for table in tables.values()]}"
             )
         table = tables[key]
+        if isinstance(table, keras.layers.Embedding) and (
+            table.quantization_mode is not None
+        ):
+            raise ValueError(
+                "`teacher` must hold float tables: those of a quantized layer "
+                "mean nothing without their scales. Received: layer "
+                f"'{table.name}' with quantization_mode="
+                f"{table.quantization_mode!r}"
+            )
         shape = (table.input_dim, table.output_dim)
         if shape != (layer.input_dim, layer.output_dim):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -286,15 +287,22 @@ def _endpoint(
 
 
 def _count_tables(content: bytes, model: keras.Model) -> dict[str, int]:
-    """How many copies of each table there are in a file, by layer name."""
-    tables: dict[str, list[np.ndarray]] = {}
-    for layer in _surgery.iterate_layers(model):
-        if isinstance(layer, keras.layers.Embedding | DistilledEmbedding):
-            tables.setdefault(layer.name, []).extend(_stored_forms(layer))
-    return {
-        name: sum(_count_copies(content, form) for form in forms)
-        for name, forms in tables.items()
-    }
+    """How many copies of each table there are in a file, by layer name.
+
+    Of the layers of one name (in nested models) the largest number.
+    """
+    tables = [
+        (layer.name, _stored_forms(layer))
+        for layer in _surgery.iterate_layers(model)
+        if isinstance(layer, keras.layers.Embedding | DistilledEmbedding)
+    ]
+    counts: dict[str, int] = {}
+    for name, forms in tables:
+        copies = sum(_count_copies(content, form) for form in forms)
+        # Layers may hold equal tables, of zeros say: each has one copy.
+        equal = sum(np.array_equal(forms[0], other[0]) for _, other in tables)
+        counts[name] = max(counts.get(name, 0), math.ceil(copies / equal))
+    return counts
 
 
 def _stored_forms(layer: keras.layers.Layer) -> list[np.ndarray]:

@@ -56,7 +56,9 @@ class Settings:
         num_layers: Encoder layers; as many decoder layers.
         num_heads: Attention heads a layer.
         feed_forward_dim: Hidden units of the feed-forward blocks.
-        dropout: Share of units dropped in training.
+        dropout: Share of units dropped in the teacher's training.
+        student_dropout: The same in the student's: with fewer parameters and
+            its teacher's predictions to follow, it needs less.
         batching: Batch shapes.
         teacher: The teacher's training.
         student: The student's distillation.
@@ -71,14 +73,15 @@ class Settings:
 
     dataset: str = "cldr"
     vocabulary_size: int = 2_000
-    d_model: int = 192
+    d_model: int = 128
     num_layers: int = 1
     num_heads: int = 4
-    feed_forward_dim: int = 384
+    feed_forward_dim: int = 256
     dropout: float = 0.05
+    student_dropout: float = 0.0
     batching: Batching = Batching(widths=(12, 20, 40), tokens=1_024)
-    teacher: Schedule = Schedule(epochs=5, peak_learning_rate=2e-3)
-    student: Schedule = Schedule(epochs=5, peak_learning_rate=2e-3)
+    teacher: Schedule = Schedule(epochs=5, peak_learning_rate=3e-3)
+    student: Schedule = Schedule(epochs=6, peak_learning_rate=3e-3)
     compression: float = 8.0
     activation: str | None = "relu"
     num_beams: int = 1
@@ -98,6 +101,7 @@ PRESETS = {
         num_heads=8,
         feed_forward_dim=512,
         dropout=0.2,
+        student_dropout=0.2,
         batching=Batching(),
         teacher=Schedule(epochs=9, peak_learning_rate=1.2e-3),
         student=Schedule(epochs=7, peak_learning_rate=1e-3, warmup=0.02),
@@ -214,18 +218,8 @@ class Run:
         """Trains the Transformer with its full table."""
 
         def train() -> keras.Model:
-            settings = self.settings
-            teacher = build_transformer(
-                self.vocabulary.size,
-                settings.batching.max_length,
-                d_model=settings.d_model,
-                num_layers=settings.num_layers,
-                num_heads=settings.num_heads,
-                feed_forward_dim=settings.feed_forward_dim,
-                dropout=settings.dropout,
-                seed=settings.seed,
-            )
-            fit(teacher, **self._training("teacher", settings.teacher))
+            teacher = self._build(self.settings.dropout)
+            fit(teacher, **self._training("teacher", self.settings.teacher))
             return teacher
 
         return self._model_stage("teacher", train)
@@ -236,8 +230,11 @@ class Run:
         def compress() -> keras.Model:
             import keras_distilled_embedding as kde
 
+            # The teacher again, but for its dropout.
+            dense = self._build(self.settings.student_dropout)
+            dense.set_weights(self.model("teacher").get_weights())
             return kde.compress(
-                self.model("teacher"),
+                dense,
                 self.settings.compression,
                 activation=self.settings.activation,
                 token_frequencies=self.vocabulary.token_frequencies(
@@ -340,6 +337,19 @@ class Run:
         )
 
     # Parts of stages.
+
+    def _build(self, dropout: float) -> keras.Model:
+        settings = self.settings
+        return build_transformer(
+            self.vocabulary.size,
+            settings.batching.max_length,
+            d_model=settings.d_model,
+            num_layers=settings.num_layers,
+            num_heads=settings.num_heads,
+            feed_forward_dim=settings.feed_forward_dim,
+            dropout=dropout,
+            seed=settings.seed,
+        )
 
     def model(self, name: str) -> keras.Model:
         """Loads the model a stage has saved."""

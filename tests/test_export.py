@@ -1,0 +1,539 @@
+"""Files for LiteRT, run by its interpreter and searched byte by byte."""
+
+import json
+import os
+import re
+import stat
+import sys
+import types
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_distilled_embedding.compression import compress
+from keras_distilled_embedding.export import ExportReport
+from keras_distilled_embedding.export import export_litert
+from keras_distilled_embedding.layers import DistilledEmbedding
+
+tf = pytest.importorskip("tensorflow")
+interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+
+pytestmark = [
+    # Keras's own, whenever it copies a variable to NumPy, as export does.
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation doesn't:DeprecationWarning"
+    ),
+    pytest.mark.skipif(
+        keras.backend.backend() != "tensorflow",
+        reason="the converter takes TensorFlow's saved models",
+    ),
+]
+
+VOCABULARY, WIDTH, RANK = 211, 24, 5
+
+
+def make_dense(**options):
+    return keras.layers.ReversibleEmbedding(
+        VOCABULARY, WIDTH, name="tokens", **options
+    )
+
+
+def make_factorized(**options):
+    return DistilledEmbedding(VOCABULARY, WIDTH, RANK, name="tokens", **options)
+
+
+def make_model(embedding=None):
+    """ids -> logits."""
+    embedding = embedding or make_dense()
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    x = embedding(ids)
+    x = keras.layers.Dense(embedding.output_dim, "relu", name="hidden")(x)
+    x = keras.layers.Dropout(0.5)(x)
+    return randomize(keras.Model(ids, embedding(x, reverse=True)))
+
+
+def randomize(model):
+    rng = np.random.default_rng(0)
+    for variable in model.weights:
+        variable.assign(rng.normal(size=variable.shape, scale=0.5))
+    return model
+
+
+def make_ids(batch, length, vocabulary=VOCABULARY, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(vocabulary, size=(batch, length)).astype("int32")
+
+
+def run(path, signature=None, **inputs):
+    """The outputs of one signature by name, new shapes allowed."""
+    runner = interpreter.Interpreter(str(path)).get_signature_runner(signature)
+    return runner(**inputs)
+
+
+def signature_names(path):
+    return set(interpreter.Interpreter(str(path)).get_signature_list())
+
+
+def builtin_operators_only(path):
+    model = schema.Model.GetRootAs(path.read_bytes(), 0)
+    codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
+    assert codes
+    return all(
+        code.BuiltinCode() != schema.BuiltinOperator.CUSTOM
+        and code.CustomCode() is None
+        for code in codes
+    )
+
+
+def copies(path, array):
+    """How often the bytes of a matrix, or of its transpose, are in a file."""
+    content = path.read_bytes()
+    array = ops.convert_to_numpy(array)
+    return content.count(array.tobytes()) + content.count(array.T.tobytes())
+
+
+def activated(layer, prefix=""):
+    codes = ops.convert_to_numpy(getattr(layer, f"{prefix}codes"))
+    return np.maximum(codes, 0)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.tflite"
+
+
+def export(model, path, **options):
+    return export_litert(model, path, verbose=False, **options)
+
+
+# What the file computes, and holds
+
+
+@pytest.mark.parametrize(
+    "make_embedding",
+    [
+        make_dense,
+        lambda: make_dense(tie_weights=False),
+        make_factorized,
+        lambda: make_factorized(activation=None),
+        lambda: make_factorized(activation="tanh"),
+        lambda: make_factorized(tie_weights=False),
+        lambda: make_factorized(logit_soft_cap=3.0),
+        lambda: make_factorized(hidden_dim=7, hidden_activation="relu"),
+        lambda: make_factorized(
+            hidden_dim=7, hidden_activation="relu", tie_weights=False
+        ),
+    ],
+    ids=[
+        "dense",
+        "dense-untied",
+        "relu",
+        "linear",
+        "tanh",
+        "untied",
+        "soft-cap",
+        "hidden",
+        "hidden-untied",
+    ],
+)
+def test_outputs_equal_keras(make_embedding, path):
+    model = make_model(make_embedding())
+    report = export(model, path)
+    for batch, length in ((1, 1), (3, 7)):
+        ids = make_ids(batch, length)
+        (logits,) = run(path, ids=ids).values()
+        assert logits.shape == (batch, length, VOCABULARY)
+        np.testing.assert_allclose(
+            logits, model(ids), rtol=1e-5, atol=1e-5 * np.abs(logits).max()
+        )
+    assert builtin_operators_only(path)
+    assert report.tables == {"tokens": 1}
+
+
+def test_one_copy_of_a_dense_table(path):
+    model = make_model()
+    report = export(model, path)
+    assert copies(path, model.get_layer("tokens").embeddings) == 1
+    assert report.tables == {"tokens": 1}
+
+
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_one_copy_of_a_compressed_table(activation, path):
+    model = make_model()
+    student = compress(model, rank=RANK, activation=activation, verbose=0)
+    layer = student.get_layer("tokens")
+    # Codes on both sides of zero, which training makes of positive ones.
+    layer.codes.assign(np.random.default_rng(0).normal(size=layer.codes.shape))
+    report = export(student, path)
+    codes = ops.convert_to_numpy(layer.codes)
+    if activation is None:
+        assert copies(path, codes) == 1
+    else:
+        assert copies(path, np.maximum(codes, 0)) == 1
+        assert copies(path, codes) == 0
+    assert copies(path, model.get_layer("tokens").embeddings) == 0
+    assert report.tables == {"tokens": 1}
+
+
+def test_one_copy_of_each_untied_table(path):
+    model = make_model(make_factorized(tie_weights=False))
+    export(model, path)
+    layer = model.get_layer("tokens")
+    for prefix in ("", "reverse_"):
+        assert copies(path, activated(layer, prefix)) == 1
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_overhead(compressed, path):
+    """A file is hardly larger than the weights in it."""
+    model = make_model(
+        keras.layers.ReversibleEmbedding(5000, 64, name="tokens")
+    )
+    if compressed:
+        model = compress(model, 4.0, verbose=0)
+    report = export(model, path)
+    weights = sum(4 * int(np.prod(w.shape)) for w in model.weights)
+    assert report.weights_bytes == weights
+    assert report.bytes == path.stat().st_size
+    assert report.overhead == path.stat().st_size / weights <= 1.05
+
+
+def make_encoder_and_decoder(embedding):
+    """Two models over one table, and the whole of which they are parts."""
+    source = keras.Input((None,), dtype="int32", name="source")
+    x = keras.layers.Dense(WIDTH, "relu", name="encoder")(embedding(source))
+    encode = keras.Model(source, x, name="encode")
+    states = keras.Input((None, WIDTH), name="states")
+    target = keras.Input((None,), dtype="int32", name="target")
+    context = keras.layers.GlobalAveragePooling1D(keepdims=True)(states)
+    x = keras.layers.Add()([embedding(target), context])
+    x = keras.layers.Dense(WIDTH, "relu", name="decoder")(x)
+    logits = embedding(x, reverse=True)
+    decode = keras.Model([target, states], logits, name="decode")
+    whole = keras.Model([source, target], decode([target, encode(source)]))
+    return randomize(whole), {"encode": encode, "decode": decode}
+
+
+@pytest.mark.parametrize("make_embedding", [make_dense, make_factorized])
+def test_signatures_share_a_table(make_embedding, path):
+    model, parts = make_encoder_and_decoder(make_embedding())
+    report = export(model, path, signatures=parts)
+    assert set(report.signatures) == signature_names(path) == set(parts)
+    source, target = make_ids(2, 5), make_ids(2, 3, seed=1)
+    (states,) = run(path, "encode", source=source).values()
+    (logits,) = run(path, "decode", target=target, states=states).values()
+    expected = model([source, target])
+    np.testing.assert_allclose(states, parts["encode"](source), atol=1e-5)
+    np.testing.assert_allclose(
+        logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()
+    )
+    layer = parts["encode"].get_layer("tokens")
+    table = (
+        activated(layer)
+        if isinstance(layer, DistilledEmbedding)
+        else layer.embeddings
+    )
+    assert copies(path, table) == 1
+    assert report.tables == {"tokens": 1}
+    assert builtin_operators_only(path)
+
+
+def test_one_part_alone(path):
+    model, parts = make_encoder_and_decoder(make_factorized())
+    part = {"encode": parts["encode"]}
+    report = export(model, path, signatures=part)
+    assert signature_names(path) == {"encode"}
+    assert report.weights_bytes == sum(
+        4 * int(np.prod(w.shape)) for w in parts["encode"].weights
+    )
+
+
+def test_default_signature(path):
+    report = export(make_model(), path)
+    assert report.signatures == ("serving_default",)
+    assert signature_names(path) == {"serving_default"}
+
+
+def test_names_of_inputs_and_outputs(path):
+    first = keras.Input((None,), dtype="int32", name="zeta")
+    second = keras.Input((None,), dtype="int32", name="alpha")
+    embedding = make_factorized()
+    x, y = embedding(first), embedding(second)
+    outputs = {"omega": x - 2.0 * y, "beta": 3.0 * x + y}
+    inputs = {"zeta": first, "alpha": second}
+    model = randomize(keras.Model(inputs, outputs))
+    export(model, path)
+    data = {"zeta": make_ids(2, 3), "alpha": make_ids(2, 3, seed=1)}
+    actual, expected = run(path, **data), model(data)
+    assert set(actual) == {"omega", "beta"}
+    for name, value in actual.items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5)
+
+
+def test_several_inputs_and_outputs_in_order(path):
+    model, _ = make_encoder_and_decoder(make_factorized())
+    source, target = model.inputs
+    model = keras.Model([source, target], [model.output, model.output * 2])
+    export(model, path)
+    data = [make_ids(2, 3), make_ids(2, 3, seed=1)]
+    actual = run(path, source=data[0], target=data[1])
+    for i, value in enumerate(model(data)):
+        np.testing.assert_allclose(
+            actual[f"output_{i}"], value, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_sequential(path):
+    model = randomize(
+        keras.Sequential(
+            [
+                keras.Input((None,), dtype="int32", name="ids"),
+                make_factorized(),
+                keras.layers.GlobalAveragePooling1D(),
+                keras.layers.Dense(3),
+            ]
+        )
+    )
+    export(model, path)
+    ids = make_ids(3, 4)
+    (outputs,) = run(path, ids=ids).values()
+    np.testing.assert_allclose(outputs, model(ids), atol=1e-5)
+
+
+def test_equal_tables_of_two_layers(path):
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    options = {"embeddings_initializer": "ones"}
+    x = keras.layers.Embedding(VOCABULARY, WIDTH, name="a", **options)(ids)
+    y = keras.layers.Embedding(VOCABULARY, WIDTH, name="b", **options)(ids)
+    report = export(keras.Model(ids, [x, y]), path)
+    assert report.tables == {"a": 1, "b": 1}
+
+
+def test_tables_of_one_name(path):
+    inputs, outputs = [], []
+    for i in range(2):
+        ids = keras.Input((None,), dtype="int32")
+        inner = keras.Model(ids, make_factorized()(ids), name=f"inner_{i}")
+        inputs.append(keras.Input((None,), dtype="int32", name=f"ids_{i}"))
+        outputs.append(inner(inputs[-1]))
+    report = export(randomize(keras.Model(inputs, outputs)), path)
+    assert report.tables == {"tokens": 1}
+
+
+def test_model_is_left_as_it_is(path):
+    model = make_model(make_factorized())
+    model.compile("adam", "mse")
+    ids = make_ids(2, 3)
+    before = [ops.convert_to_numpy(v).copy() for v in model.variables]
+    outputs = ops.convert_to_numpy(model(ids))
+    config = model.get_config()
+    export(model, path)
+    for variable, value in zip(model.variables, before):
+        np.testing.assert_array_equal(variable, value)
+    np.testing.assert_array_equal(outputs, model(ids))
+    assert model.get_layer("tokens").activation is keras.activations.relu
+    assert model.get_config() == config
+    assert model.compiled
+
+
+def test_a_quantized_or_adapted_layer_is_merged(path):
+    layer = make_factorized()
+    model = make_model(layer)
+    layer.enable_lora(2)
+    layer.lora_codes_b.assign(np.ones(layer.lora_codes_b.shape))
+    export(model, path)
+    ids = make_ids(2, 3)
+    (logits,) = run(path, ids=ids).values()
+    np.testing.assert_allclose(logits, model(ids), rtol=1e-4, atol=1e-4)
+
+
+# The file, and the report
+
+
+def test_report(path, capsys):
+    report = export_litert(make_model(), str(path))
+    assert isinstance(report, ExportReport)
+    assert capsys.readouterr().out.strip() == str(report)
+    assert f"{path}: {path.stat().st_size:,} bytes" in str(report)
+    assert "tokens (1 copy)" in str(report)
+    assert report.to_dict() == {
+        "filepath": str(path),
+        "bytes": path.stat().st_size,
+        "weights_bytes": 4 * (VOCABULARY * WIDTH + WIDTH * WIDTH + WIDTH),
+        "tables": {"tokens": 1},
+        "signatures": ("serving_default",),
+    }
+    assert json.loads(json.dumps(report.to_dict()))["bytes"] == report.bytes
+    export(make_model(), path)
+    assert capsys.readouterr().out == ""
+
+
+def test_file_is_replaced_and_nothing_else_is_left(path):
+    path.write_bytes(b"old")
+    (path.parent / "other.txt").write_text("kept")
+    mode = stat.S_IMODE((path.parent / "other.txt").stat().st_mode)
+    export(make_model(), path)
+    assert signature_names(path) == {"serving_default"}
+    assert {p.name for p in path.parent.iterdir()} == {path.name, "other.txt"}
+    # Readable by whom any new file is.
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def make_flex():
+    """erf is none of LiteRT's operators."""
+    ids = keras.Input((None,), dtype="int32")
+    return keras.Model(ids, ops.erf(make_dense()(ids)))
+
+
+class Composite(keras.layers.Layer):
+    """Keeps the table inside, where its activation cannot be applied."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = make_factorized()
+
+    def build(self, shape):
+        self.embedding.build()
+
+    def call(self, ids):
+        return self.embedding(self.embedding(ids), reverse=True)
+
+    def compute_output_shape(self, shape):
+        return (*shape, VOCABULARY)
+
+
+def make_composite():
+    ids = keras.Input((None,), dtype="int32")
+    return randomize(keras.Model(ids, Composite()(ids)))
+
+
+@pytest.mark.parametrize(
+    ("make", "failing", "error", "message"),
+    [
+        (make_model, "converter", ValueError, "converter says: no luck"),
+        (make_model, "replace", OSError, "no luck"),
+        (make_flex, None, ValueError, "(?s)built-in operators alone.*Erf"),
+        (make_composite, None, RuntimeError, r"graph.*\{'tokens': 2\}"),
+    ],
+)
+def test_a_failed_export_leaves_the_old_file(
+    make, failing, error, message, path, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise OSError("no luck")
+
+    if failing == "converter":
+        broken = types.SimpleNamespace(
+            target_spec=types.SimpleNamespace(), convert=fail
+        )
+        monkeypatch.setattr(
+            tf.lite.TFLiteConverter,
+            "from_saved_model",
+            lambda *args, **kwargs: broken,
+        )
+    if failing == "replace":
+        monkeypatch.setattr(os, "replace", fail)
+    path.write_bytes(b"old")
+    with pytest.raises(error, match=message):
+        export(make(), path)
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+# What is refused, before any work
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails a test in which the converter is reached."""
+
+    def work(*args, **kwargs):
+        raise AssertionError("the model was converted")
+
+    monkeypatch.setattr("keras_distilled_embedding.export._convert", work)
+
+
+class Subclassed(keras.Model):
+    def call(self, x):
+        return x
+
+
+def make_half():
+    ids = keras.Input((None,), dtype="int32")
+    return keras.Model(ids, make_factorized(dtype="mixed_float16")(ids))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: None, TypeError, "`model` must be a `keras.Model`"),
+        (Subclassed, ValueError, "of class Subclassed"),
+        (
+            lambda: keras.Sequential([make_dense()]),
+            ValueError,
+            "must be built",
+        ),
+        (make_half, ValueError, r"float32.*\['tokens'\]"),
+    ],
+)
+def test_bad_models(make, error, message, path, no_work):
+    with pytest.raises(error, match=message):
+        export(make(), path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "float16", 8, True])
+def test_quantization_is_not_available_yet(quantization, path, no_work):
+    with pytest.raises(
+        ValueError, match=f"not available yet.*quantization={quantization!r}"
+    ):
+        export(make_model(), path, quantization=quantization)
+
+
+def test_bad_paths(tmp_path, no_work):
+    missing = tmp_path / "missing" / "model.tflite"
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(str(missing)))):
+        export(make_model(), missing)
+    assert not missing.parent.exists()
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        export(make_model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda model: {}, TypeError, "non-empty dictionary.*signatures={}"),
+        (lambda model: [model], TypeError, "non-empty dictionary"),
+        (lambda model: {"a": None}, TypeError, "Received: model=None"),
+        (lambda model: {"a": Subclassed()}, ValueError, "class Subclassed"),
+        (
+            lambda model: {"whole": model, "other": make_model()},
+            ValueError,
+            "parts of `model`. Received: 'other' .*tokens/embeddings",
+        ),
+        (
+            lambda model: {"serve": model, "other": model},
+            ValueError,
+            r"'serve'.*\['serve', 'other'\]",
+        ),
+    ],
+)
+def test_bad_signatures(make, error, message, path, no_work):
+    model = make_model()
+    with pytest.raises(error, match=message):
+        export(model, path, signatures=make(model))
+
+
+def test_missing_package_names_the_extra(path, monkeypatch, no_work):
+    for name in list(sys.modules):
+        if name.split(".")[0] == "ai_edge_litert":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
+    with pytest.raises(
+        ImportError,
+        match=r'`ai_edge_litert.*pip install "keras-distilled-emb.*\[litert\]"',
+    ):
+        export(make_model(), path)

@@ -133,6 +133,7 @@ def plot_quality(results: list[Result], path: Path) -> None:
             marker="osD^vP"[index % 6],
         )
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(
         xlabel="embedding, MB (log scale)",
         ylabel="sacreBLEU",

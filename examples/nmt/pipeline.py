@@ -72,16 +72,16 @@ class Settings:
     """
 
     dataset: str = "cldr"
-    vocabulary_size: int = 2_000
-    d_model: int = 128
+    vocabulary_size: int = 1_000
+    d_model: int = 192
     num_layers: int = 1
     num_heads: int = 4
     feed_forward_dim: int = 256
     dropout: float = 0.05
     student_dropout: float = 0.0
-    batching: Batching = Batching(widths=(12, 20, 40), tokens=1_024)
-    teacher: Schedule = Schedule(epochs=5, peak_learning_rate=3e-3)
-    student: Schedule = Schedule(epochs=6, peak_learning_rate=3e-3)
+    batching: Batching = Batching(widths=(12, 20, 44), tokens=2_048)
+    teacher: Schedule = Schedule(epochs=4, peak_learning_rate=3e-3)
+    student: Schedule = Schedule(epochs=5, peak_learning_rate=3e-3)
     compression: float = 8.0
     activation: str | None = "relu"
     num_beams: int = 1

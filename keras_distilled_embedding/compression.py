@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -315,10 +316,10 @@ class CompressionReport:
                 f"{row.bytes_before:,} -> {row.bytes_after:,}",
                 f"{row.ratio:.2f}x",
             )
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
+        # To a string: neither a terminal's colours nor a notebook's HTML.
+        text = io.StringIO()
+        Console(file=text, width=100, force_jupyter=False).print(table)
+        return text.getvalue().rstrip()
 
 
 def compression_report(model: keras.Model) -> CompressionReport:

@@ -318,7 +318,13 @@ class CompressionReport:
             )
         # To a string: neither a terminal's colours nor a notebook's HTML.
         text = io.StringIO()
-        Console(file=text, width=100, force_jupyter=False).print(table)
+        Console(
+            file=text,
+            width=100,
+            color_system=None,
+            force_terminal=False,
+            force_jupyter=False,
+        ).print(table)
         return text.getvalue().rstrip()
 
 

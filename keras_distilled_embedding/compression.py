@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_distilled_embedding import _surgery
+from keras_distilled_embedding.factorization import check_finite_rows
 from keras_distilled_embedding.factorization import factorize
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
@@ -102,7 +103,7 @@ def compress(
 
     # Graphs first, factors later: what can fail fails before it costs time.
     (student,) = _surgery.copy_models([model], chosen)
-    for layer in chosen:
+    for layer in chosen:  # the last table, too, before the first is factorised
         _check_finite(layer)
     for old, new in chosen.items():
         if verbose:
@@ -235,12 +236,11 @@ def _checked_frequencies(layer: Layer, frequencies: Any) -> np.ndarray:
 
 def _check_finite(layer: Layer) -> None:
     for table in embedding_tables(layer):
-        if table is not None and not np.isfinite(table).all():
-            raise ValueError(
-                f"The table of layer '{layer.name}' must be finite. Received: "
-                f"{np.count_nonzero(~np.isfinite(table))} entries that are "
-                "infinite or no number"
-            )
+        if table is not None:
+            try:
+                check_finite_rows(table)
+            except ValueError as error:
+                raise ValueError(f"Layer '{layer.name}': {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -308,8 +308,8 @@ def _token_weights(weights: Any, logits: Any) -> Any:
     return ops.cast(weights, "float32") * ones
 
 
-# The losses that are given the models and the sample weights, and say
-# themselves whether they need the teacher to be run.
+# The losses that are given the models and the sample weights, beside the
+# outputs that every loss is given.
 _OWN_LOSSES = (EmbeddingDistillation, LogitsDistillation)
 
 
@@ -453,6 +453,7 @@ class Distiller(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
+        # Keras adds these to the task's loss; they are not to be weighted.
         penalties = sum(ops.sum(loss) for loss in self.student.losses)
         task = 0.0
         if self.student_loss_weight > 0.0 or self.loss is not None:

@@ -216,7 +216,7 @@ def factorize(
     table = _as_table(table)
     rank = _as_rank(rank, table.shape, function)
     weights = _as_row_weights(row_weights, len(table))
-    _check_finite_rows(table)
+    check_finite_rows(table)
 
     if method == "learned":
         codes, basis = _learned_factors(
@@ -391,7 +391,15 @@ def _as_row_weights(row_weights, num_rows: int) -> np.ndarray:
     return weights / weights.max()
 
 
-def _check_finite_rows(table: np.ndarray) -> None:
+def check_finite_rows(table: np.ndarray) -> None:
+    """Refuses a table with values that float32 does not hold.
+
+    Args:
+        table: floating-point array of shape `(input_dim, output_dim)`.
+
+    Raises:
+        ValueError: naming how many rows there are, and the first of them.
+    """
     bad_rows = np.concatenate(
         [
             rows.start + np.flatnonzero(~np.isfinite(block).all(axis=1))

@@ -706,10 +706,9 @@ def test_tables_that_are_not_finite(value, reverse, no_work):
     table = to_numpy(last.weights[reverse]).copy()
     table[3, 5] = value
     last.weights[reverse].assign(table)
-    with pytest.raises(
-        ValueError,
-        match="'last': table must be finite.* 1 of its .* first of them 3",
-    ):
+    row = 5 if reverse else 3  # the projection's kernel is transposed
+    named = f"'last': table must be finite.* 1 of its .* first of them {row}"
+    with pytest.raises(ValueError, match=named):
         compress(model, 3.0, verbose=0)
 
 

@@ -60,9 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
     if given.get("activation") == "none":
         given["activation"] = None
     for model in ("teacher", "student"):
-        epochs = getattr(options, f"{model}_epochs")
-        if epochs is not None:
-            given[model] = replace(getattr(settings, model), epochs=epochs)
+        schedule = {
+            key: value
+            for key in ("epochs", "dropout")
+            if (value := getattr(options, f"{model}_{key}", None)) is not None
+        }
+        given[model] = replace(getattr(settings, model), **schedule)
     work_dir = options.work_dir or (
         f"runs/{options.dataset}{'-quick' if options.quick else ''}"
     )

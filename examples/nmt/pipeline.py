@@ -25,6 +25,7 @@ from rich.console import Console
 
 from .data import Batching
 from .data import Corpus
+from .data import ParallelText
 from .data import Vocabulary
 from .data import load_corpus
 from .evaluate import Result
@@ -38,11 +39,13 @@ from .evaluate import table_cells
 from .model import build_transformer
 from .model import decoder
 from .model import encoder
+from .train import Recipe
 from .train import Schedule
 from .train import distil
 from .train import fit
 from .translate import LiteRTTranslator
 from .translate import Translator
+from .translate import translate_to_file
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,6 @@ class Settings:
         num_heads: Attention heads a layer.
         feed_forward_dim: Hidden units of the feed-forward blocks.
         dropout: Share of units dropped in the teacher's training.
-        student_dropout: The same in the student's: with fewer parameters and
-            its teacher's predictions to follow, it needs less.
         batching: Batch shapes.
         teacher: The teacher's training.
         student: The student's distillation.
@@ -78,10 +79,9 @@ class Settings:
     num_heads: int = 4
     feed_forward_dim: int = 256
     dropout: float = 0.05
-    student_dropout: float = 0.0
     batching: Batching = Batching(widths=(12, 20, 44), tokens=2_048)
     teacher: Schedule = Schedule(epochs=4, peak_learning_rate=3e-3)
-    student: Schedule = Schedule(epochs=5, peak_learning_rate=3e-3)
+    student: Recipe = Recipe(epochs=5, peak_learning_rate=3e-3)
     compression: float = 8.0
     activation: str | None = "relu"
     num_beams: int = 1
@@ -101,10 +101,11 @@ PRESETS = {
         num_heads=8,
         feed_forward_dim=512,
         dropout=0.2,
-        student_dropout=0.2,
         batching=Batching(),
         teacher=Schedule(epochs=9, peak_learning_rate=1.2e-3),
-        student=Schedule(epochs=7, peak_learning_rate=1e-3, warmup=0.02),
+        student=Recipe(
+            epochs=7, peak_learning_rate=1e-3, warmup=0.02, dropout=0.2
+        ),
         num_beams=4,
     ),
 }
@@ -118,7 +119,7 @@ QUICK = dict(
     feed_forward_dim=64,
     batching=Batching(widths=(16,), tokens=1_024),
     teacher=Schedule(epochs=2, peak_learning_rate=3e-3),
-    student=Schedule(epochs=2, peak_learning_rate=3e-3),
+    student=Recipe(epochs=2, peak_learning_rate=3e-3),
     num_beams=1,
     max_pairs=2_000,
     max_sentences=50,
@@ -212,6 +213,24 @@ class Run:
             _write(path, lambda part: part.write_bytes(vocabulary.proto))
         return Vocabulary(path.read_bytes())
 
+    @property
+    def training_text(self) -> ParallelText:
+        """What the student learns: the corpus, or its teacher's translation."""
+        text = self.corpus.train
+        if not self.settings.student.sequence_level:
+            return text
+        translator = Translator(
+            self.model("teacher"),
+            self.vocabulary,
+            self.settings.batching,
+            num_beams=4,
+            jit_compile=True,
+        )
+        path = self.work_dir / "train_teacher_beam4.txt"
+        return ParallelText(
+            text.source, translate_to_file(translator, text.source, path)
+        )
+
     # Stages.
 
     def train_teacher(self) -> Path:
@@ -219,7 +238,12 @@ class Run:
 
         def train() -> keras.Model:
             teacher = self._build(self.settings.dropout)
-            fit(teacher, **self._training("teacher", self.settings.teacher))
+            fit(
+                teacher,
+                **self._training(
+                    "teacher", self.corpus.train, self.settings.teacher
+                ),
+            )
             return teacher
 
         return self._model_stage("teacher", train)
@@ -230,11 +254,8 @@ class Run:
         def compress() -> keras.Model:
             import keras_distilled_embedding as kde
 
-            # The teacher again, but for its dropout.
-            dense = self._build(self.settings.student_dropout)
-            dense.set_weights(self.model("teacher").get_weights())
             return kde.compress(
-                dense,
+                self.teacher_with_dropout(self.settings.student.dropout),
                 self.settings.compression,
                 activation=self.settings.activation,
                 token_frequencies=self.vocabulary.token_frequencies(
@@ -253,7 +274,9 @@ class Run:
             distil(
                 self.model("teacher"),
                 student,
-                **self._training("student", self.settings.student),
+                **self._training(
+                    "student", self.training_text, self.settings.student
+                ),
             )
             return student
 
@@ -351,6 +374,12 @@ class Run:
             seed=settings.seed,
         )
 
+    def teacher_with_dropout(self, dropout: float) -> keras.Model:
+        """The trained teacher, rebuilt with another dropout."""
+        model = self._build(dropout)
+        model.set_weights(self.model("teacher").get_weights())
+        return model
+
     def model(self, name: str) -> keras.Model:
         """Loads the model a stage has saved."""
         return keras.saving.load_model(self._model_path(name), compile=False)
@@ -367,13 +396,15 @@ class Run:
                 _write(path, model.save)
         return path
 
-    def _training(self, name: str, schedule: Schedule) -> dict:
+    def _training(
+        self, name: str, text: ParallelText, schedule: Schedule
+    ) -> dict:
         """Arguments of `train.fit` and `train.distil` for one model."""
         settings = self.settings
         batches = settings.batching.batches
         return dict(
             training=batches(
-                self.corpus.train, self.vocabulary, shuffle_seed=settings.seed
+                text, self.vocabulary, shuffle_seed=settings.seed
             ),
             validation=batches(self.corpus.validation, self.vocabulary),
             schedule=schedule,

@@ -79,6 +79,29 @@ class Schedule:
         )
 
 
+@dataclass(frozen=True)
+class Recipe(Schedule):
+    """How a student is distilled; beside the schedule, the losses' weights.
+
+    Args:
+        student_loss_weight: Share of the task's loss, in [0, 1]; the rest is
+            the distillation's.
+        logits_weight: Weight of the divergence from the teacher's predictions.
+        embedding_weight: Weight of the squared distance between the tables.
+        temperature: Of the predictions compared.
+        dropout: Share of units dropped in the student.
+        sequence_level: Whether the student learns the teacher's own
+            translations of the training text instead of the reference ones.
+    """
+
+    student_loss_weight: float = 0.3
+    logits_weight: float = 1.0
+    embedding_weight: float = 0.01
+    temperature: float = 1.0
+    dropout: float = 0.0
+    sequence_level: bool = False
+
+
 def fit(
     model: keras.Model,
     training: tf.data.Dataset,
@@ -140,22 +163,33 @@ def distil(
     student: keras.Model,
     training: tf.data.Dataset,
     validation: tf.data.Dataset,
-    schedule: Schedule,
+    schedule: Recipe,
     **options,
 ) -> keras.callbacks.History:
-    """Trains `student` on the task and towards `teacher`.
+    """Trains `student` on the task and towards `teacher`, as `fit` does.
 
-    The loss is 0.3 of the task's, 0.7 of the distillation's: the Kullback-
-    Leibler divergence from the teacher's predictions, and a hundredth of the
-    squared distance between the tables. `options` are those of `fit`.
+    Args:
+        teacher: The trained model.
+        student: Its compressed copy.
+        training: As in `fit`.
+        validation: As in `fit`.
+        schedule: The recipe. A loss of weight zero is not computed.
+        **options: Those of `fit`.
     """
     import keras_distilled_embedding as kde
 
-    distiller = kde.Distiller(
-        teacher,
-        student,
-        [kde.LogitsDistillation(), kde.EmbeddingDistillation()],
-        distillation_loss_weights=[1.0, 0.01],
-        student_loss_weight=0.3,
-    )
-    return fit(distiller, training, validation, schedule, **options)
+    losses = {
+        kde.LogitsDistillation(schedule.temperature): schedule.logits_weight,
+        kde.EmbeddingDistillation(): schedule.embedding_weight,
+    }
+    losses = {loss: weight for loss, weight in losses.items() if weight > 0}
+    model = student
+    if losses and schedule.student_loss_weight < 1.0:
+        model = kde.Distiller(
+            teacher,
+            student,
+            list(losses),
+            distillation_loss_weights=list(losses.values()),
+            student_loss_weight=schedule.student_loss_weight,
+        )
+    return fit(model, training, validation, schedule, **options)

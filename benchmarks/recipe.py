@@ -13,13 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
 import sys
 import time
 from dataclasses import asdict
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -30,7 +27,6 @@ import tensorflow as tf
 import keras_distilled_embedding as kde
 from examples.nmt.data import ParallelText
 from examples.nmt.evaluate import score
-from examples.nmt.evaluate import signature
 from examples.nmt.pipeline import PRESETS
 from examples.nmt.pipeline import Run
 from examples.nmt.train import Recipe

@@ -6,6 +6,7 @@ else goes through these functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -49,9 +50,30 @@ def input_structure(model: keras.Model) -> Any:
     return model.input if isinstance(model, Functional) else model.inputs[0]
 
 
-def output_structure(model: keras.Model) -> Any:
-    """The symbolic outputs of a Functional or Sequential model."""
-    return model.output if isinstance(model, Functional) else model.outputs[0]
+def keras_mask(tensor: Any) -> Any:
+    """The mask that Keras has attached to a layer's output, or `None`."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def watch_calls(
+    layer: keras.layers.Layer, keep: Callable[[Any], object]
+) -> None:
+    """Hands everything that `layer` returns to `keep`, until told to stop."""
+    call = layer.call
+
+    def watched_call(*args: Any, **kwargs: Any) -> Any:
+        outputs = call(*args, **kwargs)
+        keep(outputs)
+        return outputs
+
+    # Past Keras, which would track an attribute: its layers look `call` up
+    # on themselves each time they are called.
+    object.__setattr__(layer, "call", watched_call)
+
+
+def stop_watching(layer: keras.layers.Layer) -> None:
+    """Undoes `watch_calls`."""
+    vars(layer).pop("call", None)
 
 
 def check_copyable(model: keras.Model) -> None:

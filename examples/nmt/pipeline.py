@@ -403,9 +403,7 @@ class Run:
         settings = self.settings
         batches = settings.batching.batches
         return dict(
-            training=batches(
-                text, self.vocabulary, shuffle_seed=settings.seed
-            ),
+            training=batches(text, self.vocabulary, shuffle_seed=settings.seed),
             validation=batches(self.corpus.validation, self.vocabulary),
             schedule=schedule,
             backup_dir=self.work_dir / f"{name}_backup",

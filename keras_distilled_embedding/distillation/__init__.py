@@ -1,9 +1,15 @@
 """Train a compressed model towards the model it was made from."""
 
 from keras_distilled_embedding.distillation.distiller import Distiller
-from keras_distilled_embedding.distillation.losses import EmbeddingDistillation
-from keras_distilled_embedding.distillation.losses import LogitsDistillation
-from keras_distilled_embedding.distillation.losses import paired_embeddings
+from keras_distilled_embedding.distillation.embedding_distillation import (
+    EmbeddingDistillation,
+)
+from keras_distilled_embedding.distillation.embedding_distillation import (
+    paired_embeddings,
+)
+from keras_distilled_embedding.distillation.logits_distillation import (
+    LogitsDistillation,
+)
 
 __all__ = [
     "Distiller",

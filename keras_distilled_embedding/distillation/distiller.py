@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 from keras.distillation import DistillationLoss
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding.distillation.losses import EmbeddingDistillation
-from keras_distilled_embedding.distillation.losses import LogitsDistillation
+from keras_distilled_embedding.distillation.embedding_distillation import (
+    EmbeddingDistillation,
+)
+from keras_distilled_embedding.distillation.evaluation import evaluate_loss
+from keras_distilled_embedding.distillation.evaluation import (
+    needs_teacher_outputs,
+)
+from keras_distilled_embedding.distillation.features import FeatureExtractor
 
-_PACKAGE = "keras_distilled_embedding"
 
-# The losses that are given the models and the sample weights, beside the
-# outputs that every loss is given.
-_OWN_LOSSES = (EmbeddingDistillation, LogitsDistillation)
-
-
-@keras.saving.register_keras_serializable(package=_PACKAGE)
+@keras.saving.register_keras_serializable(package="keras_distilled_embedding")
 class Distiller(keras.Model):
     """Trains a student on its task and towards its teacher.
 
@@ -95,40 +95,68 @@ class Distiller(keras.Model):
         losses, weights = _check_losses(
             distillation_losses, distillation_loss_weights
         )
-        if (
-            not isinstance(student_loss_weight, numbers.Real)
-            or not 0.0 <= student_loss_weight <= 1.0
-        ):
-            raise ValueError(
-                "`student_loss_weight` must be a number from 0 to 1. "
-                f"Received: student_loss_weight={student_loss_weight!r}"
-            )
+        _check_student_loss_weight(student_loss_weight)
         for loss in losses:
-            loss.validate_model_compatibility(teacher, student)
+            # Keras's own finds layers of Functional and Sequential models.
+            if type(loss) is not keras.distillation.FeatureDistillation:
+                loss.validate_model_compatibility(teacher, student)
         kwargs.setdefault("dtype", student.dtype_policy)
         super().__init__(name=name, **kwargs)
         self.teacher = teacher
         self.student = student
         self.distillation_losses = losses
-        self.distillation_loss_weights = weights
-        self.student_loss_weight = float(student_loss_weight)
+        # What the compiled step reads, so that weights may change between
+        # steps; what the properties give is the same without rounding.
+        self._weights_in_use = self.add_weight(
+            shape=(1 + len(weights),),
+            initializer="zeros",
+            trainable=False,
+            dtype="float32",
+            autocast=False,
+            name="loss_weights",
+        )
+        self._set_weights_in_use([student_loss_weight, *weights])
         # Keras tracks a layer's seed generators, not those of its losses.
         self._loss_seed_generators = [
             loss.seed_generator
             for loss in losses
             if isinstance(loss, EmbeddingDistillation)
         ]
-        self._teacher_features = _FeatureExtractor(
-            teacher, _layer_names(losses, "teacher_layer_name")
+        self._teacher_features = FeatureExtractor(
+            teacher, _layer_names(losses, "teacher_layer_name"), "teacher"
         )
-        self._student_features = _FeatureExtractor(
-            student, _layer_names(losses, "student_layer_name")
+        self._student_features = FeatureExtractor(
+            student, _layer_names(losses, "student_layer_name"), "student"
         )
         self._task_tracker = keras.metrics.Mean(name="task_loss")
         self._distillation_trackers = [
             keras.metrics.Mean(name=name) for name in _loss_names(losses)
         ]
         self.built = True
+
+    @property
+    def student_loss_weight(self) -> float:
+        """The share of the task's loss; may be set between steps."""
+        return self._weight_values[0]
+
+    @student_loss_weight.setter
+    def student_loss_weight(self, weight: float) -> None:
+        _check_student_loss_weight(weight)
+        self._set_weights_in_use([weight, *self._weight_values[1:]])
+
+    @property
+    def distillation_loss_weights(self) -> list[float]:
+        """A weight for each distillation loss; may be set between steps."""
+        return self._weight_values[1:]
+
+    @distillation_loss_weights.setter
+    def distillation_loss_weights(self, weights: Sequence[float]) -> None:
+        _, weights = _check_losses(self.distillation_losses, weights)
+        self._set_weights_in_use([self.student_loss_weight, *weights])
+
+    def _set_weights_in_use(self, values: list[float]) -> None:
+        self._weight_values = [float(value) for value in values]
+        self._weights_in_use.assign(self._weight_values)
 
     # Only the student is trained. The teacher's own `trainable` is left
     # alone: it belongs to whoever made the teacher.
@@ -172,44 +200,62 @@ class Distiller(keras.Model):
             task = task - penalties
         self._track(self._task_tracker, task, x)
         distillation = self._distillation_loss(x, y_pred, sample_weight)
-        w = self.student_loss_weight
+        w = self._weights_in_use[0]
         return w * task + (1.0 - w) * distillation + penalties
 
     def _distillation_loss(
         self, x: Any, y_pred: Any, sample_weight: Any
     ) -> Any:
-        teacher_outputs = None
-        if any(_needs_outputs(loss) for loss in self.distillation_losses):
-            teacher_outputs = keras.tree.map_structure(
-                ops.stop_gradient, self._teacher_features(x, training=False)
-            )
+        if any(map(needs_teacher_outputs, self.distillation_losses)):
+            self._teacher_features(x, training=False)
         total = 0.0
-        for loss, weight, tracker in zip(
-            self.distillation_losses,
-            self.distillation_loss_weights,
-            self._distillation_trackers,
-        ):
-            if isinstance(loss, _OWN_LOSSES):
-                value = loss.compute_loss(
-                    teacher_outputs,
-                    y_pred,
-                    sample_weight=sample_weight,
-                    teacher=self.teacher,
-                    student=self.student,
-                )
-            else:
-                value = loss.compute_loss(
-                    self._teacher_features.of(loss, "teacher_layer_name"),
-                    self._student_features.of(loss, "student_layer_name"),
-                )
-            self._track(tracker, value, x)
-            total = total + weight * value
+        for index, loss in enumerate(self.distillation_losses):
+            value = evaluate_loss(
+                loss,
+                self._teacher_outputs_for(loss),
+                self._student_features.of(
+                    getattr(loss, "student_layer_name", None)
+                ),
+                sample_weight=sample_weight,
+                teacher=self.teacher,
+                student=self.student,
+            )
+            self._track(self._distillation_trackers[index], value, x)
+            total = total + self._weights_in_use[1 + index] * value
         return total
+
+    def _teacher_outputs_for(self, loss: DistillationLoss) -> Any:
+        if not needs_teacher_outputs(loss):
+            return None
+        return keras.tree.map_structure(
+            ops.stop_gradient,
+            self._teacher_features.of(
+                getattr(loss, "teacher_layer_name", None)
+            ),
+        )
 
     def _track(self, metric: keras.metrics.Mean, value: Any, x: Any) -> None:
         # Weighted by the batch's size, as Keras weighs the loss it logs.
         size = ops.shape(keras.tree.flatten(x)[0])[0]
         metric.update_state(ops.stop_gradient(value), sample_weight=size)
+
+    # Random states are not among a model's weights. With them, what is saved
+    # in the midst of a training goes on as if it had not been interrupted.
+
+    def save_own_variables(self, store: dict[str, Any]) -> None:
+        store["loss_weights"] = np.asarray(self._weight_values, "float64")
+        for index, state in enumerate(self._random_states()):
+            store[f"random_state_{index}"] = ops.convert_to_numpy(state)
+
+    def load_own_variables(self, store: dict[str, Any]) -> None:
+        self._set_weights_in_use(np.asarray(store["loss_weights"]).tolist())
+        for index, state in enumerate(self._random_states()):
+            state.assign(store[f"random_state_{index}"])
+
+    def _random_states(self) -> list[keras.Variable]:
+        own = [self._weights_in_use, *self.teacher.variables]
+        known = {id(v) for v in (*own, *self.student.weights)}
+        return [v for v in self.variables if id(v) not in known]
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
@@ -237,45 +283,6 @@ class Distiller(keras.Model):
             for loss in config["distillation_losses"]
         ]
         return cls(**config)
-
-
-class _FeatureExtractor:
-    """Runs a model once, and keeps the outputs of some of its layers.
-
-    Not a layer: the models belong to the distiller.
-
-    Args:
-        model: A model; Functional or Sequential, if there are layer names.
-        layer_names: Names of the layers whose outputs are wanted.
-    """
-
-    def __init__(self, model: keras.Model, layer_names: list[str]) -> None:
-        self._model = model
-        self._names = layer_names
-        if layer_names:
-            self._model = keras.Model(
-                _surgery.input_structure(model),
-                [
-                    _surgery.output_structure(model),
-                    *(model.get_layer(name).output for name in layer_names),
-                ],
-            )
-
-    def __call__(self, inputs: Any, training: bool | None) -> Any:
-        outputs = self._model(inputs, training=training)
-        self._features = {None: outputs}
-        if self._names:
-            outputs, *features = outputs
-            self._features = {None: outputs, **dict(zip(self._names, features))}
-        return outputs
-
-    def of(self, loss: DistillationLoss, attribute: str) -> Any:
-        """What `loss` compares: the outputs, or those of a layer it names."""
-        return self._features[getattr(loss, attribute, None)]
-
-
-def _needs_outputs(loss: DistillationLoss) -> bool:
-    return not isinstance(loss, EmbeddingDistillation)
 
 
 def _layer_names(
@@ -316,6 +323,14 @@ def _check_models(teacher: keras.Model, student: keras.Model) -> None:
             "`teacher` and `student` must not share variables: training the "
             "student would change the teacher. `compress` copies them. "
             f"Received: shared variables {shared[:5]}"
+        )
+
+
+def _check_student_loss_weight(weight: float) -> None:
+    if not isinstance(weight, numbers.Real) or not 0.0 <= weight <= 1.0:
+        raise ValueError(
+            "`student_loss_weight` must be a number from 0 to 1. "
+            f"Received: student_loss_weight={weight!r}"
         )
 
 

@@ -1,27 +1,25 @@
-"""What a student is compared with its teacher by."""
+"""The distance of the student's tables from its teacher's."""
 
 from __future__ import annotations
 
 import collections
-import numbers
-import re
 from collections.abc import Iterator
-from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 from keras.distillation import DistillationLoss
 
 from keras_distilled_embedding import _surgery
+from keras_distilled_embedding.distillation.weighting import is_positive_integer
+from keras_distilled_embedding.distillation.weighting import mean
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 
-_PACKAGE = "keras_distilled_embedding"
 
-
-@keras.saving.register_keras_serializable(package=_PACKAGE)
+@keras.saving.register_keras_serializable(package="keras_distilled_embedding")
 class EmbeddingDistillation(DistillationLoss):
     """Squared distance between the teacher's tables and the student's.
 
@@ -34,7 +32,8 @@ class EmbeddingDistillation(DistillationLoss):
     ```
 
     and the sum of these over the layers; an untied layer counts both of its
-    tables. The teacher itself is not run for this loss.
+    tables. With row weights `w` the mean is `sum_i w_i ||.||^2 / sum_i w_i`.
+    The teacher itself is not run for this loss.
 
     Args:
         num_rows: Integer or `None`. How many rows, drawn anew at every step,
@@ -42,6 +41,13 @@ class EmbeddingDistillation(DistillationLoss):
             `None` uses all rows, which costs about `rank / output_dim` of
             what projecting a batch of `V` tokens costs.
         seed: Integer, seed of the draws.
+        row_weights: Array `(V,)` of numbers of at least zero, such as token
+            frequencies: how much each row counts. A dictionary gives each
+            layer its own, by the layer's name; layers that it leaves out
+            weigh their rows equally, as all do by default.
+
+    Raises:
+        ValueError: If an argument is out of its range.
 
     Example:
 
@@ -54,12 +60,15 @@ class EmbeddingDistillation(DistillationLoss):
       the second stage.
     """
 
-    def __init__(self, num_rows: int | None = None, seed: int = 0) -> None:
-        if num_rows is not None and (
-            isinstance(num_rows, bool)
-            or not isinstance(num_rows, numbers.Integral)
-            or num_rows < 1
-        ):
+    needs_teacher_outputs = False
+
+    def __init__(
+        self,
+        num_rows: int | None = None,
+        seed: int = 0,
+        row_weights: Any = None,
+    ) -> None:
+        if num_rows is not None and not is_positive_integer(num_rows):
             raise ValueError(
                 "`num_rows` must be a positive integer or None. "
                 f"Received: num_rows={num_rows!r}"
@@ -67,18 +76,41 @@ class EmbeddingDistillation(DistillationLoss):
         self.num_rows = num_rows
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
+        self.row_weights = row_weights
+        # By layer name; the one of `None` is every other layer's.
+        if not isinstance(row_weights, dict):
+            row_weights = {} if row_weights is None else {None: row_weights}
+        self._row_weights = {
+            name: _mean_one(weights) for name, weights in row_weights.items()
+        }
 
     def validate_model_compatibility(
         self, teacher: keras.Model, student: keras.Model
     ) -> None:
-        """Refuses models whose tables cannot be paired.
+        """Refuses models whose tables cannot be paired, or weighted.
 
         Raises:
             ValueError: If the student has no `DistilledEmbedding`, or the
-                teacher no float embedding of that name and shape.
+                teacher no float embedding of that name and shape, or if
+                `row_weights` fits no table.
         """
-        for _ in paired_embeddings(teacher, student):
-            pass
+        layers = [layer for _, layer in paired_embeddings(teacher, student)]
+        names = {layer.name for layer in layers}
+        unknown = set(self._row_weights) - names - {None}
+        if unknown:
+            raise ValueError(
+                "`row_weights` must be given by names of the student's "
+                f"DistilledEmbedding layers, {sorted(names)}. "
+                f"Received: {sorted(unknown)}"
+            )
+        for layer in layers:
+            weights = self._weights_of(layer)
+            if weights is not None and len(weights) != layer.input_dim:
+                raise ValueError(
+                    "`row_weights` must hold one number for each row of the "
+                    f"layer '{layer.name}', {layer.input_dim}. "
+                    f"Received: {len(weights)} numbers"
+                )
 
     def compute_loss(
         self,
@@ -102,6 +134,7 @@ class EmbeddingDistillation(DistillationLoss):
         self, table: Any, layer: DistilledEmbedding, reverse: bool = False
     ) -> Any:
         ids = None
+        weights = self._weights_of(layer)
         if self.num_rows is not None:
             ids = keras.random.randint(
                 (self.num_rows,), 0, layer.input_dim, seed=self.seed_generator
@@ -112,14 +145,50 @@ class EmbeddingDistillation(DistillationLoss):
             ops.stop_gradient(ops.cast(table, "float32")),
             ops.cast(rows, "float32"),
         )
-        return ops.mean(ops.sum(ops.square(difference), axis=-1))
+        distances = ops.sum(ops.square(difference), axis=-1)
+        if weights is not None:
+            weights = ops.convert_to_tensor(weights)
+            if ids is not None:
+                weights = ops.take(weights, ids)
+            distances = weights * distances
+        return mean(distances)
+
+    def _weights_of(self, layer: DistilledEmbedding) -> np.ndarray | None:
+        return self._row_weights.get(layer.name, self._row_weights.get(None))
 
     def get_config(self) -> dict[str, Any]:
-        return {"num_rows": self.num_rows, "seed": self.seed}
+        weights = self.row_weights
+        if isinstance(weights, dict):
+            weights = {k: np.asarray(v).tolist() for k, v in weights.items()}
+        elif weights is not None:
+            weights = np.asarray(weights).tolist()
+        return {
+            "num_rows": self.num_rows,
+            "seed": self.seed,
+            "row_weights": weights,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> EmbeddingDistillation:
         return cls(**config)
+
+
+def _mean_one(weights: Any) -> np.ndarray:
+    """Row weights as float32 of mean 1: the weighted sum becomes a mean."""
+    array = np.asarray(weights, dtype="float64")
+    if (
+        array.ndim != 1
+        or not np.all(np.isfinite(array))
+        or np.any(array < 0)
+        or not array.sum() > 0
+    ):
+        raise ValueError(
+            "`row_weights` must be finite numbers of at least zero, one for "
+            "each row of the table, not all zero. Received: "
+            f"shape={array.shape}, from {array.min(initial=np.inf)} to "
+            f"{array.max(initial=-np.inf)}"
+        )
+    return (array / array.mean()).astype("float32")
 
 
 def paired_embeddings(
@@ -189,120 +258,3 @@ def _reverse_kernel(layer: keras.layers.Layer) -> Any:
     if getattr(layer, "tie_weights", True):
         return ops.transpose(layer.embeddings)
     return layer.reverse_embeddings
-
-
-@keras.saving.register_keras_serializable(package=_PACKAGE)
-class LogitsDistillation(DistillationLoss):
-    """Kullback-Leibler divergence of the student's predictions.
-
-    For each token, with the teacher's logits `t`, the student's `s` and the
-    temperature `T`,
-
-    ```
-    T^2 sum_v p_v (log p_v - log q_v),   p = softmax(t / T), q = softmax(s / T)
-    ```
-
-    The factor `T^2` keeps the gradient's scale (Hinton et al.). Tokens are
-    averaged by their sample weight, and masked ones left out; with several
-    outputs the losses add up.
-
-    Args:
-        temperature: Positive number `T`.
-
-    Example:
-
-    ```python
-    distiller = Distiller(teacher, student, [LogitsDistillation(2.0)])
-    ```
-
-    References:
-    - [Hinton et al., 2015](https://arxiv.org/abs/1503.02531)
-    """
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        if not isinstance(temperature, numbers.Real) or not temperature > 0:
-            raise ValueError(
-                "`temperature` must be a positive number. "
-                f"Received: temperature={temperature!r}"
-            )
-        self.temperature = temperature
-        self._divergence = _Divergence(temperature)
-
-    def validate_model_compatibility(
-        self, teacher: keras.Model, student: keras.Model
-    ) -> None:
-        """Refuses models with symbolic outputs of different vocabularies.
-
-        Raises:
-            ValueError: If the last dimensions of the outputs differ.
-        """
-        outputs = [
-            getattr(model, "outputs", None) for model in (teacher, student)
-        ]
-        if not all(outputs):
-            return
-        sizes = [[out.shape[-1] for out in outs] for outs in outputs]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                "`teacher` and `student` must predict over the same "
-                f"vocabulary. Received: outputs of size {sizes[0]} from the "
-                f"teacher, {sizes[1]} from the student"
-            )
-
-    def compute_loss(
-        self,
-        teacher_outputs: Any,
-        student_outputs: Any,
-        *,
-        sample_weight: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Computes the divergence, averaged over the weighted tokens."""
-        teacher_logits = keras.tree.flatten(teacher_outputs)
-        student_logits = keras.tree.flatten(student_outputs)
-        if isinstance(sample_weight, dict):  # by the outputs' names
-            sample_weight = keras.tree.flatten(
-                {name: sample_weight.get(name) for name in student_outputs}
-            )
-        elif not isinstance(sample_weight, list | tuple):
-            sample_weight = [sample_weight] * len(student_logits)
-        losses = [
-            self._divergence(t, s, sample_weight=_token_weights(w, s))
-            for t, s, w in zip(teacher_logits, student_logits, sample_weight)
-        ]
-        return sum(losses[1:], losses[0])
-
-    def get_config(self) -> dict[str, Any]:
-        return {"temperature": self.temperature}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> LogitsDistillation:
-        return cls(**config)
-
-
-class _Divergence(keras.losses.Loss):
-    """The formula of `LogitsDistillation`; Keras masks, weighs, averages."""
-
-    def __init__(self, temperature: float) -> None:
-        super().__init__("divergence", reduction="mean_with_sample_weight")
-        self.temperature = temperature
-
-    def call(self, teacher_logits: Any, student_logits: Any) -> Any:
-        temperature = ops.cast(self.temperature, student_logits.dtype)
-        log_p = ops.log_softmax(teacher_logits / temperature, axis=-1)
-        log_q = ops.log_softmax(student_logits / temperature, axis=-1)
-        divergence = ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
-        return temperature**2 * divergence
-
-
-def _token_weights(weights: Any, logits: Any) -> Any:
-    """A weight for each token, where a whole sequence was given one.
-
-    A loss that averages by the weights it is given would sum over the tokens.
-    """
-    if weights is None or len(weights.shape) >= len(logits.shape):
-        return weights
-    while len(weights.shape) < len(logits.shape) - 1:
-        weights = ops.expand_dims(weights, -1)
-    ones = ops.ones_like(logits[..., 0], dtype="float32")
-    return ops.cast(weights, "float32") * ones

@@ -1,0 +1,90 @@
+"""What the layers inside a model return, caught in its one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+from keras_distilled_embedding import _surgery
+
+
+class FeatureExtractor:
+    """Runs a model once, and keeps the outputs of some of its layers.
+
+    The layers are found by name at any depth, and caught while the model
+    runs: it may be of any class. Not a layer itself: the models belong to the
+    distiller.
+
+    Args:
+        model: A built model.
+        layer_names: Names of the layers whose outputs are wanted.
+        argument: What the model is called in errors.
+
+    Raises:
+        ValueError: If no layer, or more than one, has such a name.
+    """
+
+    def __init__(
+        self, model: keras.Model, layer_names: Iterable[str], argument: str
+    ) -> None:
+        self._model = model
+        self._argument = argument
+        self._layers = {
+            name: _find_layer(model, name, argument) for name in layer_names
+        }
+        self._features: dict[str | None, Any] = {}
+
+    def __call__(self, inputs: Any, training: bool | None) -> Any:
+        """Returns the model's outputs; `of` then returns the layers'."""
+        with self._catching() as caught:
+            outputs = self._model(inputs, training=training)
+        self._features = {None: outputs}
+        for name, calls in caught.items():
+            if len(calls) != 1:
+                raise ValueError(
+                    "A feature must be what a layer returns in its one call. "
+                    f"Received: layer '{name}' of the {self._argument}, "
+                    f"called {len(calls)} times"
+                )
+            self._features[name] = calls[0]
+        return outputs
+
+    def of(self, layer_name: str | None) -> Any:
+        """The outputs of the layer of that name; of the model, for `None`."""
+        return self._features[layer_name]
+
+    @contextmanager
+    def _catching(self) -> Iterator[dict[str, list[Any]]]:
+        caught: dict[str, list[Any]] = {name: [] for name in self._layers}
+        try:
+            for name, layer in self._layers.items():
+                _surgery.watch_calls(layer, caught[name].append)
+            yield caught
+        finally:
+            for layer in self._layers.values():
+                _surgery.stop_watching(layer)
+
+
+def _find_layer(
+    model: keras.Model, name: str, argument: str
+) -> keras.layers.Layer:
+    # Those next to the model's surface first, as `get_layer` finds them.
+    for layers in (model.layers, _surgery.iterate_layers(model)):
+        found = [layer for layer in layers if layer.name == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(
+                f"`{argument}` must have one layer of a name that a "
+                f"distillation loss asks for. Received: {len(found)} layers "
+                f"named '{name}'"
+            )
+    raise ValueError(
+        f"`{argument}` has no layer '{name}', which a distillation loss asks "
+        f"for. Received: {argument} with layers "
+        f"{[layer.name for layer in model.layers]}"
+    )

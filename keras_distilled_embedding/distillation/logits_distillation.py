@@ -1,0 +1,183 @@
+"""The divergence of the student's predictions from its teacher's."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+from keras.distillation import DistillationLoss
+
+from keras_distilled_embedding.distillation.weighting import is_positive_integer
+from keras_distilled_embedding.distillation.weighting import mean_over_tokens
+from keras_distilled_embedding.distillation.weighting import weights_by_output
+
+
+@dataclass(frozen=True)
+class TopPredictions:
+    """A teacher's most likely classes, as `cache_teacher` keeps them.
+
+    Args:
+        log_probabilities: Floats `(..., k)`, at the loss's temperature.
+        classes: Integers `(..., k)`.
+    """
+
+    log_probabilities: Any
+    classes: Any
+
+
+@keras.saving.register_keras_serializable(package="keras_distilled_embedding")
+class LogitsDistillation(DistillationLoss):
+    """Kullback-Leibler divergence of the student's predictions.
+
+    For each token, with the teacher's logits `t`, the student's `s` and the
+    temperature `T`,
+
+    ```
+    T^2 sum_v p_v (log p_v - log q_v),   p = softmax(t / T), q = softmax(s / T)
+    ```
+
+    The factor `T^2` keeps the gradient's scale (Hinton et al.). Tokens are
+    averaged by their sample weight, and masked ones left out; with several
+    outputs the losses add up. The targets are the teacher's predictions as
+    they are: label smoothing, where the task's loss has any, stays there.
+
+    With `top_k`, or from a cached teacher, the sum runs over the teacher's
+    `k` most likely classes and, as one more, all others together. It is never
+    more than the full divergence, and equal to it at `k = V`.
+
+    Args:
+        temperature: Positive number `T`.
+        top_k: Positive integer or `None`. How many of the teacher's classes
+            are told apart; `None` is all that there are.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    ```python
+    distiller = Distiller(teacher, student, [LogitsDistillation(2.0)])
+    ```
+
+    References:
+    - [Hinton et al., 2015](https://arxiv.org/abs/1503.02531)
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, top_k: int | None = None
+    ) -> None:
+        if (
+            not isinstance(temperature, numbers.Real)
+            or isinstance(temperature, bool)
+            or not 0 < temperature < float("inf")
+        ):
+            raise ValueError(
+                "`temperature` must be a positive number. "
+                f"Received: temperature={temperature!r}"
+            )
+        if top_k is not None and not is_positive_integer(top_k):
+            raise ValueError(
+                "`top_k` must be a positive integer or None. "
+                f"Received: top_k={top_k!r}"
+            )
+        self.temperature = temperature
+        self.top_k = top_k
+
+    def validate_model_compatibility(
+        self, teacher: keras.Model, student: keras.Model
+    ) -> None:
+        """Refuses models with symbolic outputs of different vocabularies.
+
+        Raises:
+            ValueError: If the last dimensions of the outputs differ.
+        """
+        outputs = [
+            getattr(model, "outputs", None) for model in (teacher, student)
+        ]
+        if not all(outputs):
+            return
+        sizes = [[out.shape[-1] for out in outs] for outs in outputs]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                "`teacher` and `student` must predict over the same "
+                f"vocabulary. Received: outputs of size {sizes[0]} from the "
+                f"teacher, {sizes[1]} from the student"
+            )
+
+    def compute_loss(
+        self,
+        teacher_outputs: Any,
+        student_outputs: Any,
+        *,
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Computes the divergence, averaged over the weighted tokens."""
+        losses = [
+            mean_over_tokens(
+                self._token_losses(teacher_output, logits), weights, logits
+            )
+            for teacher_output, logits, weights in zip(
+                keras.tree.flatten(teacher_outputs),
+                keras.tree.flatten(student_outputs),
+                weights_by_output(sample_weight, student_outputs),
+            )
+        ]
+        return sum(losses[1:], losses[0])
+
+    def _token_losses(self, teacher_output: Any, logits: Any) -> Any:
+        scaled = ops.cast(logits, "float32") / self.temperature
+        if isinstance(teacher_output, TopPredictions):
+            top = TopPredictions(
+                teacher_output.log_probabilities[..., : self.top_k],
+                teacher_output.classes[..., : self.top_k],
+            )
+            divergences = _divergences_of_top(top, scaled)
+        else:
+            targets = ops.cast(teacher_output, "float32") / self.temperature
+            if self.top_k is None:
+                divergences = _divergences(targets, scaled)
+            else:
+                top = _top_predictions(targets, self.top_k)
+                divergences = _divergences_of_top(top, scaled)
+        return self.temperature**2 * divergences
+
+    def get_config(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "top_k": self.top_k}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LogitsDistillation:
+        return cls(**config)
+
+
+def _divergences(teacher_logits: Any, student_logits: Any) -> Any:
+    """Kullback-Leibler divergence of each token's prediction."""
+    log_p = ops.log_softmax(teacher_logits, axis=-1)
+    log_q = ops.log_softmax(student_logits, axis=-1)
+    return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _divergences_of_top(teacher: TopPredictions, student_logits: Any) -> Any:
+    """The same over a few classes, and all others as one."""
+    # In float16, a log probability may have become minus infinity.
+    log_p = ops.maximum(ops.cast(teacher.log_probabilities, "float32"), -1e4)
+    classes = ops.cast(teacher.classes, "int32")
+    log_q = ops.take_along_axis(student_logits, classes, axis=-1)
+    log_q -= ops.logsumexp(student_logits, axis=-1, keepdims=True)
+    p, q = ops.exp(log_p), ops.exp(log_q)
+    others_p, others_q = (
+        ops.maximum(1.0 - ops.sum(x, axis=-1), keras.config.epsilon())
+        for x in (p, q)
+    )
+    return ops.sum(p * (log_p - log_q), axis=-1) + others_p * (
+        ops.log(others_p) - ops.log(others_q)
+    )
+
+
+def _top_predictions(logits: Any, top_k: int) -> TopPredictions:
+    values, classes = ops.top_k(logits, min(top_k, logits.shape[-1]))
+    normalizer = ops.logsumexp(logits, axis=-1, keepdims=True)
+    return TopPredictions(values - normalizer, classes)

@@ -9,6 +9,7 @@ from keras_distilled_embedding import layers
 from keras_distilled_embedding.compression import CompressionReport
 from keras_distilled_embedding.compression import compress
 from keras_distilled_embedding.compression import compression_report
+from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
@@ -20,6 +21,7 @@ from keras_distilled_embedding.version import __version__
 
 __all__ = [
     "CompressionReport",
+    "DistillationWeightSchedule",
     "Distiller",
     "EmbeddingDistillation",
     "ExportReport",

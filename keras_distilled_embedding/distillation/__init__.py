@@ -10,8 +10,12 @@ from keras_distilled_embedding.distillation.embedding_distillation import (
 from keras_distilled_embedding.distillation.logits_distillation import (
     LogitsDistillation,
 )
+from keras_distilled_embedding.distillation.weight_schedule import (
+    DistillationWeightSchedule,
+)
 
 __all__ = [
+    "DistillationWeightSchedule",
     "Distiller",
     "EmbeddingDistillation",
     "LogitsDistillation",

@@ -130,9 +130,15 @@ class Distiller(keras.Model):
         )
         self._task_tracker = keras.metrics.Mean(name="task_loss")
         self._distillation_trackers = [
-            keras.metrics.Mean(name=name) for name in _loss_names(losses)
+            keras.metrics.Mean(name=name)
+            for name in self.distillation_loss_names
         ]
         self.built = True
+
+    @property
+    def distillation_loss_names(self) -> list[str]:
+        """What the logs call each distillation loss."""
+        return _loss_names(self.distillation_losses)
 
     @property
     def student_loss_weight(self) -> float:

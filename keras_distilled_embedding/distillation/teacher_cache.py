@@ -70,8 +70,8 @@ def cache_teacher(
     ```
 
     are kept in float16, with their classes. The batches themselves are kept
-    too, so that students are trained on the cache alone, and do so without
-    running the teacher again: 4 bytes for each of the `k` classes of a token.
+    too, so that any number of students can be trained on the cache alone. A
+    token takes 4 bytes for each of its `k` classes (6, if `V > 65536`).
 
     Called again, it keeps what is there: after an interruption it computes
     what is missing, and a complete cache does not run the teacher. The
@@ -114,8 +114,8 @@ def cache_teacher(
     ```
 
     References:
-    - [Tan et al., 2019](https://arxiv.org/abs/1902.10461), section 3.2, on
-      the top k classes of a teacher.
+    - [Tan et al., 2019](https://arxiv.org/abs/1902.10461), who keep the
+      top k classes of a teacher.
     """
     if not isinstance(teacher, keras.Model):
         raise TypeError(
@@ -143,8 +143,7 @@ def cache_teacher(
             "`temperature` must be a positive number. "
             f"Received: temperature={temperature!r}"
         )
-    if all(hasattr(o, "shape") for o in getattr(teacher, "outputs", None) or ()):
-        _check_outputs(getattr(teacher, "outputs", None) or ())
+    _check_outputs(getattr(teacher, "outputs", None) or ())
     writer = _Writer(teacher, Path(directory), int(top_k), float(temperature))
     total = _num_batches(dataset)
     writer.check_num_batches(total)
@@ -283,14 +282,13 @@ class TeacherCache(keras.utils.PyDataset):
     @property
     def spec(self) -> tuple[Any, ...]:
         leaves = {
-            key: keras.KerasTensor((None, *shape[1:]), dtype, name=None)
+            key: keras.KerasTensor(
+                (None, *shape[1:]), "int32" if _holds_classes(key) else dtype
+            )
             for key, (shape, dtype) in _merged(
                 shard["leaves"] for shard in self._shards
             ).items()
         }
-        for key, leaf in leaves.items():
-            if key.endswith(CLASSES):
-                leaves[key] = keras.KerasTensor(leaf.shape, "int32")
         return self._assemble(leaves)
 
     def __len__(self) -> int:
@@ -314,7 +312,7 @@ class TeacherCache(keras.utils.PyDataset):
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
             raise ValueError(_damaged(path, error)) from error
         for key in leaves:
-            if key.endswith(CLASSES):
+            if _holds_classes(key):
                 leaves[key] = leaves[key].astype("int32")
         return self._assemble(leaves)
 
@@ -398,8 +396,9 @@ class _Writer:
         leftovers = [name for name in names if _TEMPORARY.fullmatch(name)]
         if _MANIFEST in names:
             manifest = _read_manifest(directory)
-            _check_same(manifest, self._manifest, directory)
-            self._manifest = manifest
+            if manifest["shards"]:  # otherwise nothing is lost
+                _check_same(manifest, self._manifest, directory)
+                self._manifest = manifest
         elif len(names) > len(leftovers):
             others = [name for name in names if name not in leftovers]
             raise ValueError(
@@ -555,7 +554,7 @@ class _Predictor(keras.Model):
     def __init__(
         self, teacher: keras.Model, top_k: int, temperature: float
     ) -> None:
-        super().__init__(autocast=False)
+        super().__init__(name="predictor", autocast=False)
         self.teacher = teacher
         self.top_k = top_k
         self.temperature = temperature
@@ -730,6 +729,10 @@ def _digest(structure: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
 
 def _output_key(i: int, name: str) -> str:
     return f"{TEACHER_OUTPUTS}/{i}/{name}"
+
+
+def _holds_classes(key: str) -> bool:
+    return key.startswith(TEACHER_OUTPUTS) and key.endswith(CLASSES)
 
 
 def _merged(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:

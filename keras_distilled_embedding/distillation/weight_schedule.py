@@ -1,0 +1,136 @@
+"""Distillation weights that change while a model trains."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_distilled_embedding.distillation.distiller import Distiller
+
+Schedule = float | Callable[[int], Any]
+
+
+class DistillationWeightSchedule(keras.callbacks.Callback):
+    """Changes the weights of a `Distiller`'s losses as it trains.
+
+    A schedule is a number, which stays, or a function of the step: one of
+    `keras.optimizers.schedules`, or any other. Steps are counted as the
+    optimizer counts them, so that a resumed training goes on where it was.
+    The weights in use are added to the epoch's logs.
+
+    Args:
+        student_loss_weight: Schedule of the task's share, or `None` to leave
+            it as it is.
+        distillation_loss_weights: A schedule for each distillation loss, or
+            `None` to leave them as they are.
+
+    Raises:
+        TypeError: If a schedule is neither a number nor a function.
+
+    Example:
+
+    ```python
+    # From the teacher's predictions to the task alone, along a line.
+    linear_decay = keras.optimizers.schedules.PolynomialDecay(
+        1.0, decay_steps=10_000, end_learning_rate=0.0
+    )
+    distiller.fit(
+        dataset,
+        callbacks=[
+            DistillationWeightSchedule(distillation_loss_weights=[linear_decay])
+        ],
+    )
+    ```
+    """
+
+    def __init__(
+        self,
+        student_loss_weight: Schedule | None = None,
+        distillation_loss_weights: Sequence[Schedule] | None = None,
+    ) -> None:
+        super().__init__()
+        self._student_schedule = student_loss_weight
+        self._distillation_schedules = distillation_loss_weights
+        for schedule in (
+            student_loss_weight,
+            *(distillation_loss_weights or []),
+        ):
+            if not isinstance(schedule, numbers.Real | None) and (
+                not callable(schedule)
+            ):
+                raise TypeError(
+                    "A weight's schedule must be a number or a function of "
+                    "the step, such as a "
+                    "`keras.optimizers.schedules.PolynomialDecay`. "
+                    f"Received: {schedule!r}"
+                )
+
+    def set_model(self, model: keras.Model) -> None:
+        """Takes the model that `fit` trains.
+
+        Raises:
+            TypeError: If it is not a `Distiller`.
+            ValueError: If it has another number of distillation losses.
+        """
+        super().set_model(model)
+        if not isinstance(model, Distiller):
+            raise TypeError(
+                "`DistillationWeightSchedule` is a callback of a `Distiller`'s "
+                f"training. Received: model '{model.name}' of class "
+                f"{type(model).__name__}"
+            )
+        schedules = self._distillation_schedules
+        losses = model.distillation_losses
+        if schedules is not None and len(schedules) != len(losses):
+            raise ValueError(
+                "`distillation_loss_weights` must hold one schedule for each "
+                f"of the distiller's {len(losses)} losses. "
+                f"Received: {len(schedules)} schedules"
+            )
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        optimizer = self.model.optimizer
+        accumulated = optimizer.gradient_accumulation_steps or 1
+        self._first_step = (
+            int(ops.convert_to_numpy(optimizer.iterations)) * accumulated
+        )
+
+    def on_train_batch_begin(
+        self, batch: int, logs: dict | None = None
+    ) -> None:
+        step = self._first_step + batch
+        model = self.model
+        weights = [model.student_loss_weight, *model.distillation_loss_weights]
+        schedules = [
+            self._student_schedule,
+            *(self._distillation_schedules or [None] * (len(weights) - 1)),
+        ]
+        wanted = [
+            weight if schedule is None else _value(schedule, step)
+            for schedule, weight in zip(schedules, weights)
+        ]
+        if wanted == weights:
+            return
+        if keras.backend.backend() == "jax":
+            # The step's state is then read from the variables again.
+            model.jax_state_sync()
+        model.student_loss_weight, *model.distillation_loss_weights = wanted
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is not None:
+            logs["student_loss_weight"] = self.model.student_loss_weight
+            names = self.model.distillation_loss_names
+            weights = self.model.distillation_loss_weights
+            for name, weight in zip(names, weights):
+                logs[f"{name}_weight"] = weight
+
+
+def _value(schedule: Schedule, step: int) -> float:
+    if isinstance(schedule, numbers.Real):
+        return float(schedule)
+    return float(ops.convert_to_numpy(schedule(step)))

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import statistics
 import sys
 import time
 from dataclasses import asdict
@@ -25,8 +27,12 @@ import keras
 import tensorflow as tf
 
 import keras_distilled_embedding as kde
+from benchmarks._report import environment
+from benchmarks._report import write_text
 from examples.nmt.data import ParallelText
+from examples.nmt.evaluate import markdown_table
 from examples.nmt.evaluate import score
+from examples.nmt.evaluate import signature
 from examples.nmt.pipeline import PRESETS
 from examples.nmt.pipeline import Run
 from examples.nmt.train import Recipe
@@ -107,7 +113,7 @@ class Ablation:
         self.work_dir = work_dir
 
     def path(self, row: str, seed: int) -> Path:
-        return self.work_dir / f"{row.replace(' ', '_')}__{seed}.json"
+        return self.work_dir / f"{re.sub(r'[ ,]+', '_', row)}__{seed}.json"
 
     def finish(self, row: str, recipe: Recipe, seed: int) -> None:
         """Fine-tunes, evaluates and writes one row."""
@@ -132,9 +138,16 @@ class Ablation:
             "wall_s": round(seconds, 1),
             "cpu_s": round(cpu, 1),
         }
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(part, path)
+        write_text(path, json.dumps(result, indent=2) + "\n")
+
+    def teacher_bleu(self) -> float:
+        """Of the teacher as it was, on the test set."""
+        path = self.work_dir / "teacher.json"
+        if not path.exists():
+            teacher = self.run.model("teacher")
+            bleu = self._bleu(teacher, self.run.corpus.test)
+            write_text(path, json.dumps(bleu))
+        return json.loads(path.read_text())
 
     def _train(
         self, recipe: Recipe, seed: int, compressed: bool
@@ -169,6 +182,93 @@ class Ablation:
         )
         return score(translator.translate(text.source), text.target)
 
+    def results(self) -> list[dict]:
+        """What is there so far, in the order of the rows."""
+        paths = (self.path(row, seed) for row in ALL for seed in range(100))
+        return [json.loads(p.read_text()) for p in paths if p.exists()]
+
+
+def write_report(
+    results: list[dict], teacher_bleu: float, folder: Path
+) -> None:
+    """Writes the table, the picture and every run's figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join(
+        [
+            "# What brings a compressed translation model back",
+            f"Multi30k en-de, table 8000 x 256 compressed {COMPRESSION:g}x, "
+            f"{BASE.epochs} epochs each, from one teacher of test BLEU "
+            f"{teacher_bleu:.2f}. Means over the seeds; the test BLEU of each "
+            "seed beside it. Δ: against the teacher as it was.",
+            markdown_table(table_cells(results, teacher_bleu)),
+            f"sacreBLEU `{signature()}`, greedy search; validation on `val`, "
+            "test on `test_2016_flickr`. The recipes:",
+            markdown_table(recipe_cells(results)),
+            environment(),
+        ]
+    )
+    write_text(folder / "report.md", text + "\n")
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    plot(results, teacher_bleu, folder / "recipe.png")
+
+
+def _by_row(results: list[dict]) -> dict[str, list[dict]]:
+    rows: dict[str, list[dict]] = {}
+    for result in results:
+        rows.setdefault(result["row"], []).append(result)
+    return rows
+
+
+def table_cells(results: list[dict], teacher_bleu: float) -> list[list[str]]:
+    """Headings, then what each row reached."""
+    cells = [
+        ["row", "seeds", "val. nats", "val. BLEU", "test BLEU", "Δ", "each"]
+    ]
+    for row, runs in _by_row(results).items():
+        tests = [run["test_bleu"] for run in runs]
+        mean = statistics.mean
+        cells.append(
+            [
+                row,
+                str(len(runs)),
+                f"{mean(run['validation_nll'][-1] for run in runs):.3f}",
+                f"{mean(run['validation_bleu'] for run in runs):.2f}",
+                f"{mean(tests):.2f}",
+                f"{mean(tests) - teacher_bleu:+.2f}",
+                ", ".join(f"{bleu:.2f}" for bleu in tests),
+            ]
+        )
+    return cells
+
+
+def recipe_cells(results: list[dict]) -> list[list[str]]:
+    """Headings, then the settings of each row."""
+    names = list(asdict(BASE))
+    cells = [["row", *(name.replace("_", " ") for name in names)]]
+    for row, runs in _by_row(results).items():
+        recipe = runs[0]["recipe"]
+        cells.append([row, *(str(recipe[name]) for name in names)])
+    return cells
+
+
+def plot(results: list[dict], teacher_bleu: float, path: Path) -> None:
+    """Draws the test BLEU of every run, a line of the picture for each row."""
+    from matplotlib.figure import Figure
+
+    rows = _by_row(results)
+    figure = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(teacher_bleu, color="grey", linestyle="--", label="teacher")
+    for index, runs in enumerate(rows.values()):
+        bleu = [run["test_bleu"] for run in runs]
+        axes.plot(bleu, [index] * len(bleu), "o", color="C0", alpha=0.7)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set(xlabel="sacreBLEU, test", title="8x, two epochs, one dot a seed")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe")
@@ -177,6 +277,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--work-dir", type=Path, default=Path("runs/recipe"))
     add("--rows", nargs="+", choices=ALL, default=list(ALL), metavar="ROW")
     add("--seeds", nargs="+", type=int, default=[0, 1])
+    add(
+        "--output",
+        type=Path,
+        default=Path("benchmarks/results/recipe"),
+        help="folder of the report",
+    )
     add("--threads", type=int, help="of TensorFlow; default: all cores")
     options = parser.parse_args(arguments)
     if options.threads:
@@ -186,6 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     for row in options.rows:
         for seed in options.seeds[: 1 if row in EXPLORED else None]:
             ablation.finish(row, ALL[row], seed)
+    write_report(ablation.results(), ablation.teacher_bleu(), options.output)
     return 0
 
 

@@ -154,10 +154,22 @@ class LogitsDistillation(DistillationLoss):
 
 
 def _divergences(teacher_logits: Any, student_logits: Any) -> Any:
-    """Kullback-Leibler divergence of each token's prediction."""
-    log_p = ops.log_softmax(teacher_logits, axis=-1)
-    log_q = ops.log_softmax(student_logits, axis=-1)
-    return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
+    """Kullback-Leibler divergence of each token's prediction.
+
+    Written out, sum_v p_v (t_v - s_v) - log sum exp t + log sum exp s: fewer
+    passes over the vocabulary than two log-softmaxes, and fewer roundings.
+    """
+    t, s = (
+        x - ops.stop_gradient(ops.max(x, axis=-1, keepdims=True))
+        for x in (teacher_logits, student_logits)
+    )
+    odds = ops.exp(t)
+    normalizer = ops.sum(odds, axis=-1)
+    return (
+        ops.sum(odds * (t - s), axis=-1) / normalizer
+        - ops.log(normalizer)
+        + ops.log(ops.sum(ops.exp(s), axis=-1))
+    )
 
 
 def _divergences_of_top(teacher: TopPredictions, student_logits: Any) -> Any:

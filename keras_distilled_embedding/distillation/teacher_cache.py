@@ -198,7 +198,10 @@ class TeacherCache(keras.utils.PyDataset):
         fingerprint: String that tells the teacher by its weights.
         directory: Path.
         spec: A batch with a `keras.KerasTensor` for each array, whose shape
-            has `None` where the batches differ.
+            has `None` where the batches differ. On TensorFlow Keras takes the
+            shapes of a `PyDataset` from two batches alone, and breaks off at
+            a third of another width; `tf.data.Dataset.from_generator` can
+            take them from here.
         epoch: Integer that numbers the orders. `on_epoch_end` adds one, which
             Keras calls after each epoch and once before the first; so the
             orders of two equal calls to `fit` are equal, but those of a

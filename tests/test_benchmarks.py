@@ -1,0 +1,68 @@
+"""The benchmarks run, and write what they say they write."""
+
+import json
+
+import pytest
+
+from benchmarks import _report
+from benchmarks import distillation
+
+
+@pytest.mark.slow
+def test_distillation_reports_every_row(tmp_path, capsys):
+    rows = [distillation.ALONE, distillation.FORWARD, "ours: logits"]
+    options = "--quick --no-memory --models causal_lm --rounds 2 --steps 1"
+    distillation.main(
+        [*options.split(), "--output", str(tmp_path), "--rows", *rows]
+    )
+    report = (tmp_path / "report.md").read_text()
+    assert report in capsys.readouterr().out
+    record = json.loads((tmp_path / "results.json").read_text())
+    rounds = record["models"]["causal_lm"]["rounds"]
+    assert list(rounds) == rows
+    for times in rounds.values():
+        assert all(len(clock) == 2 for clock in times.values())
+        assert min(times["wall_ms"]) > 0
+    claim = "| ours: logits ≤ 1.10 x (student alone + teacher forward) |"
+    assert claim in report
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_are_paired_by_round():
+    times = {
+        distillation.ALONE: {"wall_ms": [1.0, 10.0, 100.0]},
+        "ours: embedding": {"wall_ms": [2.0, 20.0, 200.0]},
+    }
+    ratio = distillation.Measurements(times, {}).ratio(
+        "ours: embedding", [distillation.ALONE]
+    )
+    assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 2.0)
+
+
+def test_measuring_runs_every_step(monkeypatch):
+    calls = {"a": 0, "b": 0}
+
+    def step(name):
+        calls[name] += 1
+        return [1.0]
+
+    times = distillation.measure_times(
+        {name: lambda name=name: step(name) for name in calls},
+        rounds=3,
+        count=2,
+        done=lambda text: None,
+    )
+    assert calls == {"a": 9, "b": 9}  # one more a turn, not counted
+    assert all(len(row["cpu_ms"]) == 3 for row in times.values())
+
+
+def test_a_peak_in_megabytes():
+    assert 10 < distillation._peak_mb() < 100_000
+
+
+def test_files_are_written_whole(tmp_path):
+    path = tmp_path / "new" / "report.md"
+    _report.write_text(path, "÷\n")
+    assert path.read_text(encoding="utf-8") == "÷\n"
+    assert list(path.parent.iterdir()) == [path]
+    assert "tensorflow" in _report.environment()

@@ -4,6 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
+# What runs on JAX too.
+JAX_TESTS := $(addprefix tests/test_, \
+	distillation_reference.py distillation_features.py weight_schedule.py \
+	teacher_cache.py)
+
 .PHONY: help demo test test-fast lint wheel clean
 
 help:  ## Show the targets
@@ -21,6 +26,7 @@ demo: $(VENV)/installed  ## Train, compress, distil, export and compare
 test: $(VENV)/installed  ## Check the style and run every test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	KERAS_BACKEND=jax $(RUN) -m pytest $(JAX_TESTS) $(ARGS)
 	$(RUN) -m pytest $(ARGS)
 
 test-fast: $(VENV)/installed  ## Run the tests that take no more than seconds

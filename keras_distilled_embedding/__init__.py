@@ -13,6 +13,8 @@ from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
+from keras_distilled_embedding.distillation import TeacherCache
+from keras_distilled_embedding.distillation import cache_teacher
 from keras_distilled_embedding.export import ExportReport
 from keras_distilled_embedding.export import export_litert
 from keras_distilled_embedding.factorization import Factorization
@@ -27,7 +29,9 @@ __all__ = [
     "ExportReport",
     "Factorization",
     "LogitsDistillation",
+    "TeacherCache",
     "__version__",
+    "cache_teacher",
     "compress",
     "compression_report",
     "export_litert",

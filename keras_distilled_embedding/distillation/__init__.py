@@ -10,6 +10,8 @@ from keras_distilled_embedding.distillation.embedding_distillation import (
 from keras_distilled_embedding.distillation.logits_distillation import (
     LogitsDistillation,
 )
+from keras_distilled_embedding.distillation.teacher_cache import TeacherCache
+from keras_distilled_embedding.distillation.teacher_cache import cache_teacher
 from keras_distilled_embedding.distillation.weight_schedule import (
     DistillationWeightSchedule,
 )
@@ -19,5 +21,7 @@ __all__ = [
     "Distiller",
     "EmbeddingDistillation",
     "LogitsDistillation",
+    "TeacherCache",
+    "cache_teacher",
     "paired_embeddings",
 ]

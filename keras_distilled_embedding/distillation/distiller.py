@@ -20,6 +20,11 @@ from keras_distilled_embedding.distillation.evaluation import (
     needs_teacher_outputs,
 )
 from keras_distilled_embedding.distillation.features import FeatureExtractor
+from keras_distilled_embedding.distillation.logits_distillation import (
+    LogitsDistillation,
+)
+from keras_distilled_embedding.distillation.teacher_cache import TeacherCache
+from keras_distilled_embedding.distillation.teacher_cache import split_inputs
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
@@ -185,7 +190,78 @@ class Distiller(keras.Model):
         trained = {id(v) for v in self.trainable_weights}
         return [v for v in self.weights if id(v) not in trained]
 
+    def fit(
+        self,
+        x: Any = None,
+        *args: Any,
+        validation_data: Any = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Trains the student, as `keras.Model.fit`.
+
+        Args:
+            x: What `keras.Model.fit` takes, or a `TeacherCache`, from which
+                the student learns without its teacher being run.
+            *args: Those of `keras.Model.fit`.
+            validation_data: Those of `keras.Model.fit`, or a `TeacherCache`.
+            callbacks: Those of `keras.Model.fit`.
+            **kwargs: Those of `keras.Model.fit`.
+
+        Raises:
+            ValueError: If the cache is of another teacher, or if a loss needs
+                more of the teacher than the cache holds.
+        """
+        if isinstance(x, TeacherCache):
+            # First, since a resumed training begins with a later epoch.
+            if not isinstance(callbacks, keras.callbacks.CallbackList):
+                callbacks = [*keras.tree.flatten(callbacks or [])]
+                callbacks.insert(0, _SetEpoch(x))
+            kwargs["shuffle"] = False  # the cache has its own order
+        return super().fit(
+            self._data(x),
+            *args,
+            validation_data=self._data(validation_data),
+            callbacks=callbacks,
+            **kwargs,
+        )
+
+    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Computes losses and metrics, as `keras.Model.evaluate`.
+
+        Args:
+            x: What `keras.Model.evaluate` takes, or a `TeacherCache`.
+            *args: Those of `keras.Model.evaluate`.
+            **kwargs: Those of `keras.Model.evaluate`.
+        """
+        return super().evaluate(self._data(x), *args, **kwargs)
+
+    def _data(self, data: Any) -> Any:
+        """What Keras can read: a cache is checked, other data untouched."""
+        if not isinstance(data, TeacherCache):
+            return data
+        data.check(self.teacher)
+        for loss in self.distillation_losses:
+            if not needs_teacher_outputs(loss):
+                continue
+            if not isinstance(loss, LogitsDistillation):
+                raise ValueError(
+                    "A `TeacherCache` holds the teacher's predictions, for "
+                    "`LogitsDistillation`; train with the batches themselves "
+                    f"for other losses. Received: {type(loss).__name__}"
+                )
+            data.check(self.teacher, loss.temperature)
+            if loss.top_k is not None and loss.top_k > data.top_k:
+                raise ValueError(
+                    "`top_k` of a `LogitsDistillation` must be at most the "
+                    f"cache's {data.top_k}. Received: top_k={loss.top_k}"
+                )
+        if keras.backend.backend() == "tensorflow":
+            return data.as_dataset()
+        return data
+
     def call(self, inputs: Any, training: bool | None = None) -> Any:
+        inputs, _ = split_inputs(inputs)
         return self._student_features(inputs, training=training)
 
     def compute_loss(
@@ -212,13 +288,16 @@ class Distiller(keras.Model):
     def _distillation_loss(
         self, x: Any, y_pred: Any, sample_weight: Any
     ) -> Any:
-        if any(map(needs_teacher_outputs, self.distillation_losses)):
+        x, cached = split_inputs(x)
+        if not cached and any(
+            map(needs_teacher_outputs, self.distillation_losses)
+        ):
             self._teacher_features(x, training=False)
         total = 0.0
         for index, loss in enumerate(self.distillation_losses):
             value = evaluate_loss(
                 loss,
-                self._teacher_outputs_for(loss),
+                cached or self._teacher_outputs_for(loss),
                 self._student_features.of(
                     getattr(loss, "student_layer_name", None)
                 ),
@@ -289,6 +368,17 @@ class Distiller(keras.Model):
             for loss in config["distillation_losses"]
         ]
         return cls(**config)
+
+
+class _SetEpoch(keras.callbacks.Callback):
+    """Tells a cache which epoch it is, of a resumed training too."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._cache.epoch = epoch
 
 
 def _layer_names(

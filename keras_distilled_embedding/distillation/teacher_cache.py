@@ -17,6 +17,7 @@ import operator
 import os
 import re
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -28,6 +29,10 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+
+from keras_distilled_embedding.distillation.logits_distillation import (
+    TopPredictions,
+)
 
 INPUTS = "inputs"
 TEACHER_OUTPUTS = "teacher_outputs"
@@ -45,10 +50,27 @@ _FIELDS = ("x", "y", "sample_weight")
 _SHARD_BATCHES = 64
 _SHARD_BYTES = 64 * 2**20
 
+# NumPy parses headers as Python, which threads must not do at the same time
+# (CPython issue 106905, open in 3.11).
+_reading = threading.Lock()
 
-def is_cached(x: Any) -> bool:
-    """Whether `x` is the input of a `TeacherCache`'s batch."""
-    return isinstance(x, dict) and set(x) == {INPUTS, TEACHER_OUTPUTS}
+
+def split_inputs(x: Any) -> tuple[Any, list[TopPredictions] | None]:
+    """Parts the inputs of a batch from the teacher's predictions.
+
+    Args:
+        x: The inputs of any batch, of a `TeacherCache` or not.
+
+    Returns:
+        The student's inputs, and the predictions for each output of the
+        teacher, `None` where the batch has none.
+    """
+    if not isinstance(x, dict) or set(x) != {INPUTS, TEACHER_OUTPUTS}:
+        return x, None
+    return x[INPUTS], [
+        TopPredictions(output[LOG_PROBABILITIES], output[CLASSES])
+        for output in x[TEACHER_OUTPUTS]
+    ]
 
 
 def cache_teacher(
@@ -58,6 +80,7 @@ def cache_teacher(
     *,
     top_k: int = 32,
     temperature: float = 1.0,
+    shuffle_seed: int | None = None,
     verbose: bool | int = 1,
 ) -> TeacherCache:
     """Writes a teacher's predictions for a dataset to disk, once.
@@ -90,6 +113,7 @@ def cache_teacher(
             by a call with the same arguments.
         top_k: Positive integer.
         temperature: Positive number.
+        shuffle_seed: As of `TeacherCache`.
         verbose: Whether to show a progress bar, on a terminal.
 
     Returns:
@@ -158,7 +182,7 @@ def cache_teacher(
             writer.add(element)
             progress.advance(task)
         writer.finish()
-    return TeacherCache(directory)
+    return TeacherCache(directory, shuffle_seed)
 
 
 class TeacherCache(keras.utils.PyDataset):
@@ -184,10 +208,10 @@ class TeacherCache(keras.utils.PyDataset):
 
     Args:
         directory: Path of a complete cache.
-        shuffle_seed: Integer of at least 0, or `None`. Keras shuffles the
-            batches of any `PyDataset`, anew at each start. With a seed the
-            order is drawn from it and from `epoch`; pass `shuffle=False` to
-            `fit` then. `None` keeps the dataset's order.
+        shuffle_seed: Integer of at least 0, or `None`. With a seed the order
+            of the batches is drawn from it and from the epoch, so that a
+            training that is resumed goes on as it would have gone. `None`
+            keeps the dataset's order.
         **kwargs: `workers`, `use_multiprocessing` and `max_queue_size` of
             `keras.utils.PyDataset`.
 
@@ -198,16 +222,10 @@ class TeacherCache(keras.utils.PyDataset):
         fingerprint: String that tells the teacher by its weights.
         directory: Path.
         spec: A batch with a `keras.KerasTensor` for each array, whose shape
-            has `None` where the batches differ. On TensorFlow Keras takes the
-            shapes of a `PyDataset` from two batches alone, and breaks off at
-            a third of another width; `tf.data.Dataset.from_generator` can
-            take them from here.
-        epoch: Integer that numbers the orders. `on_epoch_end` adds one, which
-            Keras calls after each epoch and once before the first; so the
-            orders of two equal calls to `fit` are equal, but those of a
-            training that is resumed are not, unless the epoch is told:
-            `keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _:
-            setattr(cache, "epoch", epoch))`.
+            has `None` where the batches differ.
+        epoch: Integer that numbers the orders. A `Distiller` sets it;
+            elsewhere `on_epoch_end`, which Keras calls after each epoch and
+            once before the first, adds one.
 
     Raises:
         FileNotFoundError: If there is no cache, or one of its files is gone.
@@ -218,8 +236,7 @@ class TeacherCache(keras.utils.PyDataset):
 
     ```python
     cache = TeacherCache("teacher_cache", shuffle_seed=0)
-    cache.check(teacher)
-    distiller.fit(cache, shuffle=False, epochs=3)
+    distiller.fit(cache, epochs=3)
     ```
     """
 
@@ -304,7 +321,7 @@ class TeacherCache(keras.utils.PyDataset):
         shard = self._shards[number]
         path = self.directory / shard["file"]
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with _reading, np.load(path, allow_pickle=False) as arrays:
                 leaves = {
                     key: arrays[f"{row}/{key}"] for key in shard["leaves"]
                 }
@@ -332,6 +349,35 @@ class TeacherCache(keras.utils.PyDataset):
             for i in range(len(self.num_classes))
         )
         return ({INPUTS: batch[0], TEACHER_OUTPUTS: outputs}, *batch[1:])
+
+    def as_dataset(self) -> Any:
+        """The same as a `tf.data.Dataset`.
+
+        On TensorFlow Keras takes the shapes of a `PyDataset` from two batches
+        alone, and breaks off at a third of another width.
+        """
+        import tensorflow as tf
+
+        spec = self.spec
+        length = len(spec)
+        while spec[length - 1] is None:  # tf.data knows no None
+            length -= 1
+        if None in keras.tree.flatten(spec[:length]):
+            raise ValueError(
+                "A cache of batches with a None in them cannot be read on "
+                "TensorFlow: make it of batches with labels. Received: "
+                f"batches of {spec}"
+            )
+        dataset = tf.data.Dataset.from_generator(
+            lambda: (self[i][:length] for i in range(len(self))),
+            output_signature=keras.tree.map_structure(
+                lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype),
+                spec[:length],
+            ),
+        )
+        return dataset.apply(
+            tf.data.experimental.assert_cardinality(len(self))
+        ).prefetch(2)
 
     def on_epoch_end(self) -> None:
         self.epoch += 1

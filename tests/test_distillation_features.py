@@ -1,0 +1,411 @@
+"""Features of layers by name, in models of any class and at any depth.
+
+Nothing here belongs to one backend: `KERAS_BACKEND=jax pytest` runs it too.
+"""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_distilled_embedding.distillation import Distiller
+from keras_distilled_embedding.distillation import EmbeddingDistillation
+from keras_distilled_embedding.distillation import LogitsDistillation
+from keras_distilled_embedding.layers import DistilledEmbedding
+
+VOCABULARY, WIDTH, RANK, CLASSES = 23, 8, 3, 5
+BATCH, LENGTH = 4, 6
+
+# Keras's word on weights that no loss depends on.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Gradients do not exist:UserWarning"
+)
+
+
+def make_data():
+    rng = np.random.default_rng(3)
+    ids = rng.integers(VOCABULARY, size=(BATCH, LENGTH)).astype("int32")
+    return ids, rng.integers(CLASSES, size=BATCH).astype("int32")
+
+
+class Watched(keras.layers.Dense):
+    """Counts its calls (where models run eagerly), and fails if told to."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls = 0
+        self.fails = False
+
+    def call(self, x):
+        if self.fails:
+            raise ArithmeticError("in the forward pass")
+        self.calls += 1
+        return super().call(x)
+
+
+# One computation, in models of several kinds: tokens -> hidden -> classes
+
+
+def make_layers(make_embedding, hidden="hidden"):
+    return {
+        "tokens": make_embedding(),
+        "hidden": Watched(WIDTH, "tanh", name=hidden),
+        "pool": keras.layers.GlobalAveragePooling1D(),
+        "classes": keras.layers.Dense(CLASSES, name="classes"),
+    }
+
+
+def make_table():
+    return keras.layers.Embedding(VOCABULARY, WIDTH, name="tokens")
+
+
+def make_factors():
+    return DistilledEmbedding(VOCABULARY, WIDTH, RANK, name="tokens")
+
+
+def chain(layers):
+    ids = keras.Input((None,), dtype="int32")
+    x = ids
+    for layer in layers:
+        x = layer(x)
+    return keras.Model(ids, x)
+
+
+def functional(layers):
+    return chain(layers.values())
+
+
+def sequential(layers):
+    inputs = keras.Input((None,), dtype="int32")
+    return keras.Sequential([inputs, *layers.values()])
+
+
+def nested(layers):
+    """The layer is inside a model inside a model."""
+    tokens, hidden, *others = layers.values()
+    states = keras.Input((None, WIDTH))
+    inner = keras.Model(states, hidden(states), name="inner")
+    outer = keras.Model(states, inner(states), name="outer")
+    return chain([tokens, outer, *others])
+
+
+class Block(keras.layers.Layer):
+    """A composite layer, which keeps the layer in a list."""
+
+    def __init__(self, layers, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = list(layers)
+
+    def build(self, input_shape):
+        for layer in self.inner:
+            layer.build(input_shape)
+
+    def call(self, x):
+        for layer in self.inner:
+            x = layer(x)
+        return x
+
+
+def composite(layers):
+    tokens, hidden, *others = layers.values()
+    return chain([tokens, Block([Block([hidden])]), *others])
+
+
+class Subclassed(keras.Model):
+    def __init__(self, layers, **kwargs):
+        super().__init__(**kwargs)
+        self.tokens, self.hidden, self.pool, self.classes = layers.values()
+
+    def call(self, ids):
+        return self.classes(self.pool(self.hidden(self.tokens(ids))))
+
+
+class SubclassedOfBlocks(keras.Model):
+    def __init__(self, layers, **kwargs):
+        super().__init__(**kwargs)
+        tokens, hidden, *others = layers.values()
+        self.start, self.block = tokens, Block([hidden])
+        self.end = keras.Sequential(others)
+
+    def call(self, ids, training=None):
+        return self.end(self.block(self.start(ids)), training=training)
+
+
+def make(kind, layers, seed):
+    model = kind(layers)
+    model(make_data()[0])
+    rng = np.random.default_rng(seed)
+    for variable in model.weights:
+        variable.assign(rng.normal(size=variable.shape, scale=0.5))
+    layers["hidden"].calls = 0
+    return model
+
+
+def make_pair(teacher_kind, student_kind=None, hidden="hidden"):
+    layers = make_layers(make_table), make_layers(make_factors, hidden)
+    teacher = make(teacher_kind, layers[0], seed=1)
+    student = make(student_kind or teacher_kind, layers[1], seed=2)
+    return (teacher, student), layers
+
+
+# The computation in NumPy
+
+
+def float64(x):
+    return np.asarray(ops.convert_to_numpy(x), "float64")
+
+
+def hidden_states(layers, ids):
+    tokens, hidden = layers["tokens"], layers["hidden"]
+    if isinstance(tokens, DistilledEmbedding):
+        table = np.maximum(float64(tokens.codes), 0) @ float64(tokens.basis)
+    else:
+        table = float64(tokens.embeddings)
+    return np.tanh(table[ids] @ float64(hidden.kernel) + float64(hidden.bias))
+
+
+def logits(layers, ids):
+    classes = layers["classes"]
+    pooled = hidden_states(layers, ids).mean(axis=1)
+    return pooled @ float64(classes.kernel) + float64(classes.bias)
+
+
+def distance(layers, ids):
+    states = [hidden_states(each, ids) for each in layers]
+    return np.square(states[0] - states[1]).mean()
+
+
+def log_softmax(x):
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def features(student="hidden"):
+    return keras.distillation.FeatureDistillation(
+        "mse", teacher_layer_name="hidden", student_layer_name=student
+    )
+
+
+def make_distiller(models, losses, *, optimizer=None, **options):
+    distiller = Distiller(*models, losses)
+    distiller.compile(
+        optimizer or keras.optimizers.SGD(0.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **options,
+    )
+    return distiller
+
+
+def assert_nothing_left(layers):
+    """What catches a layer's outputs is gone: `call` is its class's again."""
+    for each in layers:
+        assert "call" not in vars(each["hidden"])
+        assert each["hidden"].call.__func__ is Watched.call
+
+
+KINDS = [
+    functional,
+    sequential,
+    nested,
+    composite,
+    Subclassed,
+    SubclassedOfBlocks,
+]
+
+
+@pytest.mark.parametrize(
+    ("teacher_kind", "student_kind"),
+    [*((kind, kind) for kind in KINDS)]
+    + [(functional, Subclassed), (SubclassedOfBlocks, nested)],
+)
+def test_features_equal_numpy(teacher_kind, student_kind):
+    models, layers = make_pair(teacher_kind, student_kind)
+    ids, targets = make_data()
+    distiller = make_distiller(models, features(), run_eagerly=True)
+    logs = distiller.train_on_batch(ids, targets, return_dict=True)
+    assert logs["feature_distillation_loss"] == pytest.approx(
+        distance(layers, ids), rel=1e-5
+    )
+    assert [each["hidden"].calls for each in layers] == [1, 1]
+    assert_nothing_left(layers)
+
+
+def test_features_of_layers_of_different_names():
+    models, layers = make_pair(functional, Subclassed, hidden="small")
+    ids, targets = make_data()
+    distiller = make_distiller(models, features("small"), run_eagerly=True)
+    logs = distiller.test_on_batch(ids, targets, return_dict=True)
+    assert logs["feature_distillation_loss"] == pytest.approx(
+        distance(layers, ids), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", [functional, SubclassedOfBlocks])
+def test_features_in_a_compiled_step(kind):
+    models, layers = make_pair(kind)
+    ids, targets = make_data()
+    distiller = make_distiller(
+        models,
+        [features(), LogitsDistillation()],
+        optimizer=keras.optimizers.SGD(0.5),
+        jit_compile=True,
+    )
+    expected = distance(layers, ids)
+    history = distiller.fit(
+        ids, targets, batch_size=BATCH, epochs=4, verbose=0
+    ).history["feature_distillation_loss"]
+    assert history[0] == pytest.approx(expected, rel=1e-5)
+    # The gradient arrives at the layer and below.
+    assert history[3] < history[2] < history[1] < history[0]
+    assert_nothing_left(layers)
+    # What comes next is of the trained layers, by one more trace.
+    logs = distiller.evaluate(ids, targets, verbose=0, return_dict=True)
+    assert logs["feature_distillation_loss"] == pytest.approx(
+        distance(layers, ids), rel=1e-5
+    )
+    assert_nothing_left(layers)
+    np.testing.assert_allclose(
+        models[1](ids), logits(layers[1], ids), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_several_losses_share_one_run():
+    models, layers = make_pair(Subclassed)
+    losses = [
+        features(),
+        keras.distillation.FeatureDistillation("mae", "tokens", "tokens"),
+        features(),
+        LogitsDistillation(),
+    ]
+    distiller = make_distiller(models, losses, run_eagerly=True)
+    for step in (distiller.train_on_batch, distiller.test_on_batch):
+        for each in layers:
+            each["hidden"].calls = 0
+        logs = step(*make_data(), return_dict=True)
+        assert [each["hidden"].calls for each in layers] == [1, 1]
+    expected = pytest.approx(distance(layers, make_data()[0]), rel=1e-5)
+    assert logs["feature_distillation_loss"] == expected
+    assert logs["feature_distillation_3_loss"] == expected
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["teacher", "student"])
+def test_layers_are_restored_after_an_error(which):
+    models, layers = make_pair(Subclassed)
+    ids, targets = make_data()
+    distiller = make_distiller(models, features(), run_eagerly=True)
+    layers[which]["hidden"].fails = True
+    with pytest.raises(ArithmeticError, match="in the forward pass"):
+        distiller.train_on_batch(ids, targets)
+    assert_nothing_left(layers)
+    layers[which]["hidden"].fails = False
+    logs = distiller.train_on_batch(ids, targets, return_dict=True)
+    assert logs["feature_distillation_loss"] == pytest.approx(
+        distance(layers, ids), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", [functional, Subclassed])
+def test_subclassed_models_as_a_whole(kind):
+    """The teacher's table is found by the name of the student's factors."""
+    models, layers = make_pair(kind, Subclassed)
+    ids, targets = make_data()
+    distiller = make_distiller(
+        models,
+        [EmbeddingDistillation(), LogitsDistillation()],
+        optimizer=keras.optimizers.Adam(0.05),
+    )
+    old, new = (each["tokens"] for each in layers)
+    rows = np.maximum(float64(new.codes), 0) @ float64(new.basis)
+    log_p, log_q = (log_softmax(logits(each, ids)) for each in layers)
+    expected = {
+        "task_loss": -log_q[np.arange(BATCH), targets].mean(),
+        "embedding_distillation_loss": np.square(float64(old.embeddings) - rows)
+        .sum(axis=1)
+        .mean(),
+        "logits_distillation_loss": (np.exp(log_p) * (log_p - log_q))
+        .sum(axis=-1)
+        .mean(),
+    }
+    expected["loss"] = sum(expected.values()) / 2
+    before = float64(old.embeddings)
+    history = distiller.fit(
+        ids, targets, batch_size=BATCH, epochs=5, verbose=0
+    ).history
+    first = {name: values[0] for name, values in history.items()}
+    assert first == pytest.approx(expected, rel=1e-4)
+    for name in ("embedding_distillation_loss", "logits_distillation_loss"):
+        assert history[name][-1] < history[name][0]
+    np.testing.assert_array_equal(float64(old.embeddings), before)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+@pytest.mark.parametrize("kind", [functional, Subclassed])
+def test_a_name_that_no_layer_has(kind, which):
+    models, _ = make_pair(kind)
+    names = {"teacher": "hidden", "student": "hidden"} | {which: "hiden"}
+    loss = keras.distillation.FeatureDistillation("mse", *names.values())
+    with pytest.raises(ValueError, match=f"`{which}` has no layer 'hiden'"):
+        Distiller(*models, loss)
+
+
+class Twins(Subclassed):
+    """Two layers of one name, neither on the model's surface."""
+
+    def __init__(self, layers):
+        twin = Watched(WIDTH, "tanh", name="hidden")
+        block = Block([Block([layers["hidden"]]), Block([twin])])
+        super().__init__(layers | {"hidden": block})
+
+
+def test_a_name_that_two_layers_have():
+    models, _ = make_pair(Subclassed, Twins)
+    with pytest.raises(ValueError, match="2 layers named 'hidden'"):
+        Distiller(*models, features())
+
+
+def test_a_layer_on_the_surface_is_meant_before_those_inside():
+    """As `get_layer` finds it."""
+
+    class Shadowed(Subclassed):
+        def __init__(self, layers):
+            super().__init__(layers)
+            self.block = Block([Watched(WIDTH, name="hidden")])
+
+        def call(self, ids):
+            x = self.block(self.tokens(ids))
+            return self.classes(self.pool(self.hidden(x)))
+
+    (teacher, _), _ = make_pair(Subclassed)
+    layers = make_layers(make_factors)
+    student = make(Shadowed, layers, seed=2)
+    distiller = make_distiller((teacher, student), features())
+    assert distiller._student_features._layers == {"hidden": layers["hidden"]}
+
+
+class CalledTwice(Subclassed):
+    def call(self, ids):
+        x = self.hidden(self.hidden(self.tokens(ids)))
+        return self.classes(self.pool(x))
+
+
+class NeverCalled(Subclassed):
+    def call(self, ids):
+        if not self.built:
+            self.hidden(self.tokens(ids))
+        return self.classes(self.pool(self.tokens(ids)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"), [(CalledTwice, 2), (NeverCalled, 0)]
+)
+def test_a_layer_must_be_called_once(kind, times):
+    models, layers = make_pair(Subclassed, kind)
+    distiller = make_distiller(models, features(), run_eagerly=True)
+    with pytest.raises(
+        ValueError,
+        match=f"'hidden' of the student, called {times} times",
+    ):
+        distiller.train_on_batch(*make_data())
+    assert_nothing_left(layers)

@@ -391,6 +391,43 @@ def test_top_classes_never_give_more_than_all(scale):
         assert max(values) <= full * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("gap", [5.0, 10.0, 14.0, 16.0, 20.0, 40.0])
+def test_top_classes_of_a_student_that_is_sure(gap):
+    """All others together may be less than float32 tells from nothing."""
+    teacher = np.array([[[1.0, 0.5, 0.0, 0.0]]], "float32")
+    student = np.array([[[gap, 0.0, 0.0, -0.5]]], "float32")
+    expected = divergences_of_top(teacher, student, 1).mean()
+    actual = logits_loss(teacher, student, 1.0, 1)
+    assert actual == pytest.approx(expected, rel=1e-5)
+    assert actual <= logits_loss(teacher, student) * (1 + 1e-6)
+
+
+def test_gradient_of_top_classes_of_a_student_that_is_sure():
+    """Where the teacher is not, there is much to learn."""
+    rows = np.array([[9.0, 0.0, 0.0, -0.5], [18.0, 0.0, 0.0, -0.5]])
+    logits = keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(4, use_bias=False)]
+    )
+    logits.layers[0].kernel.assign(rows)
+    one_hot = np.eye(2, dtype="float32")
+    targets = np.array([[1.0, 0.5, 0.0, 0.0]] * 2)
+
+    class TowardsTargets(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            loss = LogitsDistillation(top_k=1)
+            return loss.compute_loss(y_true, y_pred)
+
+    logits.compile(keras.optimizers.SGD(1.0), TowardsTargets())
+    logits.train_on_batch(one_hot, targets)
+    actual = rows - float64(logits.layers[0].kernel)
+    p, q = (np.exp(log_softmax(x)) for x in (targets, rows))
+    # q - p, the share of the others' p by their q.
+    shares = q[:, 1:] / q[:, 1:].sum(axis=1, keepdims=True)
+    p_others = p[:, 1:].sum(axis=1, keepdims=True)
+    expected = np.hstack([q[:, :1] - p[:, :1], q[:, 1:] - p_others * shares])
+    np.testing.assert_allclose(actual, expected / 2, rtol=1e-4, atol=2e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("top_k", [None, 2, 4])
 def test_divergence_from_kept_predictions(top_k, temperature):

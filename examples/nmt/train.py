@@ -45,30 +45,6 @@ class LabelSmoothedCrossentropy(keras.losses.Loss):
         return {**super().get_config(), "smoothing": self.smoothing}
 
 
-@keras.saving.register_keras_serializable(package="examples.nmt")
-class FactorAdam(keras.optimizers.Adam):
-    """Adam with larger or smaller steps for the factors of tables.
-
-    Args:
-        factor_rate: How many times larger those steps are.
-        **kwargs: Those of `keras.optimizers.Adam`.
-    """
-
-    def __init__(
-        self, learning_rate, factor_rate: float = 1.0, **kwargs
-    ) -> None:
-        super().__init__(learning_rate, **kwargs)
-        self.factor_rate = factor_rate
-
-    def update_step(self, gradient, variable, learning_rate) -> None:
-        if variable.name in ("codes", "basis"):
-            learning_rate = self.factor_rate * learning_rate
-        super().update_step(gradient, variable, learning_rate)
-
-    def get_config(self) -> dict:
-        return {**super().get_config(), "factor_rate": self.factor_rate}
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Length and step sizes of one training run.
@@ -81,27 +57,23 @@ class Schedule:
         peak_learning_rate: Largest step size of Adam.
         warmup: Share of the steps that the rise takes.
         smoothing: Label smoothing of the cross-entropy.
-        factor_rate: How many times larger the steps of a table's factors are
-            than those of other weights.
     """
 
     epochs: int = 9
     peak_learning_rate: float = 1.2e-3
     warmup: float = 0.1
     smoothing: float = 0.1
-    factor_rate: float = 1.0
 
     def optimizer(self, steps_per_epoch: int) -> keras.optimizers.Optimizer:
         steps = self.epochs * steps_per_epoch
         warmup_steps = max(1, round(self.warmup * steps))
-        return FactorAdam(
+        return keras.optimizers.Adam(
             keras.optimizers.schedules.CosineDecay(
                 initial_learning_rate=0.0,
                 decay_steps=max(1, steps - warmup_steps),
                 warmup_target=self.peak_learning_rate,
                 warmup_steps=warmup_steps,
             ),
-            self.factor_rate,
             beta_2=0.98,
             epsilon=1e-9,
         )

@@ -18,7 +18,6 @@ from keras_distilled_embedding.compression import compress
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
-from keras_distilled_embedding.distillation import teacher_cache
 from keras_distilled_embedding.distillation.teacher_cache import CLASSES
 from keras_distilled_embedding.distillation.teacher_cache import INPUTS
 from keras_distilled_embedding.distillation.teacher_cache import (
@@ -28,6 +27,7 @@ from keras_distilled_embedding.distillation.teacher_cache import TEACHER_OUTPUTS
 from keras_distilled_embedding.distillation.teacher_cache import TeacherCache
 from keras_distilled_embedding.distillation.teacher_cache import cache_teacher
 from keras_distilled_embedding.distillation.teacher_cache import split_inputs
+from keras_distilled_embedding.distillation.teacher_cache import writer
 
 VOCABULARY, WIDTH = 41, 6
 BATCH = 3
@@ -153,7 +153,7 @@ def contents(directory):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(teacher_cache, "_SHARD_BATCHES", 2)
+    monkeypatch.setattr(writer, "_SHARD_BATCHES", 2)
 
 
 # What is kept
@@ -334,7 +334,7 @@ def test_resumes_after_a_kill(tmp_path, small_shards):
         import os, signal, sys
         sys.path.insert(0, sys.argv[1])
         from test_teacher_cache import *
-        teacher_cache._SHARD_BATCHES = 2
+        writer._SHARD_BATCHES = 2
 
         class Killed:
             def __iter__(self):
@@ -740,7 +740,7 @@ def test_many_readers_at_once(tmp_path, small_shards):
 
 
 def test_shards_are_bounded_by_their_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_cache, "_SHARD_BYTES", 1)
+    monkeypatch.setattr(writer, "_SHARD_BYTES", 1)
     cache_teacher(make_teacher(), make_batches(), tmp_path)
     assert len(list(tmp_path.glob("shard_*.npz"))) == len(LENGTHS)
 

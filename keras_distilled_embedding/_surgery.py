@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+from keras import ops
+from keras.src.backend import get_keras_mask
 from keras.src.models.functional import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
 
@@ -52,7 +54,23 @@ def input_structure(model: keras.Model) -> Any:
 
 def keras_mask(tensor: Any) -> Any:
     """The mask that Keras has attached to a layer's output, or `None`."""
-    return getattr(tensor, "_keras_mask", None)
+    return get_keras_mask(tensor)
+
+
+def count_steps(optimizer: keras.optimizers.Optimizer) -> int:
+    """The batches an optimizer has seen, accumulated ones included."""
+    # The public `iterations` counts updates, and rounds down.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return int(ops.convert_to_numpy(optimizer._iterations))
+
+
+def make_variables_current(model: keras.Model) -> None:
+    """Has a training in progress read its state from the variables again.
+
+    On JAX `fit` keeps the state of the model to itself until an epoch ends.
+    """
+    if keras.backend.backend() == "jax":
+        model.jax_state_sync()
 
 
 def watch_calls(

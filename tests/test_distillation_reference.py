@@ -382,7 +382,7 @@ def test_divergence_of_the_top_classes(temperature, top_k):
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
 def test_top_classes_never_give_more_than_all(scale):
-    for seed in range(5):
+    for seed in range(2):
         logits = make_logits(scale, seed)
         full = logits_loss(*logits)
         values = [logits_loss(*logits, 1.0, k) for k in range(1, 12)]

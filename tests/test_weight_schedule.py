@@ -257,6 +257,8 @@ def test_resumed_training_goes_on_where_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(Interrupt())
     resumed_history, resumed_used, resumed_weights = train()
+    steps = np.arange(4 * BATCHES)
+    np.testing.assert_allclose(used[:, 0], [rise(step) for step in steps])
     np.testing.assert_array_equal(resumed_used, used[2 * BATCHES :])
     for name, values in resumed_history.items():
         assert values == pytest.approx(history[name][2:], rel=1e-5)

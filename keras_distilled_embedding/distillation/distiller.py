@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 from keras.distillation import DistillationLoss
 
+from keras_distilled_embedding import _surgery
 from keras_distilled_embedding.distillation.embedding_distillation import (
     EmbeddingDistillation,
 )
@@ -153,6 +154,11 @@ class Distiller(keras.Model):
     @student_loss_weight.setter
     def student_loss_weight(self, weight: float) -> None:
         _check_student_loss_weight(weight)
+        if weight > 0.0 and self.compiled and self.loss is None:
+            raise ValueError(
+                "`student_loss_weight` must be 0 where no loss of the task was "
+                f"compiled. Received: student_loss_weight={weight!r}"
+            )
         self._set_weights_in_use([weight, *self._weight_values[1:]])
 
     @property
@@ -166,6 +172,7 @@ class Distiller(keras.Model):
         self._set_weights_in_use([self.student_loss_weight, *weights])
 
     def _set_weights_in_use(self, values: list[float]) -> None:
+        _surgery.make_variables_current(self)
         self._weight_values = [float(value) for value in values]
         self._weights_in_use.assign(self._weight_values)
 
@@ -273,7 +280,7 @@ class Distiller(keras.Model):
         training: bool = True,
     ) -> Any:
         # Keras adds these to the task's loss; they are not to be weighted.
-        penalties = sum(ops.sum(loss) for loss in self.student.losses)
+        penalties = sum(ops.sum(loss) for loss in self.losses)
         task = 0.0
         if self.student_loss_weight > 0.0 or self.loss is not None:
             task = super().compute_loss(

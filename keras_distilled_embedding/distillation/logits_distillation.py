@@ -177,16 +177,30 @@ def _divergences_of_top(teacher: TopPredictions, student_logits: Any) -> Any:
     # In float16, a log probability may have become minus infinity.
     log_p = ops.maximum(ops.cast(teacher.log_probabilities, "float32"), -1e4)
     classes = ops.cast(teacher.classes, "int32")
-    log_q = ops.take_along_axis(student_logits, classes, axis=-1)
-    log_q -= ops.logsumexp(student_logits, axis=-1, keepdims=True)
-    p, q = ops.exp(log_p), ops.exp(log_q)
-    others_p, others_q = (
-        ops.maximum(1.0 - ops.sum(x, axis=-1), keras.config.epsilon())
-        for x in (p, q)
-    )
-    return ops.sum(p * (log_p - log_q), axis=-1) + others_p * (
-        ops.log(others_p) - ops.log(others_q)
-    )
+    normalizer = ops.logsumexp(student_logits, axis=-1, keepdims=True)
+    log_q = ops.take_along_axis(student_logits, classes, axis=-1) - normalizer
+    p = ops.exp(log_p)
+    divergences = ops.sum(p * (log_p - log_q), axis=-1)
+    if classes.shape[-1] == student_logits.shape[-1]:
+        return divergences
+    # Not as 1 - sum(q): of a student that is sure, float32 leaves nothing.
+    others = _without(student_logits, classes)
+    log_others_q = ops.logsumexp(others, axis=-1) - normalizer[..., 0]
+    others_p = ops.maximum(1.0 - ops.sum(p, axis=-1), keras.config.epsilon())
+    return divergences + others_p * (ops.log(others_p) - log_others_q)
+
+
+def _without(logits: Any, classes: Any) -> Any:
+    """The logits, those of some classes so low that they do not count."""
+    vocabulary, k = logits.shape[-1], classes.shape[-1]
+    flat = ops.reshape(logits, (-1, vocabulary))
+    classes = ops.reshape(classes, (-1, k))
+    rows = ops.arange(ops.shape(flat)[0], dtype="int32")[:, None]
+    rows = ops.broadcast_to(rows, ops.shape(classes))
+    indices = ops.reshape(ops.stack([rows, classes], axis=-1), (-1, 2))
+    low = ops.full((ops.shape(indices)[0],), -1e30, dtype=logits.dtype)
+    flat = ops.scatter_update(flat, indices, low)
+    return ops.reshape(flat, ops.shape(logits))
 
 
 def _top_predictions(logits: Any, top_k: int) -> TopPredictions:

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_distilled_embedding import _surgery
 from keras_distilled_embedding.distillation.distiller import Distiller
 
 Schedule = float | Callable[[int], Any]
@@ -94,11 +95,7 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        optimizer = self.model.optimizer
-        accumulated = optimizer.gradient_accumulation_steps or 1
-        self._first_step = (
-            int(ops.convert_to_numpy(optimizer.iterations)) * accumulated
-        )
+        self._first_step = _surgery.count_steps(self.model.optimizer)
 
     def on_train_batch_begin(
         self, batch: int, logs: dict | None = None
@@ -116,9 +113,6 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
         ]
         if wanted == weights:
             return
-        if keras.backend.backend() == "jax":
-            # The step's state is then read from the variables again.
-            model.jax_state_sync()
         model.student_loss_weight, *model.distillation_loss_weights = wanted
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:

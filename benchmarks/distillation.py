@@ -24,6 +24,7 @@ import resource
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -261,6 +262,20 @@ class _WithModels(keras.distillation.DistillationLoss):
         )
 
 
+def _cached(load: Workload) -> Step:
+    """Learning from what a teacher has predicted before."""
+    teacher = load.teacher()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = kde.cache_teacher(
+            teacher, load.dataset().take(1), folder, verbose=0
+        )
+        batch = cache[0]
+    return load.train(
+        kde.Distiller(teacher, load.student(), [kde.LogitsDistillation()]),
+        tf.data.Dataset.from_tensors(batch).repeat(),
+    )
+
+
 def _features(load: Workload, *_: keras.Model):
     return keras.distillation.FeatureDistillation(
         teacher_layer_name=load.layer, student_layer_name=load.layer
@@ -293,6 +308,7 @@ ROWS = {
         bar=BAR,
         rival="Keras: logits",
     ),
+    "ours: logits, cached": Row(_cached),
     "ours: both": Row(
         _ours(
             lambda load: kde.EmbeddingDistillation(),

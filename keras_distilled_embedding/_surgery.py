@@ -1,6 +1,7 @@
-"""Copy models with some of their layers swapped.
+"""What takes knowledge of how Keras works inside.
 
-The only file that relies on how Keras keeps layers and graphs; everything
+Copying models with some of their layers swapped, above all. The only file
+that relies on how Keras keeps layers, graphs, masks and states; everything
 else goes through these functions.
 """
 

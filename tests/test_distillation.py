@@ -526,18 +526,22 @@ def test_layers_frozen_in_the_student_stay():
     assert set(changed(student, before)) == {"tokens/codes", "tokens/basis"}
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_dropout_is_the_students_alone(training):
+@pytest.mark.parametrize(
+    "training, student_training", [(False, True), (True, True), (True, False)]
+)
+def test_dropout_is_the_students_alone(training, student_training):
     teacher, student = make_pair(dropout=0.9)
     ids, targets = make_data()
     distiller = Distiller(
         teacher,
         student,
         keras.distillation.FeatureDistillation(loss=RecordTeacher()),
+        student_training=student_training,
     )
     distiller.compile(
         keras.optimizers.SGD(0.0), cross_entropy(), run_eagerly=True
     )
+    assert distiller.get_config()["student_training"] == student_training
     if training:
         distiller.train_on_batch(ids, targets)
     else:
@@ -545,7 +549,7 @@ def test_dropout_is_the_students_alone(training):
     teacher_outputs, student_outputs = RecordTeacher.last
     np.testing.assert_allclose(teacher_outputs, teacher(ids), atol=1e-5)
     same = np.allclose(student_outputs, student(ids), atol=1e-5)
-    assert same != training
+    assert same != (training and student_training)
 
 
 class RecordTeacher(keras.losses.Loss):

@@ -103,19 +103,35 @@ def test_public_objects_are_documented(name):
 )
 def test_examples_of_docstrings_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = _namespace()
-    if name == "EmbeddingDistillation" or name == "LogitsDistillation":
-        teacher = keras.Sequential(
-            [
-                keras.Input((None,), dtype="int32"),
-                keras.layers.Embedding(100, 16),
-                keras.layers.Dense(3),
-            ]
-        )
-        namespace["teacher"] = teacher
-        namespace["student"] = kde.compress(teacher, 4.0, verbose=0)
+    namespace = {**_namespace(), **_trained_things(tmp_path)}
     for block in _python_blocks(inspect.getdoc(_public_objects()[name])):
         exec(inspect.cleandoc(block), namespace)
+
+
+def _trained_things(folder):
+    """What the examples of docstrings take as given."""
+    teacher = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(500, 64),
+            keras.layers.Dense(3),
+        ]
+    )
+    student = kde.compress(teacher, 4.0, verbose=0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    distiller = kde.Distiller(teacher, student, kde.LogitsDistillation())
+    distiller.compile("adam", loss)
+    batches = [(np.ones((2, 5), "int32"), np.ones((2, 5), "int32"))]
+    kde.cache_teacher(teacher, batches, folder / "teacher_cache", verbose=0)
+    return {
+        "teacher": teacher,
+        "student": student,
+        "loss": loss,
+        "distiller": distiller,
+        "inputs": batches[0][0],
+        "labels": batches[0][1],
+        "train_batches": batches,
+    }
 
 
 def test_doctests():
@@ -131,14 +147,21 @@ def test_doctests():
     assert result.failed == 0
 
 
-def test_readme(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+)
+def test_documents(path, tmp_path, monkeypatch):
+    """Their code runs from top to bottom, and their links lead somewhere."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 120
+    text = path.read_text(encoding="utf-8")
     namespace = _namespace()
     blocks = _python_blocks(text)
     assert blocks
     for block in blocks:
         exec(block, namespace)
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (ROOT / link).exists(), link
+        assert (path.parent / link).exists(), link
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

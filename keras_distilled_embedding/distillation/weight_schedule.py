@@ -41,7 +41,8 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
         1.0, decay_steps=10_000, end_learning_rate=0.0
     )
     distiller.fit(
-        dataset,
+        inputs,
+        labels,
         callbacks=[
             DistillationWeightSchedule(distillation_loss_weights=[linear_decay])
         ],

@@ -55,7 +55,7 @@ class TeacherCache(keras.utils.PyDataset):
     Opens what `cache_teacher` wrote. Every batch has the structure of the
     dataset's, as a tuple, with `x` replaced by
 
-    ```python
+    ```
     {
         "inputs": x,
         "teacher_outputs": (  # for each output of the teacher

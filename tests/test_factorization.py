@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from keras_distilled_embedding import factorization
+from keras_distilled_embedding.factorization import Factorization
+from keras_distilled_embedding.factorization import exact
 from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.factorization import learned
 from keras_distilled_embedding.factorization import rank_for_compression
+from keras_distilled_embedding.factorization import table as table_module
 from keras_distilled_embedding.factorization import validate_rank
 
 # Energy that float32 factors lose by rounding, whatever their rank.
@@ -173,7 +176,7 @@ def test_sweeps_only_lower_the_error(monkeypatch, weighted, rank):
     weights = random_weights(len(table)) if weighted else None
     errors = []
     for sweeps in (0, 1, 2, 5, 10):
-        monkeypatch.setattr(factorization, "SWEEPS", sweeps)
+        monkeypatch.setattr(exact, "SWEEPS", sweeps)
         result = factorize(table, rank, row_weights=weights)
         errors.append(result.relative_error)
     assert all(b <= a + ROUNDING for a, b in itertools.pairwise(errors))
@@ -183,7 +186,7 @@ def test_sweeps_only_lower_the_error(monkeypatch, weighted, rank):
 
 def test_a_sweep_that_raises_the_error_is_dropped(monkeypatch):
     monkeypatch.setattr(
-        factorization,
+        exact,
         "_sweep",
         lambda table, weights, codes, basis, margin: 0 * basis,
     )
@@ -194,7 +197,7 @@ def test_a_sweep_that_raises_the_error_is_dropped(monkeypatch):
 
 @pytest.mark.parametrize("rank", [2, 3, 5, 16])
 def test_simplex_vertices(rank):
-    vertices = factorization._simplex_vertices(rank)
+    vertices = exact._simplex_vertices(rank)
     assert vertices.shape == (rank, rank - 1)
     np.testing.assert_allclose(np.linalg.norm(vertices, axis=1), 1)
     np.testing.assert_allclose(vertices.sum(axis=0), 0, atol=1e-12)
@@ -206,7 +209,7 @@ def test_simplex_vertices(rank):
 
 
 def test_relu_of_rank_one_takes_the_side_with_more_energy(monkeypatch):
-    monkeypatch.setattr(factorization, "SWEEPS", 0)
+    monkeypatch.setattr(exact, "SWEEPS", 0)
     column = np.array([[3.0], [4.0], [-1.0]])
     for sign in (-1, 1):
         result = factorize(sign * column @ [[1.0, 2.0]], 1)
@@ -255,7 +258,7 @@ def test_result_describes_its_factors(activation):
 def test_reconstruct_applies_the_activation():
     codes = np.float32([[-1, 2], [3, -4]])
     basis = np.eye(2, dtype="float32")
-    result = factorization.Factorization(codes, basis, "relu", 0.0)
+    result = Factorization(codes, basis, "relu", 0.0)
     np.testing.assert_array_equal(result.reconstruct(), [[0, 2], [3, 0]])
 
 
@@ -284,8 +287,8 @@ def test_counts_weigh_like_repeated_rows():
 
 @pytest.fixture
 def short_training(monkeypatch):
-    monkeypatch.setattr(factorization, "MAX_EPOCHS", 3)
-    monkeypatch.setattr(factorization, "STEPS_PER_EPOCH", 10)
+    monkeypatch.setattr(learned, "MAX_EPOCHS", 3)
+    monkeypatch.setattr(learned, "STEPS_PER_EPOCH", 10)
 
 
 @pytest.mark.parametrize("activation", ["relu", None, "tanh"])
@@ -302,7 +305,7 @@ def test_learned_comes_near_the_svd(activation):
 
 
 def test_learned_weighs_rows(monkeypatch):
-    monkeypatch.setattr(factorization, "MAX_EPOCHS", 8)
+    monkeypatch.setattr(learned, "MAX_EPOCHS", 8)
     table = random_table(200, 16)
     weights = np.where(np.arange(200) < 20, 1.0, 1e-3)
     weighted = factorize(table, 6, method="learned", row_weights=weights)
@@ -355,7 +358,7 @@ def test_learned_revives_rows_that_are_dead_from_the_start(short_training):
 def test_planted_dead_rows_take_the_live_codes_that_fit_best():
     codes = np.float32([[1, 0], [-1, -2], [0, 2], [-3, 0]])
     table = np.array([[1.0, 0], [0.1, 1], [0, 2], [0.9, 0.2]])
-    revived = factorization._revive_dead_rows(
+    revived = learned._revive_dead_rows(
         table,
         codes,
         np.eye(2, dtype="float32"),
@@ -368,7 +371,7 @@ def test_planted_dead_rows_take_the_live_codes_that_fit_best():
 
 def test_nothing_is_revived_where_all_rows_are_alike():
     for codes in (np.ones((3, 2), "float32"), -np.ones((3, 2), "float32")):
-        revived = factorization._revive_dead_rows(
+        revived = learned._revive_dead_rows(
             np.ones((3, 4)),
             codes,
             np.ones((2, 4), "float32"),
@@ -387,7 +390,7 @@ def test_plateau_keeps_the_best_weights_and_stops():
         ]
     )
     model.compile("adam", "mse")
-    callback = factorization._ReduceOnPlateau(lambda codes, basis: codes + 1)
+    callback = learned._ReduceOnPlateau(lambda codes, basis: codes + 1)
     callback.set_model(model)
     callback.on_train_begin()
     model.stop_training = False
@@ -399,21 +402,21 @@ def test_plateau_keeps_the_best_weights_and_stops():
     assert (codes == 2).all()
     assert (basis == 1).all()
     learning_rate = float(model.optimizer.learning_rate)
-    assert learning_rate < factorization.LEARNING_RATE
+    assert learning_rate < learned.LEARNING_RATE
     epochs = 0
     while not model.stop_training:
         callback.on_epoch_end(epochs, {"loss": 0.0999})
         epochs += 1
-    assert epochs == factorization.PATIENCE * factorization.MAX_CUTS
+    assert epochs == learned.PATIENCE * learned.MAX_CUTS
     callback.on_train_end()
 
 
 def test_batches_have_one_shape_and_visit_every_row(monkeypatch):
-    monkeypatch.setattr(factorization, "BATCH_SIZE", 7)
-    monkeypatch.setattr(factorization, "STEPS_PER_EPOCH", 2)
+    monkeypatch.setattr(learned, "BATCH_SIZE", 7)
+    monkeypatch.setattr(learned, "STEPS_PER_EPOCH", 2)
     table, weights = random_table(30, 3), random_weights(30)
     random = np.random.default_rng(0)
-    batches = factorization._RowBatches(table, weights, random)
+    batches = learned._RowBatches(table, weights, random)
     assert len(batches) == 5
     orders = []
     for _ in range(2):
@@ -473,8 +476,8 @@ def test_memory_map_is_read_in_chunks(
     np.save(tmp_path / "table.npy", table)
     mapped = np.load(tmp_path / "table.npy", mmap_mode="r")
     expected = factorize(table, 4, method=method)
-    monkeypatch.setattr(factorization, "CHUNK_ENTRIES", 12 * 7)
-    sizes = [len(block) for _, block in factorization._row_blocks(mapped)]
+    monkeypatch.setattr(table_module, "CHUNK_ENTRIES", 12 * 7)
+    sizes = [len(block) for _, block in table_module.row_blocks(mapped)]
     assert sizes == [7] * 8 + [4]
     result = factorize(mapped, 4, method=method)
     np.testing.assert_allclose(
@@ -531,7 +534,7 @@ def test_bad_arguments(arguments, match):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
 def test_bad_rows_are_named(monkeypatch, value):
-    monkeypatch.setattr(factorization, "CHUNK_ENTRIES", 12 * 7)
+    monkeypatch.setattr(table_module, "CHUNK_ENTRIES", 12 * 7)
     table = random_table()
     table[[3, 8, 9, 30, 31, 58, 59], 2] = value
     with pytest.raises(ValueError, match=r"7 of its 60 rows.*3, 8, 9, 30, 31$"):
@@ -574,7 +577,7 @@ def test_progress_bar_on_a_terminal(monkeypatch, short_training, with_rich):
         pytest.importorskip("rich")
     else:
         monkeypatch.setitem(sys.modules, "rich.progress", None)
-    with factorization._progress_bar(verbose=1) as callbacks:
+    with learned._progress_bar(verbose=1) as callbacks:
         assert len(callbacks) == with_rich
     factorize(random_table(), 4, method="learned", verbose=1)
 

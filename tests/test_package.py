@@ -134,9 +134,11 @@ def _trained_things(folder):
     }
 
 
-def test_doctests():
-    # By name: the package has a function of the same name.
-    module = importlib.import_module("keras_distilled_embedding.factorization")
+@pytest.mark.parametrize("name", ["factors", "ranks"])
+def test_doctests(name):
+    module = importlib.import_module(
+        f"keras_distilled_embedding.factorization.{name}"
+    )
     namespace = {**vars(module), "np": np}
     result = doctest.testmod(
         module,

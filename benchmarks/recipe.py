@@ -58,7 +58,8 @@ class FactorRateRecipe(Recipe):
         update = optimizer.update_step
 
         def scaled_update(gradient, variable, learning_rate):
-            if variable.name in ("codes", "basis"):
+            # A TensorFlow variable, "codes:0", on that backend.
+            if re.match("(codes|basis)\\b", variable.name.split("/")[-1]):
                 learning_rate = self.factor_rate * learning_rate
             update(gradient, variable, learning_rate)
 

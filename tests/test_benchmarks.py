@@ -1,11 +1,16 @@
 """The benchmarks run, and write what they say they write."""
 
+import dataclasses
 import json
 
+import keras
+import numpy as np
 import pytest
 
 from benchmarks import _report
 from benchmarks import distillation
+from benchmarks import recipe
+from keras_distilled_embedding.layers import DistilledEmbedding
 
 
 @pytest.mark.slow
@@ -66,3 +71,46 @@ def test_files_are_written_whole(tmp_path):
     assert path.read_text(encoding="utf-8") == "÷\n"
     assert list(path.parent.iterdir()) == [path]
     assert "tensorflow" in _report.environment()
+
+
+def test_recipe_reports_means_over_seeds(tmp_path):
+    results = [
+        {
+            "row": row,
+            "seed": seed,
+            "recipe": dataclasses.asdict(recipe.ALL[row]),
+            "validation_nll": [3.0, 2.0 + seed],
+            "validation_bleu": 30.0,
+            "test_bleu": 31.0 + seed,
+            "wall_s": 1.0,
+            "cpu_s": 1.0,
+        }
+        for row in ("logits", "logits, factors 3x")
+        for seed in (0, 1)
+    ]
+    recipe.write_report(results, 32.0, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    cells = "| 2 | 2.500 | 30.00 | 31.50 | -0.50 | 31.00, 32.00 |"
+    assert f"| logits {cells}" in report
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "recipe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recipe_can_give_factors_larger_steps():
+    layer = DistilledEmbedding(10, 8, 2, activation=None)
+    layer.build()
+    other = keras.layers.Dense(3)
+    other.build((None, 8))
+    variables = [layer.codes, layer.basis, other.kernel]
+    schedule = recipe.FactorRateRecipe(
+        epochs=1, peak_learning_rate=0.01, warmup=1e-9, factor_rate=3.0
+    )
+    before = [keras.ops.convert_to_numpy(v).copy() for v in variables]
+    optimizer = schedule.optimizer(steps_per_epoch=100)
+    for _ in range(2):  # the first step of the warm-up is of size 0
+        optimizer.apply([keras.ops.ones_like(v) for v in variables], variables)
+    steps = [
+        np.abs(keras.ops.convert_to_numpy(v) - old).mean()
+        for v, old in zip(variables, before)
+    ]
+    np.testing.assert_allclose(steps[:2], 3 * steps[2], rtol=1e-3)

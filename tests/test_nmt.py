@@ -1,5 +1,6 @@
 """The translation example: data, model, training, search, main job."""
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -319,6 +320,92 @@ def test_beam_search_finds_likelier_translations(model, text, vocabulary):
             row = [i for i in source[0].tolist() if i != data.PAD_ID]
             totals[beams] += log_likelihood(ids, row)
     assert totals[8] > totals[1]
+
+
+class Shouter:
+    """Stands in for a translator; breaks at a sentence if asked to."""
+
+    def __init__(self, breaks_at=None):
+        self.breaks_at = breaks_at
+        self.seen = []
+
+    def translate(self, sentences):
+        if self.breaks_at in sentences:
+            raise KeyboardInterrupt
+        self.seen += sentences
+        return [sentence.upper() for sentence in sentences]
+
+
+def test_a_long_text_is_translated_on_from_where_it_stopped(tmp_path):
+    # Other separators than a newline do not end a line.
+    sentences = ["a", "b\u2028c", "d", "e", "f"]
+    path = tmp_path / "translations.txt"
+    with pytest.raises(KeyboardInterrupt):
+        translate.translate_to_file(Shouter("e"), sentences, path, 2)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("cut in the mid")
+    translator = Shouter()
+    lines = translate.translate_to_file(translator, sentences, path, 2)
+    assert translator.seen == sentences[2:]
+    assert lines == ["A", "B\u2028C", "D", "E", "F"]
+    assert path.read_text(encoding="utf-8") == "A\nB\u2028C\nD\nE\nF\n"
+
+
+def test_compiled_search_finds_the_same(model, text, vocabulary):
+    arguments = (model, vocabulary, BATCHING, 2)
+    plain, compiled = (
+        translate.Translator(*arguments, jit_compile=jit_compile)
+        for jit_compile in (False, True)
+    )
+    sentences = text.source[:3]
+    assert compiled.translate(sentences) == plain.translate(sentences)
+
+
+def test_the_student_may_learn_its_teachers_translations(tmp_path, monkeypatch):
+    settings = dataclasses.replace(
+        pipeline.PRESETS["cldr"],
+        **{**pipeline.QUICK, "max_pairs": 200, "vocabulary_size": 120},
+    )
+    settings = dataclasses.replace(
+        settings,
+        student=dataclasses.replace(settings.student, sequence_level=True),
+    )
+    run = pipeline.Run(settings, tmp_path, verbose=False)
+    monkeypatch.setattr(run, "model", lambda name: name)
+    monkeypatch.setattr(
+        pipeline, "Translator", lambda *arguments, **options: Shouter()
+    )
+    text = run.training_text
+    assert text.source == run.corpus.train.source
+    assert text.target == [sentence.upper() for sentence in text.source]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 0.5, 2.0)])
+def test_a_recipe_decides_the_losses(model, text, vocabulary, weights):
+    student = kde.compress(model, 2.0, verbose=0)
+    recipe = train.Recipe(
+        epochs=1,
+        logits_weight=weights[0],
+        embedding_weight=weights[1],
+        hidden_weight=weights[2],
+    )
+    batches = BATCHING.batches(text[:100], vocabulary)
+    history = train.distil(
+        model, student, batches, batches, recipe, jit_compile=False, verbose=0
+    ).history
+    names = ("logits", "embedding", "feature")
+    for name, weight in zip(names, weights):
+        assert (f"{name}_distillation_loss" in history) == (weight > 0)
+
+
+def test_a_recipe_without_distillation_is_training(model, text, vocabulary):
+    student = kde.compress(model, 2.0, verbose=0)
+    recipe = train.Recipe(epochs=1, student_loss_weight=1.0)
+    batches = BATCHING.batches(text[:100], vocabulary)
+    history = train.distil(
+        model, student, batches, batches, recipe, jit_compile=False, verbose=0
+    ).history
+    assert set(history) == {"loss", "nll", "val_loss", "val_nll"}
 
 
 def test_litert_translates_as_keras_does(model, text, vocabulary, tmp_path):

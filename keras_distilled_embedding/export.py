@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from keras_distilled_embedding import _surgery
+from keras_distilled_embedding._files import write_atomically
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -149,7 +150,7 @@ def export_litert(
             "graph: inside another layer, its activation cannot be applied "
             f"beforehand. Copies by layer: {repeated}"
         )
-    _write(filepath, content)
+    write_atomically(filepath, lambda file: file.write(content))
     report = ExportReport(
         filepath=str(filepath),
         bytes=len(content),
@@ -334,13 +335,3 @@ def _count_copies(content: bytes, table: np.ndarray) -> int:
 def _weights_bytes(models: Any) -> int:
     weights = {id(w): w for model in models for w in model.weights}
     return sum(w.numpy().nbytes for w in weights.values())
-
-
-def _write(filepath: Path, content: bytes) -> None:
-    """Puts the file in place whole; on a failure the old one stays."""
-    # In a folder of its own rather than by `mkstemp`, whose files nobody else
-    # may read.
-    with tempfile.TemporaryDirectory(dir=filepath.parent) as folder:
-        part = Path(folder) / filepath.name
-        part.write_bytes(content)
-        os.replace(part, filepath)

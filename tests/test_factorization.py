@@ -501,10 +501,10 @@ def test_table_and_weights_are_left_unchanged():
         ({"table": np.ones(4)}, r"matrix of shape.*Received: shape \(4,\)"),
         ({"table": np.ones((2, 3, 4))}, r"Received: shape \(2, 3, 4\)"),
         ({"table": np.ones((0, 4))}, r"non-empty.*Received: shape \(0, 4\)"),
-        ({"rank": 0}, "rank must be an integer of at least 1.*rank=0"),
-        ({"rank": 2.0}, "rank must be an integer.*rank=2.0"),
-        ({"rank": True}, "rank must be an integer.*rank=True"),
-        ({"rank": "8"}, "rank must be an integer.*rank='8'"),
+        ({"rank": 0}, "`rank` must be a positive integer.*rank=0"),
+        ({"rank": 2.0}, "`rank` must be a positive integer.*rank=2.0"),
+        ({"rank": True}, "`rank` must be a positive integer.*rank=True"),
+        ({"rank": "8"}, "`rank` must be a positive integer.*rank='8'"),
         ({"rank": 14}, "rank must be at most 13 .*rank=14"),
         (
             {"rank": 13, "activation": None},
@@ -515,8 +515,8 @@ def test_table_and_weights_are_left_unchanged():
         ({"activation": 3}, "activation must be None.*activation=3"),
         ({"activation": "tanh"}, "pass method=\"learned\".*'tanh'"),
         ({"hidden_dim": 8}, "hidden_dim is not supported .*hidden_dim=None"),
-        ({"seed": -1}, "seed must be an integer of at least 0.*seed=-1"),
-        ({"seed": None}, "seed must be an integer.*seed=None"),
+        ({"seed": -1}, "`seed` must be an integer of at least 0.*seed=-1"),
+        ({"seed": None}, "`seed` must be an integer.*seed=None"),
         ({"row_weights": ["a"] * 60}, "row_weights must be numbers"),
         ({"row_weights": np.ones(3)}, r"row_weights .*\(60,\).*\(3,\)"),
         ({"row_weights": np.ones((60, 1))}, r"row_weights .*\(60, 1\)"),
@@ -647,7 +647,7 @@ def test_compression_out_of_reach_names_the_largest():
 @pytest.mark.parametrize(
     ("rank", "match"),
     [
-        (0, "rank must be an integer of at least 1.*rank=0"),
+        (0, "`rank` must be a positive integer.*rank=0"),
         (-3, "rank=-3"),
         (1.5, "rank=1.5"),
         (True, "rank=True"),
@@ -673,7 +673,11 @@ def test_validate_rank_of_equal_size():
 @pytest.mark.parametrize("size", [0, -1, 2.0, None])
 def test_sizes_must_be_positive_integers(name, size):
     sizes = {"input_dim": 1000, "output_dim": 64, name: size}
-    with pytest.raises(ValueError, match=f"{name} must be an integer"):
+    with pytest.raises(
+        ValueError, match=f"`{name}` must be a positive integer"
+    ):
         validate_rank(4, **sizes)
-    with pytest.raises(ValueError, match=f"{name} must be an integer"):
+    with pytest.raises(
+        ValueError, match=f"`{name}` must be a positive integer"
+    ):
         rank_for_compression(compression=8.0, **sizes)

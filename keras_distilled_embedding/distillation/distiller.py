@@ -54,9 +54,8 @@ class Distiller(keras.Model):
         name: Name of the model.
         student_training: Whether the student is trained in training mode.
             `False` switches its dropout off and leaves the statistics of its
-            normalizations as they are: a student with fewer parameters than
-            its teacher, and its teacher's predictions to follow, rarely needs
-            dropout, and learns faster without.
+            normalizations as they are: worth trying for a student that
+            follows its teacher's predictions, see docs/distillation.md.
 
     Raises:
         TypeError: If teacher, student or a loss is of another class.
@@ -264,7 +263,7 @@ class Distiller(keras.Model):
                     "`LogitsDistillation`; train with the batches themselves "
                     f"for other losses. Received: {type(loss).__name__}"
                 )
-            data.check(self.teacher, loss.temperature)
+            data.check_temperature(loss.temperature)
             if loss.top_k is not None and loss.top_k > data.top_k:
                 raise ValueError(
                     "`top_k` of a `LogitsDistillation` must be at most the "

@@ -12,7 +12,7 @@ from keras import ops
 from keras.distillation import DistillationLoss
 
 from keras_distilled_embedding import _surgery
-from keras_distilled_embedding.distillation.weighting import is_positive_integer
+from keras_distilled_embedding._arguments import as_integer
 from keras_distilled_embedding.distillation.weighting import mean
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
@@ -68,12 +68,7 @@ class EmbeddingDistillation(DistillationLoss):
         seed: int = 0,
         row_weights: Any = None,
     ) -> None:
-        if num_rows is not None and not is_positive_integer(num_rows):
-            raise ValueError(
-                "`num_rows` must be a positive integer or None. "
-                f"Received: num_rows={num_rows!r}"
-            )
-        self.num_rows = num_rows
+        self.num_rows = as_integer("num_rows", num_rows, or_none=True)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.row_weights = row_weights

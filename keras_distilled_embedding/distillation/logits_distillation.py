@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,8 @@ import keras
 from keras import ops
 from keras.distillation import DistillationLoss
 
-from keras_distilled_embedding.distillation.weighting import is_positive_integer
+from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding._arguments import as_positive_number
 from keras_distilled_embedding.distillation.weighting import mean_over_tokens
 from keras_distilled_embedding.distillation.weighting import weights_by_output
 
@@ -69,22 +69,8 @@ class LogitsDistillation(DistillationLoss):
     def __init__(
         self, temperature: float = 1.0, top_k: int | None = None
     ) -> None:
-        if (
-            not isinstance(temperature, numbers.Real)
-            or isinstance(temperature, bool)
-            or not 0 < temperature < float("inf")
-        ):
-            raise ValueError(
-                "`temperature` must be a positive number. "
-                f"Received: temperature={temperature!r}"
-            )
-        if top_k is not None and not is_positive_integer(top_k):
-            raise ValueError(
-                "`top_k` must be a positive integer or None. "
-                f"Received: top_k={top_k!r}"
-            )
-        self.temperature = temperature
-        self.top_k = top_k
+        self.temperature = as_positive_number("temperature", temperature)
+        self.top_k = as_integer("top_k", top_k, or_none=True)
 
     def validate_model_compatibility(
         self, teacher: keras.Model, student: keras.Model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import keras
@@ -77,11 +76,3 @@ def weights_by_output(sample_weight: Any, outputs: Any) -> list[Any]:
     if isinstance(sample_weight, list | tuple):
         return list(sample_weight)
     return [sample_weight] * len(keras.tree.flatten(outputs))
-
-
-def is_positive_integer(value: Any) -> bool:
-    return (
-        isinstance(value, numbers.Integral)
-        and not isinstance(value, bool)
-        and value > 0
-    )

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
+from keras_distilled_embedding._arguments import as_integer
 from keras_distilled_embedding.factorization.activations import activate
 from keras_distilled_embedding.factorization.activations import get_activation
 from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.activations import is_relu
-from keras_distilled_embedding.factorization.arguments import as_integer
 from keras_distilled_embedding.factorization.arguments import as_rank
 from keras_distilled_embedding.factorization.exact import linear_factors
 from keras_distilled_embedding.factorization.exact import relu_factors

@@ -3,7 +3,7 @@
 import math
 import numbers
 
-from keras_distilled_embedding.factorization.arguments import as_integer
+from keras_distilled_embedding._arguments import as_integer
 
 
 def rank_for_compression(
@@ -32,8 +32,8 @@ def rank_for_compression(
     >>> rank_for_compression(30522, 384, 8.0)
     47
     """
-    input_dim = as_integer("input_dim", input_dim, minimum=1)
-    output_dim = as_integer("output_dim", output_dim, minimum=1)
+    input_dim = as_integer("input_dim", input_dim)
+    output_dim = as_integer("output_dim", output_dim)
     if not (isinstance(compression, numbers.Real) and compression > 1):
         raise ValueError(
             "compression must be a number greater than 1. "
@@ -71,9 +71,9 @@ def validate_rank(rank: int, input_dim: int, output_dim: int) -> None:
 
     >>> validate_rank(47, 30522, 384)
     """
-    input_dim = as_integer("input_dim", input_dim, minimum=1)
-    output_dim = as_integer("output_dim", output_dim, minimum=1)
-    rank = as_integer("rank", rank, minimum=1)
+    input_dim = as_integer("input_dim", input_dim)
+    output_dim = as_integer("output_dim", output_dim)
+    rank = as_integer("rank", rank)
     if _compression_ratio(rank, input_dim, output_dim) > 1:
         return
     largest = math.ceil(input_dim * output_dim / (input_dim + output_dim)) - 1

@@ -1,18 +1,15 @@
 """The files of a cache: `manifest.json` and `shard_00000.npz`, ...
 
-Every file appears whole or not at all, and no file holds pickled objects.
+No file holds pickled objects.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 from typing import Any
 
 import keras
@@ -35,19 +32,6 @@ def fingerprint_of(teacher: keras.Model) -> str:
         sha.update(f"{variable.dtype} {tuple(variable.shape)} ".encode())
         sha.update(value.tobytes())
     return sha.hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -106,8 +90,9 @@ def damaged(path: Path, reason: Any) -> str:
 def check_same(
     cache: dict[str, Any], received: dict[str, Any], directory: Path
 ) -> None:
-    """Refuses what a cache was not made with."""
-    if cache["fingerprint"] != received["fingerprint"]:
+    """Refuses what a cache was not made with, of what was received."""
+    differing = {k for k in received if received[k] != cache.get(k)}
+    if "fingerprint" in differing:
         raise ValueError(
             "`teacher` must be the model whose outputs the cache holds, with "
             "the same weights; use another directory for another teacher. "
@@ -116,7 +101,7 @@ def check_same(
             f"{cache['fingerprint'][:12]} in '{directory}'"
         )
     for name in ("top_k", "temperature"):
-        if name in received and cache[name] != received[name]:
+        if name in differing:
             raise ValueError(
                 f"`{name}` must be the cache's {cache[name]}; use another "
                 f"directory for another one. Received: {name}="

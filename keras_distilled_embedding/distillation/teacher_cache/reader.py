@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import numbers
 import operator
 import os
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_distilled_embedding._arguments import as_integer
 from keras_distilled_embedding.distillation.logits_distillation import (
     TopPredictions,
 )
@@ -111,15 +111,9 @@ class TeacherCache(keras.utils.PyDataset):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if shuffle_seed is not None and (
-            isinstance(shuffle_seed, bool)
-            or not isinstance(shuffle_seed, numbers.Integral)
-            or shuffle_seed < 0
-        ):
-            raise ValueError(
-                "`shuffle_seed` must be an integer of at least 0 or None. "
-                f"Received: shuffle_seed={shuffle_seed!r}"
-            )
+        self.shuffle_seed = as_integer(
+            "shuffle_seed", shuffle_seed, minimum=0, or_none=True
+        )
         self.directory = Path(directory)
         if not (self.directory / files.MANIFEST).is_file():
             raise FileNotFoundError(
@@ -147,7 +141,6 @@ class TeacherCache(keras.utils.PyDataset):
         self.temperature: float = manifest["temperature"]
         self.num_classes: list[int] = manifest["num_classes"]
         self.fingerprint: str = manifest["fingerprint"]
-        self.shuffle_seed = shuffle_seed
         self._structure = manifest["structure"]
         sizes = [len(shard["digests"]) for shard in self._shards]
         self._starts = list(itertools.accumulate([0] + sizes))
@@ -263,12 +256,17 @@ class TeacherCache(keras.utils.PyDataset):
             ValueError: If teacher or temperature differ from the cache's.
         """
         files.check_same(
-            {"fingerprint": self.fingerprint, "temperature": self.temperature},
-            {
-                "fingerprint": files.fingerprint_of(teacher),
-                "temperature": temperature
-                if temperature is not None
-                else self.temperature,
-            },
+            {"fingerprint": self.fingerprint},
+            {"fingerprint": files.fingerprint_of(teacher)},
+            self.directory,
+        )
+        if temperature is not None:
+            self.check_temperature(temperature)
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuses another temperature than the cache's, as `check` does."""
+        files.check_same(
+            {"temperature": self.temperature},
+            {"temperature": temperature},
             self.directory,
         )

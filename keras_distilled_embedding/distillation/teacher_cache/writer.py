@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import numbers
 import os
 import sys
 from collections.abc import Iterable
@@ -15,6 +13,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding._arguments import as_positive_number
+from keras_distilled_embedding._files import write_atomically
 from keras_distilled_embedding.distillation.teacher_cache import batches
 from keras_distilled_embedding.distillation.teacher_cache import files
 from keras_distilled_embedding.distillation.teacher_cache.reader import (
@@ -104,25 +105,10 @@ def cache_teacher(
             "`teacher` must be built: call it, or its `build()`, first. "
             f"Received: teacher={teacher!r}"
         )
-    if (
-        isinstance(top_k, bool)
-        or not isinstance(top_k, numbers.Integral)
-        or top_k < 1
-    ):
-        raise ValueError(
-            f"`top_k` must be a positive integer. Received: top_k={top_k!r}"
-        )
-    if (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, numbers.Real)
-        or not 0 < temperature < math.inf
-    ):
-        raise ValueError(
-            "`temperature` must be a positive number. "
-            f"Received: temperature={temperature!r}"
-        )
+    top_k = as_integer("top_k", top_k)
+    temperature = as_positive_number("temperature", temperature)
     _check_outputs(getattr(teacher, "outputs", None) or ())
-    writer = _Writer(teacher, Path(directory), int(top_k), float(temperature))
+    writer = _Writer(teacher, Path(directory), top_k, temperature)
     total = batches.num_batches(dataset)
     writer.check_num_batches(total)
 
@@ -293,7 +279,7 @@ class _Writer:
             {k: (a.shape, a.dtype.name) for k, a in row.items()}
             for row in self._rows
         )
-        files.write_atomically(path, lambda file: np.savez(file, **arrays))
+        write_atomically(path, lambda file: np.savez(file, **arrays))
         shards[number : number + 1] = [
             {
                 "file": path.name,
@@ -307,7 +293,7 @@ class _Writer:
 
     def _write_manifest(self) -> None:
         text = json.dumps(self._manifest, indent=1)
-        files.write_atomically(
+        write_atomically(
             self._directory / files.MANIFEST,
             lambda file: file.write(text.encode("utf-8")),
         )

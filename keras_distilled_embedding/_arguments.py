@@ -1,0 +1,36 @@
+"""Checks of arguments that several modules take."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+
+def as_integer(
+    name: str, value: Any, minimum: int = 1, or_none: bool = False
+) -> int | None:
+    """The argument as an integer; refuses what is none, or too small."""
+    if value is None and or_none:
+        return None
+    is_integer = isinstance(value, numbers.Integral)
+    if not is_integer or isinstance(value, bool) or value < minimum:
+        wanted = (
+            "a positive integer"
+            if minimum == 1
+            else f"an integer of at least {minimum}"
+        )
+        raise ValueError(
+            f"`{name}` must be {wanted}{' or None' if or_none else ''}. "
+            f"Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def as_positive_number(name: str, value: Any) -> float:
+    """The argument as a finite float above zero."""
+    is_number = isinstance(value, numbers.Real)
+    if not is_number or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(
+            f"`{name}` must be a positive number. Received: {name}={value!r}"
+        )
+    return float(value)

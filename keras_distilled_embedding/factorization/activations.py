@@ -6,13 +6,15 @@ import keras
 import numpy as np
 
 
-def get_activation(activation) -> Callable:
+def get_activation(
+    activation: str | Callable | None, argument: str = "activation"
+) -> Callable:
     try:
         return keras.activations.get(activation)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "activation must be None, the name of a Keras activation or a "
-            f"callable. Received: activation={activation!r}"
+            f"{argument} must be None, the name of a Keras activation or a "
+            f"callable. Received: {argument}={activation!r}"
         ) from error
 
 

@@ -1,12 +1,21 @@
 """Factors in closed form, and alternating least squares."""
 
+from __future__ import annotations
+
+import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from keras_distilled_embedding.factorization.table import project
-from keras_distilled_embedding.factorization.table import relative_error
+from keras_distilled_embedding.factorization.spectrum import Spectrum
+from keras_distilled_embedding.factorization.spectrum import spectrum_of
+from keras_distilled_embedding.factorization.table import LostEnergy
+from keras_distilled_embedding.factorization.table import Table
+from keras_distilled_embedding.factorization.table import lost_energy
 from keras_distilled_embedding.factorization.table import row_blocks
+from keras_distilled_embedding.factorization.table import squared_norms
 
 # Smallest entry of an exact ReLU code, relative to the RMS of its row. ReLU
 # has no gradient at 0, so every coefficient starts this far above it: enough
@@ -16,59 +25,101 @@ MARGIN = 0.05
 # A row of zeros has no scale of its own: rows count as no smaller than this
 # share of the table's RMS.
 SMALLEST_ROW_SCALE = 0.1
-# Alternating least squares sweeps over the exact ReLU form. Their gain fades
-# quickly: five give most of what twenty do.
-SWEEPS = 5
 
 
-def _right_singular_vectors(
-    table: np.ndarray, weights: np.ndarray, rank: int
-) -> np.ndarray:
-    """Returns the leading `rank` of `D^1/2 E`, shape `(output_dim, rank)`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ReluStart:
+    """The closed form, before any sweep.
 
-    They are eigenvectors of the Gram matrix `E^T D E`, which one pass over the
-    rows gives. Squaring costs half of the digits: float64 keeps singular
-    values down to 1e-7 of the largest, float32 would keep 1e-3 of it.
+    Attributes:
+        codes: `U > 0`, float32 `(input_dim, rank)`.
+        basis: `W` in the table's metric, `(rank, output_dim)`.
+        margins: Smallest entry each row may have, `(input_dim, 1)`.
+        lost: What the factors lose.
+        dtype: Of the arithmetic.
     """
-    num_rows, num_columns = table.shape
-    if num_rows < num_columns:
-        # The whole table is smaller than its Gram matrix.
-        scaled = np.sqrt(weights)[:, np.newaxis] * table.astype(np.float64)
-        return np.linalg.svd(scaled, full_matrices=False)[2][:rank].T
-    gram = np.zeros((num_columns, num_columns))
-    for rows, block in row_blocks(table):
-        scaled = np.sqrt(weights[rows])[:, np.newaxis] * block
-        gram += scaled.T @ scaled
-    return np.linalg.eigh(gram)[1][:, : -rank - 1 : -1]
+
+    codes: np.ndarray
+    basis: np.ndarray
+    margins: np.ndarray
+    lost: LostEnergy
+    dtype: Any
 
 
 def linear_factors(
-    table: np.ndarray, weights: np.ndarray, rank: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the truncated SVD: `U = E V`, `W = V^T`."""
-    directions = _right_singular_vectors(table, weights, rank)
-    return balance(project(table, directions), directions.T)
+    table: Table, rank: int
+) -> tuple[np.ndarray, np.ndarray, LostEnergy]:
+    """Returns the truncated SVD, `U = E V`, `W = V^T`, and what it loses."""
+    spectrum = spectrum_of(table, rank)
+    directions = spectrum.directions[:, :rank]
+    start = _encode(
+        table, spectrum, directions, directions.T, lambda points: (points, 0.0)
+    )
+    return (
+        *balance(start.codes, table.from_metric(start.basis)),
+        start.lost,
+    )
 
 
 def relu_factors(
-    table: np.ndarray, weights: np.ndarray, rank: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the better of the closed form and its refinement.
+    table: Table, rank: int, sweeps: int
+) -> tuple[np.ndarray, np.ndarray, LostEnergy]:
+    """Returns the closed form, refined by alternating least squares.
 
     The sweeps cannot raise the error but by rounding, which is visible only
-    where hardly any error is left.
+    where hardly any error is left: the closed form is made again then, since
+    a copy of it would be as large as the codes.
     """
-    if rank == 1:
-        codes, basis, margin = _rank_one_start(table, weights)
-    else:
-        codes, basis, margin = _simplex_start(table, weights, rank)
-    candidates = [balance(codes, basis)]
-    for _ in range(SWEEPS):
-        basis = _sweep(table, weights, codes, basis, margin)
-    candidates.append(balance(codes, basis))
-    return min(
-        candidates,
-        key=lambda factors: relative_error(table, weights, *factors),
+    make_start = _rank_one_start if rank == 1 else _simplex_start
+    start = make_start(table, rank)
+    basis, lost = start.basis, start.lost
+    if sweeps:
+        for _ in range(sweeps):
+            basis = _sweep(table, start, basis)
+        lost = _lost_by(table, start, basis)
+        if lost.relative > start.lost.relative:
+            start = make_start(table, rank)
+            basis, lost = start.basis, start.lost
+    return (*balance(start.codes, table.from_metric(basis)), lost)
+
+
+def _encode(
+    table: Table,
+    spectrum: Spectrum,
+    directions: np.ndarray,
+    basis: np.ndarray,
+    encode: Callable[[np.ndarray], tuple[np.ndarray, Any]],
+) -> _ReluStart:
+    """Codes of all rows, from their coordinates, in one pass over the table.
+
+    Args:
+        table: The table.
+        spectrum: Its spectrum.
+        directions: Float64 `(output_dim, k)`, of the coordinates `E L V`.
+        basis: Float64 `(rank, output_dim)`, in the metric.
+        encode: Function of coordinates `(n, k)` that returns codes
+            `(n, rank)` and margins `(n, 1)`.
+    """
+    dtype = spectrum.dtype
+    if table.metric is not None:
+        directions = table.metric @ directions
+    directions = directions.astype(dtype)
+    decode = table.from_metric(basis).astype(dtype)
+    codes = np.empty((len(table.values), len(basis)), np.float32)
+    margins = np.empty((len(codes), 1), np.float32)
+    lost = LostEnergy(table)
+    for rows, block in table.blocks(dtype):
+        codes[rows], margins[rows] = encode(block @ directions)
+        lost.add(rows, block, codes[rows].astype(dtype, copy=False) @ decode)
+    return _ReluStart(codes, basis, margins, lost, dtype)
+
+
+def _lost_by(table: Table, start: _ReluStart, basis: np.ndarray) -> LostEnergy:
+    decode = table.from_metric(basis).astype(start.dtype)
+    return lost_energy(
+        table,
+        lambda rows: start.codes[rows].astype(start.dtype, copy=False) @ decode,
+        start.dtype,
     )
 
 
@@ -84,92 +135,135 @@ def _simplex_vertices(rank: int) -> np.ndarray:
     return math.sqrt(2 / (rank - 1)) * cosines
 
 
-def _simplex_start(
-    table: np.ndarray, weights: np.ndarray, rank: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns `U > 0`, `W`, equal to the SVD of rank - 1, and the margin."""
+def _simplex_start(table: Table, rank: int) -> _ReluStart:
+    """`U > 0`, `W`, equal to the SVD of rank - 1."""
     vertices = _simplex_vertices(rank)
-    directions = _right_singular_vectors(table, weights, rank - 1)
-    points = project(table, directions)
-    codes = (rank - 1) / rank * points @ vertices.T
-    margin = _margin(codes)
-    # The vertices sum to zero: a constant added to a row changes nothing.
-    codes += margin - codes.min(axis=1, keepdims=True)
-    return codes, vertices @ directions.T, margin
+    spectrum = spectrum_of(table, rank - 1)
+    directions = spectrum.directions[:, : rank - 1]
+    to_codes = ((rank - 1) / rank * vertices.T).astype(spectrum.dtype)
+    # S^T S scales the norm of a row's coordinates.
+    scale = math.sqrt((rank - 1) / rank) * _mean_scale(table, spectrum, rank)
+
+    def encode(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        codes = points @ to_codes
+        margins = _margins(codes, scale)
+        # The vertices sum to zero: a constant added to a row changes nothing.
+        codes += margins - codes.min(axis=1, keepdims=True)
+        return codes, margins
+
+    return _encode(table, spectrum, directions, vertices @ directions.T, encode)
 
 
-def _rank_one_start(
-    table: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns non-negative `U`, `W` of rank 1, and the margin.
+def _rank_one_start(table: Table, rank: int = 1) -> _ReluStart:
+    """Non-negative `U`, `W` of rank 1.
 
     One vertex spans no simplex, so only the rows on one side of the leading
     direction can be met: the side with more energy.
     """
-    directions = _right_singular_vectors(table, weights, 1)
-    codes = project(table, directions)
-    if weights @ np.square(codes * (codes > 0)) < 0.5 * weights @ codes**2:
-        codes, directions = -codes, -directions
-    margin = _margin(codes)
-    return np.maximum(codes, margin), directions.T, margin
+    spectrum = spectrum_of(table, rank)
+    directions = spectrum.directions[:, :1]
+    inner = directions if table.metric is None else table.metric @ directions
+    # The energy above zero minus that below.
+    surplus = 0.0
+    for rows, block in table.blocks(np.float64):
+        points = (block @ inner)[:, 0]
+        surplus += table.weights_of(rows) @ (points * np.abs(points))
+    if surplus < 0:
+        directions = -directions
+    scale = _mean_scale(table, spectrum, rank)
+
+    def encode(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        margins = _margins(points, scale)
+        return np.maximum(points, margins), margins
+
+    return _encode(table, spectrum, directions, directions.T, encode)
 
 
-def _margin(codes: np.ndarray) -> np.ndarray:
-    """Returns the smallest entry a row may have, shape `(input_dim, 1)`."""
-    row_scales = np.sqrt(np.square(codes).mean(axis=1, keepdims=True))
-    table_scale = math.sqrt(np.square(row_scales).mean()) or 1.0
-    return MARGIN * np.maximum(row_scales, SMALLEST_ROW_SCALE * table_scale)
+def _mean_scale(table: Table, spectrum: Spectrum, rank: int) -> float:
+    """The RMS entry of `rank` codes whose rows keep their norm."""
+    kept = spectrum.energies[: max(1, rank - 1)].sum()
+    return math.sqrt(kept / table.total_weight / rank) or 1.0
 
 
-def _sweep(
-    table: np.ndarray,
-    weights: np.ndarray,
-    codes: np.ndarray,
-    basis: np.ndarray,
-    margin: np.ndarray,
-) -> np.ndarray:
+def _margins(codes: np.ndarray, table_scale: float) -> np.ndarray:
+    """Returns the smallest entry a row may have, shape `(n, 1)`."""
+    row_scales = np.sqrt(squared_norms(codes) / codes.shape[1])
+    margins = MARGIN * np.maximum(row_scales, SMALLEST_ROW_SCALE * table_scale)
+    return margins[:, np.newaxis].astype(codes.dtype)
+
+
+def _sweep(table: Table, start: _ReluStart, basis: np.ndarray) -> np.ndarray:
     """One sweep of alternating least squares, in one pass over the rows.
 
-    Updates `codes` in place, given `basis`, and returns the basis that is
-    optimal for them: `(N^T D N) W = N^T D E`.
+    Updates the codes in place, given `basis`, and returns the basis that is
+    optimal for them: `(N^T D N) W = N^T D E`. Both in the table's metric.
     """
+    dtype = start.dtype
+    outer = basis if table.metric is None else basis @ table.metric.T
+    outer = outer.astype(dtype)
+    inner = (basis @ basis.T).astype(dtype)
     gram = np.zeros((len(basis), len(basis)))
     cross = np.zeros(basis.shape)
-    for rows, block in row_blocks(table):
-        _descend_coordinates(codes[rows], block, basis, margin[rows])
-        weighted = weights[rows, np.newaxis] * codes[rows]
-        gram += weighted.T @ codes[rows]
-        cross += weighted.T @ block
+    for rows, block in table.blocks(dtype):
+        codes = np.ascontiguousarray(start.codes[rows].T, dtype)
+        margins = start.margins[rows, 0].astype(dtype, copy=False)
+        _descend_coordinates(codes, outer @ block.T, inner, margins)
+        start.codes[rows] = codes.T
+        weighted = codes
+        if table.row_weights is not None:
+            weighted = table.row_weights[rows].astype(dtype) * codes
+        gram += weighted @ codes.T
+        cross += weighted @ block
     # Least squares, because unused coordinates make the matrix singular.
-    return np.linalg.lstsq(gram, cross, rcond=None)[0]
+    return np.linalg.lstsq(gram, table.to_metric(cross), rcond=None)[0]
 
 
 def _descend_coordinates(
-    codes: np.ndarray, block: np.ndarray, basis: np.ndarray, margin: np.ndarray
+    codes: np.ndarray,
+    targets: np.ndarray,
+    gram: np.ndarray,
+    margins: np.ndarray,
 ) -> None:
     """Minimises `||E_i - N_i W||^2` over each column of `N >= margin` in turn.
 
     In place, for all rows at once. The minimum over `N_ij` is a parabola's,
     `N_ij + R_i W_j^T / ||W_j||^2`, clipped to the bound. The residual
     `R = E - N W` is never formed: `R W^T = E W^T - N (W W^T)`.
+
+    Args:
+        codes: `N^T`, `(rank, n)`: what is updated lies side by side.
+        targets: `W E^T`, `(rank, n)`.
+        gram: `W W^T`, `(rank, rank)`.
+        margins: `(n,)`.
     """
-    targets = block @ basis.T
-    gram = basis @ basis.T
     for j in np.flatnonzero(np.diag(gram)):
-        step = (targets[:, j] - codes @ gram[j]) / gram[j, j]
-        np.maximum(codes[:, j] + step, margin[:, 0], out=codes[:, j])
+        step = (targets[j] - gram[j] @ codes) / gram[j, j]
+        np.maximum(codes[j] + step, margins, out=codes[j])
 
 
 def balance(
     codes: np.ndarray, basis: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns float32 factors of the same product and equal RMS."""
-    codes_scale = math.sqrt(np.square(codes).mean())
-    basis_scale = math.sqrt(np.square(basis).mean())
+    """Returns float32 factors of the same product and equal RMS.
+
+    Float32 codes are scaled in place.
+    """
+    codes_scale = _rms(codes)
+    basis_scale = _rms(basis)
     scale = 1.0
     if codes_scale and basis_scale:
         scale = math.sqrt(basis_scale / codes_scale)
-    return (
-        (codes * scale).astype(np.float32),
-        (basis / scale).astype(np.float32),
+    codes = codes.astype(np.float32, copy=False)
+    codes *= np.float32(scale)
+    return codes, (basis / scale).astype(np.float32)
+
+
+def _rms(factor: np.ndarray) -> float:
+    # In float64, since float32 cannot square what float32 can hold.
+    return math.sqrt(
+        sum(
+            float(np.square(part, dtype=np.float64).sum())
+            for _, part in row_blocks(factor, factor.dtype)
+        )
+        / factor.size
     )

@@ -1,6 +1,11 @@
 """Factorise an embedding table: `E ~ f(U) W`."""
 
+from __future__ import annotations
+
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -12,38 +17,44 @@ from keras_distilled_embedding.factorization.activations import is_relu
 from keras_distilled_embedding.factorization.arguments import as_rank
 from keras_distilled_embedding.factorization.exact import linear_factors
 from keras_distilled_embedding.factorization.exact import relu_factors
+from keras_distilled_embedding.factorization.funnel import funnel_factors
 from keras_distilled_embedding.factorization.learned import learned_factors
-from keras_distilled_embedding.factorization.table import as_row_weights
-from keras_distilled_embedding.factorization.table import as_table
+from keras_distilled_embedding.factorization.table import Table
 from keras_distilled_embedding.factorization.table import check_finite_rows
-from keras_distilled_embedding.factorization.table import relative_error
+from keras_distilled_embedding.factorization.table import lost_energy
 
 METHODS = ("exact", "learned")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Factorization:
-    """Factors of an embedding table, `E ~ f(U) W`.
+    """Factors of an embedding table, `E ~ f(U) W + g(U A + b) B`.
 
     Attributes:
         codes: `U`, float32 array of shape `(input_dim, rank)`.
         basis: `W`, float32 array of shape `(rank, output_dim)`.
         activation: `f`, as it was given to `factorize()`.
-        relative_error: float, the share of the table's energy that is lost,
-            `||D^1/2 (E - f(U) W)||_F^2 / ||D^1/2 E||_F^2`, where `D` holds
-            the row weights on its diagonal. 0 where that energy is 0.
-        hidden_kernel: `None`, reserved for the non-linear funnel.
-        hidden_bias: `None`, reserved for the non-linear funnel.
-        hidden_basis: `None`, reserved for the non-linear funnel.
+        relative_error: Float, the share of the table's energy that is lost,
+            `||D^1/2 (E - E~) C^1/2||_F^2 / ||D^1/2 E C^1/2||_F^2`, where `D`
+            holds the row weights on its diagonal and `C` is the column
+            weights. 0 where that energy is 0.
+        unweighted_error: Float, the same without weights; `None` where it was
+            not measured.
+        hidden_kernel: `A`, float32 array `(rank, hidden_dim)`, or `None`.
+        hidden_bias: `b`, float32 array `(hidden_dim,)`, or `None`.
+        hidden_basis: `B`, float32 array `(hidden_dim, output_dim)`, or `None`.
+        hidden_activation: `g`, as it was given to `factorize()`.
     """
 
     codes: np.ndarray
     basis: np.ndarray
-    activation: object
+    activation: Any
     relative_error: float
     hidden_kernel: np.ndarray | None = None
     hidden_bias: np.ndarray | None = None
     hidden_basis: np.ndarray | None = None
+    hidden_activation: Any = "gelu"
+    unweighted_error: float | None = None
 
     @property
     def rank(self) -> int:
@@ -67,35 +78,59 @@ class Factorization:
         """Parameters of the table over the parameters of its factors."""
         return len(self.codes) * self.basis.shape[1] / self.num_parameters
 
-    def reconstruct(self) -> np.ndarray:
-        """Returns `f(U) W`, float32, shape `(input_dim, output_dim)`."""
-        function = get_activation(self.activation)
-        return activate(function, self.codes) @ self.basis
+    def reconstruct(self, rows: slice | np.ndarray | None = None) -> np.ndarray:
+        """Returns the table that the factors stand for.
+
+        Args:
+            rows: Slice or ids of rows; all of them by default.
+
+        Returns:
+            `f(U) W + g(U A + b) B`, float32, `(input_dim, output_dim)` or as
+            many rows as are asked for.
+        """
+        codes = self.codes if rows is None else self.codes[rows]
+        table = activate(get_activation(self.activation), codes) @ self.basis
+        if self.hidden_basis is not None:
+            hidden = activate(
+                get_activation(self.hidden_activation),
+                codes @ self.hidden_kernel + self.hidden_bias,
+            )
+            table += hidden @ self.hidden_basis
+        return table
 
     def __repr__(self) -> str:
+        shapes = f"codes={self.codes.shape}, basis={self.basis.shape}, "
+        if self.hidden_kernel is not None:
+            shapes += f"hidden_kernel={self.hidden_kernel.shape}, "
         return (
-            f"<Factorization codes={self.codes.shape}, "
-            f"basis={self.basis.shape}, activation={self.activation!r}, "
+            f"<Factorization {shapes}activation={self.activation!r}, "
             f"relative_error={self.relative_error:.4g}, "
             f"compression_ratio={self.compression_ratio:.4g}>"
         )
 
 
 def factorize(
-    table,
+    table: Any,
     rank: int,
     *,
-    activation="relu",
+    activation: str | Callable | None = "relu",
     hidden_dim: int | None = None,
     method: str = "exact",
-    row_weights=None,
+    row_weights: Any = None,
     seed: int = 0,
     verbose: int = 0,
+    hidden_activation: str | Callable | None = "gelu",
+    column_weights: Any = None,
+    sweeps: int = 5,
 ) -> Factorization:
     """Factorises an embedding table into `rank` coefficients a row.
 
-    Minimises `sum_i w_i ||E_i - f(U_i) W||^2` over the codes `U` and the basis
-    `W`, for a table `E` and row weights `w`.
+    Minimises `||D^1/2 (E - E~) C^1/2||_F^2` for a table `E`, row weights `D`
+    and column weights `C`, over the codes `U` and the basis `W` of
+
+    ```
+    E~ = f(U) W
+    ```
 
     Method `"exact"` needs no training. Without an activation it is the
     truncated singular value decomposition, the best there is of this rank
@@ -112,7 +147,10 @@ def factorize(
     coefficient above the margin, so that ReLU passes a gradient through all of
     them. Its error lies between those of the decompositions of rank
     `rank - 1` and `rank`. With `rank=1` there is no simplex and the form is
-    the non-negative one of rank 1, which can be much worse.
+    the non-negative one of rank 1, which can be much worse. The decomposition
+    takes two passes over the table (three, in float64, where the rank reaches
+    down to singular values below 1e-3 of the largest), every sweep one more,
+    and no more memory than the codes, a block of rows and a few `d^2`.
 
     Method `"learned"` is the first stage of Lioutas et al.: `U` and `W` start
     at random and are trained by gradient descent, with any activation. It is
@@ -121,34 +159,53 @@ def factorize(
     zero are kept above a margin here too, and rows with `f(U_i) = 0` are
     revived. A row of weight 0 keeps a random code.
 
+    With `hidden_dim` a non-linear funnel is added,
+
+    ```
+    E~ = f(U) W + g(U A + b) B
+    ```
+
+    Its rank is up to `rank + hidden_dim` for only `(rank + d + 1) hidden_dim`
+    more parameters, so it can do what no plain form can: beat the singular
+    value decomposition of equal size. All its factors are trained together
+    from those of the plain form, with a schedule that fits itself to the
+    table, in minutes. It is meant for tables that get little or no
+    fine-tuning, such as word vectors, retrieval and input-only embeddings.
+
     The scale of the product is shared out so that both factors have the same
     root mean square. Of all splits it is the one that an optimiser with steps
     of one size for every parameter, such as Adam, disturbs least. Only where
-    `f` is neither linear nor ReLU, so that the codes cannot be rescaled, do
-    they keep the scale at which they were trained.
+    `f` is neither linear nor ReLU, so that the codes cannot be rescaled, or
+    with `hidden_dim`, do they keep the scale at which they were trained.
 
     Args:
-        table: floating-point array, tensor or variable of shape
-            `(input_dim, output_dim)`. A `numpy.memmap` is read in chunks.
-        rank: integer, at least 1 and at most `min(input_dim, output_dim)`,
+        table: Floating-point array, tensor or variable of shape
+            `(input_dim, output_dim)`. A `numpy.memmap` is read in blocks.
+        rank: Integer, at least 1 and at most `min(input_dim, output_dim)`,
             one more with an activation.
         activation: `f`, any Keras activation identifier or a callable. The
             exact method takes `None`, `"linear"` and `"relu"`.
-        hidden_dim: `None`. Width of the non-linear funnel, which is not
-            supported yet.
-        method: `"exact"` or `"learned"`.
-        row_weights: array of shape `(input_dim,)` of non-negative weights,
-            for example token counts. Only their proportions matter. `None`
-            weighs all rows alike.
-        seed: non-negative integer, the seed of the learned method. The same
+        hidden_dim: `None`, or the width `h` of the funnel.
+        method: `"exact"` or `"learned"`: how the plain form is made.
+        row_weights: Array of shape `(input_dim,)` of non-negative weights,
+            for example token counts (`count_tokens`). Only their proportions
+            matter. `None` weighs all rows alike.
+        seed: Non-negative integer, the seed of what is trained. The same
             seed gives the same factors.
         verbose: 1 shows the progress, 0 is silent.
+        hidden_activation: `g`, any Keras activation identifier or a callable.
+        column_weights: Array `C` of shape `(output_dim, output_dim)`: the
+            second moment of the hidden states that multiply the table
+            (`hidden_covariance`). What is kept are then the logits of such
+            states, rather than the table's entries. `None` is the identity.
+        sweeps: Integer, of alternating least squares over the exact ReLU
+            form. Their gain fades quickly: five give most of what twenty do.
 
     Returns:
         A `Factorization`.
 
     Raises:
-        ValueError: if an argument is out of its range, or the table or the
+        ValueError: If an argument is out of its range, or the table or the
             weights hold values that are not finite.
 
     Example:
@@ -168,42 +225,66 @@ def factorize(
     - [Eckart and Young, 1936](https://doi.org/10.1007/BF02288367), "The
       approximation of one matrix by another of lower rank"
     """
-    if hidden_dim is not None:
-        raise ValueError(
-            "hidden_dim is not supported by factorize() yet; pass "
-            f"hidden_dim=None. Received: hidden_dim={hidden_dim!r}"
-        )
     if method not in METHODS:
         raise ValueError(
             f"method must be one of {METHODS}. Received: method={method!r}"
         )
     function = get_activation(activation)
+    hidden_function = get_activation(hidden_activation, "hidden_activation")
     if method == "exact" and not (is_linear(function) or is_relu(function)):
         raise ValueError(
             'method="exact" has a closed form for activation=None, "linear" '
             'and "relu" only; pass method="learned" for any other. Received: '
             f"activation={activation!r}"
         )
+    hidden_dim = as_integer("hidden_dim", hidden_dim, or_none=True)
     seed = as_integer("seed", seed, minimum=0)
-    table = as_table(table)
+    sweeps = as_integer("sweeps", sweeps, minimum=0)
+    table = Table.of(table, row_weights, column_weights)
     rank = as_rank(rank, table.shape, function)
-    weights = as_row_weights(row_weights, len(table))
-    check_finite_rows(table)
 
     if method == "learned":
-        codes, basis = learned_factors(
-            table, weights, rank, function, seed, verbose
-        )
+        check_finite_rows(table.values)
+        codes, basis = learned_factors(table, rank, function, seed, verbose)
+        lost = None
     elif is_linear(function):
-        codes, basis = linear_factors(table, weights, rank)
+        codes, basis, lost = linear_factors(table, rank)
     else:
-        codes, basis = relu_factors(table, weights, rank)
-    error = relative_error(table, weights, activate(function, codes), basis)
-    factorization = Factorization(codes, basis, activation, error)
-    if verbose:
-        print(
-            f"Factorized a table of shape {table.shape} at rank {rank}: "
-            f"{factorization.compression_ratio:.2f} times smaller, "
-            f"relative error {error:.4f}"
+        codes, basis, lost = relu_factors(table, rank, sweeps)
+    arrays = {"codes": codes, "basis": basis}
+    if hidden_dim is not None:
+        arrays = funnel_factors(
+            table,
+            arrays,
+            hidden_dim,
+            function,
+            hidden_function,
+            seed,
+            verbose,
         )
-    return factorization
+        lost = None
+    result = Factorization(
+        **arrays,
+        activation=activation,
+        hidden_activation=hidden_activation,
+        relative_error=math.nan,
+    )
+    lost = lost or lost_energy(table, result.reconstruct)
+    result = dataclasses.replace(
+        result,
+        relative_error=lost.relative,
+        unweighted_error=lost.relative_unweighted,
+    )
+    if verbose:
+        print(_summary(result, table))
+    return result
+
+
+def _summary(result: Factorization, table: Table) -> str:
+    error = f"relative error {result.relative_error:.4f}"
+    if table.is_weighted:
+        error += f", {result.unweighted_error:.4f} without weights"
+    return (
+        f"Factorized a table of shape {table.shape} at rank {result.rank}: "
+        f"{result.compression_ratio:.2f} times smaller, {error}"
+    )

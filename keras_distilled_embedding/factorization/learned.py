@@ -1,10 +1,9 @@
 """Factors learned by gradient descent, from a random start."""
 
-import contextlib
+from __future__ import annotations
+
 import math
-import sys
 from collections.abc import Callable
-from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -15,7 +14,9 @@ from keras_distilled_embedding.factorization.activations import is_relu
 from keras_distilled_embedding.factorization.activations import is_zero_below
 from keras_distilled_embedding.factorization.exact import MARGIN
 from keras_distilled_embedding.factorization.exact import balance
-from keras_distilled_embedding.factorization.table import weighted_rms
+from keras_distilled_embedding.factorization.table import Table
+from keras_distilled_embedding.factorization.training import RowBatches
+from keras_distilled_embedding.factorization.training import progress_bar
 
 # The learned form: Adam on minibatches of rows. An epoch is one pass over the
 # rows, or this many steps where a pass is shorter.
@@ -34,8 +35,7 @@ MAX_DONORS = 1024
 
 
 def learned_factors(
-    table: np.ndarray,
-    weights: np.ndarray,
+    table: Table,
     rank: int,
     function: Callable,
     seed: int,
@@ -43,11 +43,12 @@ def learned_factors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns factors trained by gradient descent from a random start."""
     random = np.random.default_rng(seed)
-    batches = _RowBatches(table, weights, random)
+    batches = RowBatches(table, BATCH_SIZE, STEPS_PER_EPOCH, random)
 
-    def revive(codes, basis):
-        basis = batches.scale * basis
-        return _revive_dead_rows(table, codes, basis, function, random)
+    def revive(codes: np.ndarray, basis: np.ndarray) -> np.ndarray:
+        return _revive_dead_rows(
+            table.values, codes, batches.unscaled(basis), function, random
+        )
 
     model = _factorized_embedding(
         table.shape, rank, function, batches.batch_size, random
@@ -56,7 +57,7 @@ def learned_factors(
         optimizer=keras.optimizers.Adam(LEARNING_RATE),
         loss=keras.losses.MeanSquaredError(),
     )
-    with _progress_bar(verbose) as callbacks:
+    with progress_bar(verbose, MAX_EPOCHS) as callbacks:
         model.fit(
             batches,
             epochs=MAX_EPOCHS,
@@ -66,8 +67,8 @@ def learned_factors(
         )
     codes, basis = model.get_weights()
     if is_linear(function) or is_relu(function):
-        return balance(codes, batches.scale * basis)
-    return codes, (batches.scale * basis).astype(np.float32)
+        return balance(codes, batches.unscaled(basis))
+    return codes, batches.unscaled(basis)
 
 
 class _LowerBound(keras.constraints.Constraint):
@@ -121,47 +122,6 @@ def _factorized_embedding(
     )
 
 
-class _RowBatches(keras.utils.PyDataset):
-    """Batches of one shape: row ids, rows divided by `scale`, row weights.
-
-    `scale` is the weighted RMS of the table and the weights have a mean of 1,
-    so that the mean squared error is the relative error whatever the table,
-    and one learning rate serves them all.
-    """
-
-    def __init__(
-        self,
-        table: np.ndarray,
-        weights: np.ndarray,
-        random: np.random.Generator,
-    ):
-        super().__init__()
-        self.batch_size = min(BATCH_SIZE, len(table))
-        self.scale = weighted_rms(table, weights) or 1.0
-        self._table = table
-        self._weights = (weights / weights.mean()).astype(np.float32)
-        self._random = random
-        self.on_epoch_end()
-
-    def __len__(self) -> int:
-        steps = math.ceil(len(self._table) / self.batch_size)
-        return max(steps, STEPS_PER_EPOCH)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-        start = index * self.batch_size
-        ids = self._order[start : start + self.batch_size]
-        rows = self._table[ids].astype(np.float32) / np.float32(self.scale)
-        return ids, rows, self._weights[ids]
-
-    def on_epoch_end(self) -> None:
-        # Whole passes over the rows, so that a full last batch can borrow.
-        num_ids = len(self) * self.batch_size
-        passes = math.ceil(num_ids / len(self._table))
-        num_rows = len(self._table)
-        orders = [self._random.permutation(num_rows) for _ in range(passes)]
-        self._order = np.concatenate(orders)[:num_ids].astype(np.int32)
-
-
 class _ReduceOnPlateau(keras.callbacks.Callback):
     """Cuts the learning rate on a plateau, and stops after the last cut.
 
@@ -208,31 +168,6 @@ class _ReduceOnPlateau(keras.callbacks.Callback):
     def _restore(self):
         codes, basis = self._best_weights
         self.model.set_weights([self._revive(codes, basis), basis])
-
-
-@contextlib.contextmanager
-def _progress_bar(verbose: int) -> Iterator[list[keras.callbacks.Callback]]:
-    """Yields the callbacks that draw a bar: none away from a terminal."""
-    progress = None
-    if verbose and sys.stdout.isatty():
-        with contextlib.suppress(ImportError):
-            from rich.progress import Progress
-
-            progress = Progress(transient=True)
-    if progress is None:
-        yield []
-        return
-    with progress:
-        task = progress.add_task("Learning", total=MAX_EPOCHS)
-
-        def update(epoch, logs):
-            progress.update(
-                task,
-                completed=epoch + 1,
-                description=f"Learning, relative error {logs['loss']:.4f}",
-            )
-
-        yield [keras.callbacks.LambdaCallback(on_epoch_end=update)]
 
 
 def _revive_dead_rows(

@@ -1,19 +1,113 @@
-"""A table that need not fit in memory, read in chunks of rows.
+"""A table that need not fit in memory, and how its errors are weighed.
 
-What does not train is NumPy, in float64 and one chunk at a time.
+Whatever reads the table reads it in blocks of rows.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import math
+from collections.abc import Callable
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-# Entries of the table held in float64 at a time (8 MiB).
-CHUNK_ENTRIES = 2**20
+# Entries of the table held in memory at a time (16 MiB in float32).
+CHUNK_ENTRIES = 2**22
 TABLE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Directions in which hidden states hardly ever point count as if they had
+# this share of the largest second moment, so that the metric has an inverse.
+SMALLEST_MOMENT = 1e-6
 
 
-def as_table(table) -> np.ndarray:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """A table `E` with the norm in which its factors are to be near it.
+
+    The squared norm of a difference `X` is `||D^1/2 X L||_F^2`.
+
+    Args:
+        values: `E`, float array of shape `(input_dim, output_dim)`.
+        row_weights: The diagonal of `D`, float64 array `(input_dim,)` whose
+            largest entry is 1, or `None` for ones.
+        metric: `L`, float64 array `(output_dim, output_dim)` with `L L^T` the
+            column weights, or `None` for the identity.
+        inverse_metric: `L^-1`, or `None`.
+    """
+
+    values: np.ndarray
+    row_weights: np.ndarray | None = None
+    metric: np.ndarray | None = None
+    inverse_metric: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls, values: Any, row_weights: Any = None, column_weights: Any = None
+    ) -> Table:
+        """Checks what a user gives; reads no row yet.
+
+        Args:
+            values: As of `factorize`.
+            row_weights: As of `factorize`.
+            column_weights: As of `factorize`.
+
+        Returns:
+            The table.
+        """
+        values = as_table(values)
+        if row_weights is not None:
+            row_weights = as_row_weights(row_weights, len(values))
+        return cls(
+            values, row_weights, *_as_metric(column_weights, values.shape[1])
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape
+
+    @property
+    def is_weighted(self) -> bool:
+        return self.row_weights is not None or self.metric is not None
+
+    @property
+    def total_weight(self) -> float:
+        if self.row_weights is None:
+            return float(len(self.values))
+        return float(self.row_weights.sum())
+
+    def blocks(self, dtype: Any = np.float32) -> Iterator[tuple]:
+        """Yields slices that cover the rows, and those rows in `dtype`."""
+        return row_blocks(self.values, dtype)
+
+    def weights_of(self, rows: Any) -> np.ndarray:
+        """The float64 weights of some rows."""
+        if self.row_weights is None:
+            return np.ones(len(self.values[rows]))
+        return self.row_weights[rows]
+
+    def to_metric(self, block: np.ndarray) -> np.ndarray:
+        """`X L`, in which the plain norm is the weighted one of `X`."""
+        if self.metric is None:
+            return block
+        return block @ self.metric.astype(block.dtype)
+
+    def from_metric(self, basis: np.ndarray) -> np.ndarray:
+        """`X` from `X L`."""
+        if self.inverse_metric is None:
+            return basis
+        return basis @ self.inverse_metric
+
+    def rms(self) -> float:
+        """The root mean square entry of `D^1/2 E L`, rows by their weight."""
+        energy = sum(
+            self.weights_of(rows) @ squared_norms(self.to_metric(block))
+            for rows, block in self.blocks(np.float64)
+        )
+        return math.sqrt(energy / self.total_weight / self.shape[1])
+
+
+def as_table(table: Any) -> np.ndarray:
     table = np.asarray(table)  # Neither copies nor reads a memory map.
     if table.dtype.name not in TABLE_DTYPES:
         raise ValueError(
@@ -28,16 +122,9 @@ def as_table(table) -> np.ndarray:
     return table
 
 
-def as_row_weights(row_weights, num_rows: int) -> np.ndarray:
+def as_row_weights(row_weights: Any, num_rows: int) -> np.ndarray:
     """Returns float64 weights, the largest of which is 1."""
-    if row_weights is None:
-        return np.ones(num_rows)
-    try:
-        weights = np.asarray(row_weights).astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"row_weights must be numbers. Received: {row_weights!r}"
-        ) from error
+    weights = _as_numbers("row_weights", row_weights)
     if weights.shape != (num_rows,):
         raise ValueError(
             "row_weights must have one weight for each row of the table, "
@@ -55,6 +142,46 @@ def as_row_weights(row_weights, num_rows: int) -> np.ndarray:
     return weights / weights.max()
 
 
+def _as_metric(
+    column_weights: Any, num_columns: int
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """Returns `L` with `L L^T = C`, and its inverse."""
+    if column_weights is None:
+        return None, None
+    weights = _as_numbers("column_weights", column_weights)
+    shape = (num_columns, num_columns)
+    if weights.shape != shape:
+        raise ValueError(
+            "column_weights must be a second moment of hidden states, of "
+            f"shape {shape}. Received: shape {weights.shape}"
+        )
+    largest = np.abs(weights).max()
+    if not np.isfinite(largest) or not np.allclose(
+        weights, weights.T, rtol=0, atol=1e-6 * largest
+    ):
+        raise ValueError(
+            "column_weights must be finite and symmetric. Received: "
+            f"column_weights={weights!r}"
+        )
+    moments, directions = np.linalg.eigh(weights)
+    if moments[-1] <= 0 or moments[0] < -1e-4 * moments[-1]:
+        raise ValueError(
+            "column_weights must be positive semidefinite and not zero. "
+            f"Received: eigenvalues from {moments[0]} to {moments[-1]}"
+        )
+    moments = np.maximum(moments / moments[-1], SMALLEST_MOMENT)
+    return directions * np.sqrt(moments), (directions / np.sqrt(moments)).T
+
+
+def _as_numbers(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be numbers. Received: {value!r}"
+        ) from error
+
+
 def check_finite_rows(table: np.ndarray) -> None:
     """Refuses a table with values that float32 does not hold.
 
@@ -67,7 +194,7 @@ def check_finite_rows(table: np.ndarray) -> None:
     bad_rows = np.concatenate(
         [
             rows.start + np.flatnonzero(~np.isfinite(block).all(axis=1))
-            for rows, block in row_blocks(table, dtype=np.float32)
+            for rows, block in row_blocks(table)
         ]
     )
     if bad_rows.size:
@@ -80,7 +207,7 @@ def check_finite_rows(table: np.ndarray) -> None:
 
 
 def row_blocks(
-    table: np.ndarray, dtype=np.float64
+    table: np.ndarray, dtype: Any = np.float32
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields slices that cover the rows, and those rows in `dtype`."""
     num_rows, num_columns = table.shape
@@ -92,33 +219,68 @@ def row_blocks(
         yield rows, block
 
 
-def project(table: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Returns `E V`, float64, for `directions` `V` `(output_dim, k)`."""
-    return np.concatenate(
-        [block @ directions for _, block in row_blocks(table)]
-    )
+def squared_norms(block: np.ndarray) -> np.ndarray:
+    """The squared norm of every row."""
+    return np.einsum("ij,ij->i", block, block)
 
 
-def relative_error(
-    table: np.ndarray,
-    weights: np.ndarray,
-    activations: np.ndarray,
-    basis: np.ndarray,
-) -> float:
-    """Returns `||D^1/2 (E - f(U) W)||_F^2 / ||D^1/2 E||_F^2`."""
-    basis = basis.astype(np.float64)
-    lost = energy = 0.0
-    for rows, block in row_blocks(table):
-        residual = block - activations[rows].astype(np.float64) @ basis
-        lost += weights[rows] @ np.square(residual).sum(axis=1)
-        energy += weights[rows] @ np.square(block).sum(axis=1)
-    return float(lost / energy) if energy > 0 else 0.0
+class LostEnergy:
+    """The share of a table's energy that factors lose, summed over blocks.
+
+    Args:
+        table: The table.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        # Weighted and plain.
+        self._lost = np.zeros(2)
+        self._energy = np.zeros(2)
+
+    def add(
+        self, rows: slice, block: np.ndarray, reconstruction: np.ndarray
+    ) -> None:
+        """Adds some rows of the table and what the factors make of them."""
+        self._energy += self._energies(rows, block)
+        self._lost += self._energies(rows, block - reconstruction)
+
+    def _energies(self, rows: slice, block: np.ndarray) -> np.ndarray:
+        plain = squared_norms(block).astype(np.float64)
+        if not self._table.is_weighted:
+            return np.full(2, plain.sum())
+        weighted = plain
+        if self._table.metric is not None:
+            weighted = squared_norms(self._table.to_metric(block))
+        return np.array([self._table.weights_of(rows) @ weighted, plain.sum()])
+
+    @property
+    def relative(self) -> float:
+        """`||D^1/2 (E - E~) L||_F^2 / ||D^1/2 E L||_F^2`, 0 for 0 / 0."""
+        return self._share(0)
+
+    @property
+    def relative_unweighted(self) -> float:
+        """`||E - E~||_F^2 / ||E||_F^2`, 0 for 0 / 0."""
+        return self._share(1)
+
+    def _share(self, index: int) -> float:
+        energy = self._energy[index]
+        return float(self._lost[index] / energy) if energy > 0 else 0.0
 
 
-def weighted_rms(table: np.ndarray, weights: np.ndarray) -> float:
-    """Returns the root mean square entry, rows weighted."""
-    energy = sum(
-        weights[rows] @ np.square(block).mean(axis=1)
-        for rows, block in row_blocks(table)
-    )
-    return math.sqrt(energy / weights.sum())
+def lost_energy(
+    table: Table,
+    reconstruct: Callable[[slice], np.ndarray],
+    dtype: Any = np.float32,
+) -> LostEnergy:
+    """Measures factors in one pass over the table.
+
+    Args:
+        table: The table.
+        reconstruct: Function of a slice that returns those rows.
+        dtype: Of the arithmetic.
+    """
+    lost = LostEnergy(table)
+    for rows, block in table.blocks(dtype):
+        lost.add(rows, block, reconstruct(rows))
+    return lost

@@ -13,8 +13,15 @@ import keras
 import numpy as np
 
 from keras_distilled_embedding import _surgery
+from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding.factorization import Table
+from keras_distilled_embedding.factorization import as_metric
 from keras_distilled_embedding.factorization import check_finite_rows
 from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.factorization import is_lifted
+from keras_distilled_embedding.factorization import largest_useful_rank
+from keras_distilled_embedding.factorization import rank_for_error
+from keras_distilled_embedding.factorization import spread_ranks
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -36,6 +43,10 @@ def compress(
     token_frequencies: Any = None,
     layers: Iterable[str] | Callable[[Layer], bool] | None = None,
     verbose: int = 1,
+    max_bytes: int | None = None,
+    max_error: float | None = None,
+    hidden_covariances: Any = None,
+    hidden_activation: str | Callable | None = "gelu",
 ) -> keras.Model:
     """Returns a copy of a model with its embedding tables factorised.
 
@@ -57,6 +68,7 @@ def compress(
         compression: Float above 1, how many times fewer parameters each table
             has at least. The largest rank that gives it is taken.
         rank: Integer, the rank of every table, instead of `compression`.
+            This, `max_bytes` and `max_error` exclude each other.
         activation: `f` in `E ~ f(U) W`. `None` is plain low rank.
         hidden_dim: Integer or `None`, width of the non-linear funnel, see
             `layers.DistilledEmbedding`.
@@ -69,6 +81,17 @@ def compress(
             tells. By default all, but for tables so small that no rank gives
             `compression`.
         verbose: 1 prints the `compression_report` and progress, 0 nothing.
+        max_bytes: Integer, what the factors of all tables may take together,
+            instead of `compression`. The budget is spread over them by their
+            spectra: each unit of rank goes where it saves most of a table's
+            energy for its bytes.
+        max_error: Float in (0, 1), the share of its energy that each table
+            may lose, instead of `compression`. The smallest rank is taken.
+        hidden_covariances: Array `(output_dim, output_dim)`, the second
+            moment of the hidden states that multiply the table, from
+            `hidden_covariance`: the logits' error then counts, not the
+            entries'. A dictionary by layer name where tables differ.
+        hidden_activation: `g` of the funnel, see `layers.DistilledEmbedding`.
 
     Returns:
         A new, built model of the same class.
@@ -78,9 +101,9 @@ def compress(
             embedding with ids that are not integers, as those of a
             `keras.Input` without `dtype="int32"` are.
         ValueError: If `model` is not built or of another kind, if it has no
-            (chosen) embedding, if `rank` or `compression` would not make a
-            table smaller, if a table is not finite, or if
-            `token_frequencies` do not fit.
+            (chosen) embedding, if a size would not make a table smaller or is
+            out of reach, if a table is not finite, or if `token_frequencies`
+            or `hidden_covariances` do not fit.
 
     Example:
 
@@ -99,12 +122,30 @@ def compress(
     - [Lioutas et al., 2019](https://arxiv.org/abs/1910.06720)
     """
     _surgery.check_copyable(model)
-    if rank is not None:
-        compression = None
-    sizes = {"rank": rank, "compression": compression}
-    options = {"activation": activation, "hidden_dim": hidden_dim}
-    chosen = _choose_layers(model, layers, sizes, options)
-    weights = _row_weights(chosen, token_frequencies)
+    sizes = {"rank": rank, "max_bytes": max_bytes, "max_error": max_error}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    if len(sizes) > 1:
+        raise ValueError(
+            "Give at most one of `rank`, `max_bytes` and `max_error`. "
+            f"Received: {sizes}"
+        )
+    options = {
+        "activation": activation,
+        "hidden_dim": hidden_dim,
+        "hidden_activation": hidden_activation,
+    }
+    embeddings = _choose_layers(model, layers)
+    weights = _Weights(token_frequencies, hidden_covariances)
+    if max_bytes is not None or max_error is not None:
+        ranks = _plan_ranks(
+            embeddings, weights, max_bytes, max_error, activation, hidden_dim
+        )
+        sizes = {layer: {"rank": rank} for layer, rank in ranks.items()}
+    else:
+        size = sizes or {"compression": compression}
+        sizes = dict.fromkeys(embeddings, size)
+    chosen = _build_replacements(sizes, options, optional=layers is None)
+    weights.check(chosen)
 
     # Graphs first, factors later: what can fail fails before it costs time.
     (student,) = _surgery.copy_models([model], chosen)
@@ -118,8 +159,8 @@ def compress(
                 table,
                 new.rank,
                 method=method,
-                row_weights=weights.get(old),
                 verbose=verbose,
+                **weights.of(old),
                 **options,
             )
             for table in embedding_tables(old)
@@ -141,10 +182,7 @@ def compress(
 def _choose_layers(
     model: keras.Model,
     layers: Iterable[str] | Callable[[Layer], bool] | None,
-    sizes: dict[str, Any],
-    options: dict[str, Any],
-) -> dict[Layer, DistilledEmbedding]:
-    """The layers to replace, and what will replace each, still random."""
+) -> list[Layer]:
     embeddings = [
         layer
         for layer in _surgery.graph_layers(model)
@@ -165,19 +203,82 @@ def _choose_layers(
             + f"Received: model '{model.name}' with layers "
             f"{[layer.name for layer in model.layers]}"
         )
+    return embeddings
+
+
+def _build_replacements(
+    sizes: dict[Layer, dict[str, Any]],
+    options: dict[str, Any],
+    optional: bool,
+) -> dict[Layer, DistilledEmbedding]:
+    """What will replace each layer, still random.
+
+    A table of a few rows, segments say, may be left as it is; one that was
+    asked for (not `optional`) may not.
+    """
     chosen, refused = {}, None
-    for layer in embeddings:
+    for layer, size in sizes.items():
         try:
-            chosen[layer] = DistilledEmbedding.like(layer, **sizes, **options)
+            chosen[layer] = DistilledEmbedding.like(layer, **size, **options)
         except ValueError as error:
-            # A table of a few rows, segments say, may be left as it is; one
-            # that was asked for may not.
             refused = ValueError(f"Layer '{layer.name}': {error}")
-            if layers is not None:
+            if not optional:
                 raise refused from error
     if not chosen:
         raise refused
     return chosen
+
+
+def _plan_ranks(
+    embeddings: list[Layer],
+    weights: _Weights,
+    max_bytes: int | None,
+    max_error: float | None,
+    activation: str | Callable | None,
+    hidden_dim: int | None,
+) -> dict[Layer, int]:
+    """Ranks from the spectra of the tables; small tables have none."""
+    hidden_dim = as_integer("hidden_dim", hidden_dim, or_none=True)
+    large_enough = [
+        layer
+        for layer in embeddings
+        if largest_useful_rank(layer.input_dim, layer.output_dim, hidden_dim)
+    ]
+    weights.check(large_enough)
+    for layer in large_enough:
+        _check_finite(layer)
+    groups = {
+        layer: [
+            Table.of(table, **weights.of(layer))
+            for table in embedding_tables(layer)
+            if table is not None
+        ]
+        for layer in large_enough
+    }
+    if not groups:
+        raise ValueError(
+            "No rank makes a table smaller. Received: tables of shapes "
+            f"{[(e.input_dim, e.output_dim) for e in embeddings]}"
+        )
+    lifted = is_lifted(activation)
+    if max_error is not None:
+        return {
+            layer: max(rank_for_error(t, max_error, lifted) for t in tables)
+            for layer, tables in groups.items()
+        }
+    max_bytes = as_integer("max_bytes", max_bytes)
+    # Of mixed dtypes the widest, so that the budget holds.
+    itemsize = max(_dtype_bytes(layer.variable_dtype) for layer in groups)
+    try:
+        ranks = spread_ranks(
+            list(groups.values()), max_bytes / itemsize, lifted, hidden_dim
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"`max_bytes` is too small, at {itemsize} bytes a parameter: "
+            f"{error}. Received: max_bytes={max_bytes}"
+        ) from error
+    return dict(zip(groups, ranks))
 
 
 def _matching(
@@ -196,24 +297,57 @@ def _matching(
     return [layer for layer in embeddings if layer.name in names]
 
 
-def _row_weights(
-    chosen: Iterable[Layer], token_frequencies: Any
-) -> dict[Layer, np.ndarray]:
-    """The frequencies by layer, checked."""
-    if token_frequencies is None:
+class _Weights:
+    """The weights of rows and columns.
+
+    Args:
+        token_frequencies: As of `compress`.
+        hidden_covariances: As of `compress`.
+    """
+
+    def __init__(self, token_frequencies: Any, hidden_covariances: Any) -> None:
+        self._given = {
+            "token_frequencies": token_frequencies,
+            "hidden_covariances": hidden_covariances,
+        }
+        self._rows: dict[Layer, Any] = {}
+        self._columns: dict[Layer, Any] = {}
+
+    def check(self, layers: Iterable[Layer]) -> None:
+        """Refuses what does not fit the layers to compress."""
+        self._rows, self._columns = (
+            _by_layer(layers, values, name)
+            for name, values in self._given.items()
+        )
+        for layer, frequencies in self._rows.items():
+            self._rows[layer] = _checked_frequencies(layer, frequencies)
+        for layer, covariance in self._columns.items():
+            _check_covariance(layer, covariance)
+
+    def of(self, layer: Layer) -> dict[str, Any]:
+        """Arguments of `factorize` and of `Table.of`."""
+        return {
+            "row_weights": self._rows.get(layer),
+            "column_weights": self._columns.get(layer),
+        }
+
+
+def _by_layer(
+    layers: Iterable[Layer], values: Any, name: str
+) -> dict[Layer, Any]:
+    """One value for all layers, or a dictionary by their names."""
+    if values is None:
         return {}
-    names = [layer.name for layer in chosen]
-    if not isinstance(token_frequencies, Mapping):
-        token_frequencies = dict.fromkeys(names, token_frequencies)
-    if not set(token_frequencies) <= set(names):
+    names = [layer.name for layer in layers]
+    if not isinstance(values, Mapping):
+        values = dict.fromkeys(names, values)
+    if not set(values) <= set(names):
         raise ValueError(
-            "`token_frequencies` must be by names of compressed layers, "
-            f"of {names}. Received: {list(token_frequencies)}"
+            f"`{name}` must be by names of compressed layers, of {names}. "
+            f"Received: {list(values)}"
         )
     return {
-        layer: _checked_frequencies(layer, token_frequencies[layer.name])
-        for layer in chosen
-        if layer.name in token_frequencies
+        layer: values[layer.name] for layer in layers if layer.name in values
     }
 
 
@@ -237,6 +371,15 @@ def _checked_frequencies(layer: Layer, frequencies: Any) -> np.ndarray:
     if not frequencies.any():
         raise ValueError(f"{wanted}not all be 0. Received: only zeros")
     return frequencies
+
+
+def _check_covariance(layer: Layer, covariance: Any) -> None:
+    try:
+        as_metric(covariance, layer.output_dim)
+    except ValueError as error:
+        raise ValueError(
+            f"`hidden_covariances` of layer '{layer.name}': {error}"
+        ) from error
 
 
 def _check_finite(layer: Layer) -> None:

@@ -858,7 +858,12 @@ def test_embeddings_of_an_unbuilt_layer():
         (lambda t: t[0], {"rank": 2}, ValueError, r"of shape \(17,\)$"),
         (lambda t: t * np.inf, {"rank": 2}, ValueError, "finite"),
         # The size
-        (None, {}, ValueError, "exactly one .* rank=None, compression=None$"),
+        (
+            None,
+            {},
+            ValueError,
+            "exactly one .* rank=None, compression=None, max_error=None$",
+        ),
         (None, {"rank": 2, "compression": 2.0}, ValueError, "exactly one"),
         (None, {"rank": 0}, ValueError, "rank=0"),
         (None, {"rank": 13}, ValueError, "rank=13"),
@@ -867,15 +872,15 @@ def test_embeddings_of_an_unbuilt_layer():
         (None, {"compression": 100.0}, ValueError, "rank 1"),
         (
             None,
-            {"compression": 2.0, "hidden_dim": 4},
+            {"compression": 2.0, "hidden_dim": 400},
             ValueError,
-            "give `rank`",
+            r"shape \(53, 17\) with hidden_dim=400: rank 1",
         ),
         (
             None,
             {"rank": 2, "hidden_dim": 99},
             ValueError,
-            "Received: rank=2, hidden_dim=99$",
+            "rank=2 with hidden_dim=99 .* lower `hidden_dim`$",
         ),
         # The rest
         (None, {"rank": 2, "method": "magic"}, ValueError, "method"),

@@ -1,19 +1,31 @@
 """Factorise an embedding table: `E ~ f(U) W`.
 
-What does not train is NumPy, in float64 and one chunk of rows at a time, so
-that a memory-mapped table never has to fit in memory. What trains is Keras.
+What does not train is NumPy, one block of rows at a time, so that a
+memory-mapped table never has to fit in memory. What trains is Keras.
 """
 
+from keras_distilled_embedding.factorization.activations import is_lifted
 from keras_distilled_embedding.factorization.factors import Factorization
 from keras_distilled_embedding.factorization.factors import factorize
+from keras_distilled_embedding.factorization.ranks import largest_useful_rank
 from keras_distilled_embedding.factorization.ranks import rank_for_compression
+from keras_distilled_embedding.factorization.ranks import rank_for_error
+from keras_distilled_embedding.factorization.ranks import spread_ranks
 from keras_distilled_embedding.factorization.ranks import validate_rank
+from keras_distilled_embedding.factorization.table import Table
+from keras_distilled_embedding.factorization.table import as_metric
 from keras_distilled_embedding.factorization.table import check_finite_rows
 
 __all__ = [
     "Factorization",
+    "Table",
+    "as_metric",
     "check_finite_rows",
     "factorize",
+    "is_lifted",
+    "largest_useful_rank",
     "rank_for_compression",
+    "rank_for_error",
+    "spread_ranks",
     "validate_rank",
 ]

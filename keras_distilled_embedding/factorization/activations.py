@@ -26,6 +26,11 @@ def is_relu(function: Callable) -> bool:
     return function in (keras.activations.relu, keras.ops.relu)
 
 
+def is_lifted(activation: str | Callable | None) -> bool:
+    """Whether the form needs one rank more than the one without `f`."""
+    return not is_linear(get_activation(activation))
+
+
 def is_zero_below(function: Callable) -> bool:
     """Whether negative codes have no effect, and so no gradient."""
     return not activate(function, np.float32([[-4.0, -1.0, -0.1]])).any()

@@ -14,11 +14,11 @@ from keras_distilled_embedding.factorization.activations import activate
 from keras_distilled_embedding.factorization.activations import get_activation
 from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.activations import is_relu
-from keras_distilled_embedding.factorization.arguments import as_rank
 from keras_distilled_embedding.factorization.exact import linear_factors
 from keras_distilled_embedding.factorization.exact import relu_factors
 from keras_distilled_embedding.factorization.funnel import funnel_factors
 from keras_distilled_embedding.factorization.learned import learned_factors
+from keras_distilled_embedding.factorization.ranks import as_rank
 from keras_distilled_embedding.factorization.table import Table
 from keras_distilled_embedding.factorization.table import check_finite_rows
 from keras_distilled_embedding.factorization.table import lost_energy

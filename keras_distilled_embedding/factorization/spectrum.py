@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ class Spectrum:
         return float(self.energies[rank:].sum() / total) if total else 0.0
 
 
-def spectrum_of(table: Table, rank: int) -> Spectrum:
+def spectrum_of(
+    table: Table, rank: int | Callable[[Spectrum], int]
+) -> Spectrum:
     """Decomposes a table in one pass, accurately at `rank`.
 
     The directions are eigenvectors of the Gram matrix `(EL)^T D (EL)`, a
@@ -49,7 +52,7 @@ def spectrum_of(table: Table, rank: int) -> Spectrum:
 
     Args:
         table: The table.
-        rank: Positive integer.
+        rank: Integer, or a function of the spectrum that returns it.
 
     Returns:
         The spectrum.
@@ -67,6 +70,8 @@ def spectrum_of(table: Table, rank: int) -> Spectrum:
         check_finite_rows(table.values)  # or else only the squares are not
     else:
         spectrum = _decompose(gram, np.float32)
+        if callable(rank):
+            rank = rank(spectrum)
         if _is_resolved(spectrum, table, rank):
             return spectrum
     return _decompose(_gram(table, np.float64), np.float64)

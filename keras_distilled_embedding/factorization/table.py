@@ -59,7 +59,7 @@ class Table:
         if row_weights is not None:
             row_weights = as_row_weights(row_weights, len(values))
         return cls(
-            values, row_weights, *_as_metric(column_weights, values.shape[1])
+            values, row_weights, *as_metric(column_weights, values.shape[1])
         )
 
     @property
@@ -142,7 +142,7 @@ def as_row_weights(row_weights: Any, num_rows: int) -> np.ndarray:
     return weights / weights.max()
 
 
-def _as_metric(
+def as_metric(
     column_weights: Any, num_columns: int
 ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """Returns `L` with `L L^T = C`, and its inverse."""

@@ -13,13 +13,23 @@ import numpy as np
 from keras import ops
 
 from keras_distilled_embedding.factorization import Factorization
+from keras_distilled_embedding.factorization import Table
 from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.factorization import is_lifted
 from keras_distilled_embedding.factorization import rank_for_compression
+from keras_distilled_embedding.factorization import rank_for_error
 from keras_distilled_embedding.factorization import validate_rank
 from keras_distilled_embedding.layers._quantization import FactorQuantization
 
 # What `from_embedding` hands to `factorize`, and to nothing else.
-_FACTORIZE_OPTIONS = ("method", "row_weights", "seed", "verbose")
+_FACTORIZE_OPTIONS = (
+    "method",
+    "row_weights",
+    "column_weights",
+    "sweeps",
+    "seed",
+    "verbose",
+)
 
 # What a new layer takes over from the layer it replaces. Not the constraint:
 # one on the rows of a table says nothing about the rows of the codes, and
@@ -512,6 +522,7 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
         embedding: Any,
         rank: int | None = None,
         compression: float | None = None,
+        max_error: float | None = None,
         **kwargs: Any,
     ) -> DistilledEmbedding:
         """Factorizes a trained embedding.
@@ -523,15 +534,20 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
                 `(input_dim, output_dim)`. The effective table of a layer is
                 used, with its LoRA weights merged and dequantized. An untied
                 layer has both of its tables factorized.
-            rank: Integer, the rank. Give either this or `compression`.
+            rank: Integer, the rank. Give one of this, `compression` and
+                `max_error`.
             compression: Float, how many times fewer parameters the layer has
                 at least. The largest such rank is taken.
-            **kwargs: Options of `factorize` (`method`, `row_weights`, `seed`,
-                `verbose`) and arguments of this layer, `activation` and
-                `hidden_dim` among them. A layer hands down its name, dtype
-                policy (the float one, if quantized), `trainable`, `mask_zero`,
-                `tie_weights`, `reverse_dtype`, `logit_soft_cap` and
-                regularizers, unless given here. It does not hand down its
+            max_error: Float in (0, 1), the share of the table's energy that
+                the factors may lose. The smallest rank is taken whose exact
+                factors are as good.
+            **kwargs: Options of `factorize` (`method`, `row_weights`,
+                `column_weights`, `sweeps`, `seed`, `verbose`) and arguments
+                of this layer, `activation`, `hidden_dim` and
+                `hidden_activation` among them. A layer hands down its name,
+                dtype policy (the float one, if quantized), `trainable`,
+                `mask_zero`, `tie_weights`, `reverse_dtype`, `logit_soft_cap`
+                and regularizers, unless given here. It does not hand down its
                 initializer and constraint, which are for rows of the table.
 
         Returns:
@@ -540,8 +556,8 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
         Raises:
             TypeError: If `embedding` is a layer without `embeddings`.
             ValueError: If the layer is not built, the table is not of rank 2
-                or not finite, if not exactly one of `rank` and `compression`
-                is given, or if they would not make the table smaller.
+                or not finite, if not exactly one of `rank`, `compression` and
+                `max_error` is given, or if the table would not get smaller.
 
         Example:
 
@@ -553,11 +569,18 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
         ```
         """
         options = {k: kwargs.pop(k) for k in _FACTORIZE_OPTIONS if k in kwargs}
+        _check_one_size(rank=rank, compression=compression, max_error=max_error)
+        tables = None
+        if max_error is not None:
+            tables = embedding_tables(embedding)
+            rank = _rank_for_error(tables, max_error, options, kwargs)
         layer = cls.like(embedding, rank, compression, **kwargs)
         options |= {
-            k: kwargs[k] for k in ("activation", "hidden_dim") if k in kwargs
+            k: kwargs[k]
+            for k in ("activation", "hidden_dim", "hidden_activation")
+            if k in kwargs
         }
-        table, reverse_table = embedding_tables(embedding)
+        table, reverse_table = tables or embedding_tables(embedding)
         factors = factorize(table, layer.rank, **options)
         reverse = None
         if not layer.tie_weights:
@@ -593,12 +616,6 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
         options = _inherited_options(embedding) | kwargs
         rank = _choose_rank(*shape, rank, compression, kwargs.get("hidden_dim"))
         layer = cls(*shape, rank, **options)
-        if layer.compression_ratio <= 1:
-            raise ValueError(
-                "The factors would have at least as many parameters as the "
-                f"table of shape {shape}; lower `rank` or `hidden_dim`. "
-                f"Received: rank={rank}, hidden_dim={layer.hidden_dim}"
-            )
         layer.build()
         return layer
 
@@ -699,6 +716,16 @@ def _float_policy_name(layer: Any) -> str:
     return policy.name.split("_from_")[-1]
 
 
+def _check_one_size(**sizes: Any) -> None:
+    """Refuses none, and more than one, of the ways to tell the size."""
+    if sum(size is not None for size in sizes.values()) != 1:
+        *names, last = (f"`{name}`" for name in sizes)
+        raise ValueError(
+            f"Give exactly one of {', '.join(names)} and {last}. Received: "
+            + ", ".join(f"{name}={size}" for name, size in sizes.items())
+        )
+
+
 def _choose_rank(
     input_dim: int,
     output_dim: int,
@@ -706,21 +733,26 @@ def _choose_rank(
     compression: float | None,
     hidden_dim: int | None,
 ) -> int:
-    if (rank is None) == (compression is None):
-        raise ValueError(
-            "Give exactly one of `rank` and `compression`. "
-            f"Received: rank={rank}, compression={compression}"
-        )
+    _check_one_size(rank=rank, compression=compression)
     if compression is None:
-        validate_rank(rank, input_dim, output_dim)
+        validate_rank(rank, input_dim, output_dim, hidden_dim)
         return rank
-    if hidden_dim is not None:
-        raise ValueError(
-            "`compression` fixes the rank only without `hidden_dim`; give "
-            f"`rank`. Received: compression={compression}, "
-            f"hidden_dim={hidden_dim}"
-        )
-    return rank_for_compression(input_dim, output_dim, compression)
+    return rank_for_compression(input_dim, output_dim, compression, hidden_dim)
+
+
+def _rank_for_error(
+    tables: tuple[np.ndarray, np.ndarray | None],
+    max_error: float,
+    options: dict[str, Any],
+    layer_options: dict[str, Any],
+) -> int:
+    lifted = is_lifted(layer_options.get("activation", "relu"))
+    weights = options.get("row_weights"), options.get("column_weights")
+    return max(
+        rank_for_error(Table.of(table, *weights), max_error, lifted)
+        for table in tables
+        if table is not None
+    )
 
 
 def _check_size(name: str, value: Any) -> int:

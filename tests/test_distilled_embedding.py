@@ -1156,3 +1156,98 @@ def test_docstring_examples_run(documented, tmp_path):
     }
     said, value = runpy.run_path(str(path), init_globals=scope)["said"]
     assert value == pytest.approx(said, abs=0.005)
+
+
+# The projection's cache
+
+
+def make_frozen_funnel(**options):
+    layer = DistilledEmbedding(53, 17, 5, hidden_dim=8, **options)
+    layer.build()
+    layer.trainable = False
+    return layer
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_cached_projection_computes_the_same(tie_weights, dtype):
+    layer = make_frozen_funnel(tie_weights=tie_weights, dtype=dtype)
+    states = np.random.default_rng(0).normal(size=(3, 17)).astype("float32")
+    expected = to_numpy(layer(states, reverse=True))
+    rows = to_numpy(layer(np.arange(53)))
+    num_weights = len(layer.weights)
+    layer.cache_projection()
+    np.testing.assert_array_equal(
+        to_numpy(layer(states, reverse=True)), expected
+    )
+    np.testing.assert_array_equal(to_numpy(layer(np.arange(53))), rows)
+    assert len(layer.weights) == num_weights
+    # It is the cache that answers, until it is dropped.
+    factor = "reverse_hidden_bias" if not tie_weights else "hidden_bias"
+    getattr(layer, factor).assign(np.ones(8))
+    np.testing.assert_array_equal(
+        to_numpy(layer(states, reverse=True)), expected
+    )
+    layer.drop_projection_cache()
+    assert not np.allclose(to_numpy(layer(states, reverse=True)), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "trainable", True),
+        lambda layer: layer.set_factors(
+            factorize(np.ones((53, 17)), 5, hidden_dim=8)
+        ),
+        lambda layer: layer.quantize("int8"),
+        lambda layer: layer.enable_lora(2),
+    ],
+)
+def test_what_changes_the_factors_drops_the_cache(change, monkeypatch):
+    from keras_distilled_embedding.factorization import funnel
+
+    monkeypatch.setattr(funnel, "EPOCHS", 1)
+    layer = make_frozen_funnel()
+    layer.cache_projection()
+    change(layer)
+    states = np.random.default_rng(0).normal(size=(3, 17)).astype("float32")
+    fresh = DistilledEmbedding.from_config(layer.get_config())
+    if layer.quantization_mode is None and not layer.lora_enabled:
+        fresh.build()
+        fresh.set_weights(layer.get_weights())
+        np.testing.assert_allclose(
+            to_numpy(layer(states, reverse=True)),
+            to_numpy(fresh(states, reverse=True)),
+            rtol=1e-5,
+        )
+    assert layer._kept_features is None
+
+
+def test_loading_weights_drops_the_cache(tmp_path):
+    layer, other = make_frozen_funnel(), make_frozen_funnel()
+    model = keras.Sequential([keras.Input((None,), dtype="int32"), layer])
+    keras.Sequential([keras.Input((None,), dtype="int32"), other]).save_weights(
+        tmp_path / "other.weights.h5"
+    )
+    layer.cache_projection()
+    model.load_weights(tmp_path / "other.weights.h5")
+    states = np.random.default_rng(0).normal(size=(3, 17)).astype("float32")
+    np.testing.assert_allclose(
+        to_numpy(layer(states, reverse=True)),
+        to_numpy(other(states, reverse=True)),
+        rtol=1e-5,
+    )
+
+
+def test_only_frozen_funnels_have_a_projection_cache():
+    plain = DistilledEmbedding(53, 17, 5)
+    plain.build()
+    plain.trainable = False
+    with pytest.raises(ValueError, match="hidden_dim=None"):
+        plain.cache_projection()
+    layer = make_frozen_funnel()
+    layer.trainable = True
+    with pytest.raises(ValueError, match="trainable=True"):
+        layer.cache_projection()
+    with pytest.raises(ValueError, match="built=False"):
+        DistilledEmbedding(53, 17, 5, hidden_dim=8).cache_projection()

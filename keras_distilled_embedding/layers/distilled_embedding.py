@@ -19,6 +19,7 @@ from keras_distilled_embedding.factorization import is_lifted
 from keras_distilled_embedding.factorization import rank_for_compression
 from keras_distilled_embedding.factorization import rank_for_error
 from keras_distilled_embedding.factorization import validate_rank
+from keras_distilled_embedding.layers._projection_cache import ProjectionCache
 from keras_distilled_embedding.layers._quantization import FactorQuantization
 
 # What `from_embedding` hands to `factorize`, and to nothing else.
@@ -48,7 +49,9 @@ _INHERITED_OPTIONS = (
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
-class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
+class DistilledEmbedding(
+    ProjectionCache, FactorQuantization, keras.layers.Layer
+):
     """An embedding, and its vocabulary projection, stored as two factors.
 
     The table `E` of shape `(input_dim, output_dim)` of a
@@ -66,7 +69,9 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
     The table itself is never built by a call. A look-up takes the rows of `U`
     first, and the projection multiplies in rank space,
     `h E^T = (h W^T) f(U)^T`, about `output_dim / rank` times fewer
-    multiplications than with the table.
+    multiplications than with the table. With `hidden_dim`, where each call of
+    the projection also computes `g(U A + b)` for all tokens, see
+    `cache_projection`.
 
     The layer is called like `keras.layers.ReversibleEmbedding`. To compress a
     trained table, use `DistilledEmbedding.from_embedding`.
@@ -295,6 +300,7 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
                     f"Received: {name} of shape {np.shape(value)}"
                 )
             values[name] = value
+        self.drop_projection_cache()
         for name, value in values.items():
             getattr(self, name).assign(value)
 
@@ -342,7 +348,7 @@ class DistilledEmbedding(FactorQuantization, keras.layers.Layer):
             ops.cast(inputs, dtype), ops.transpose(self._basis(dtype, prefix))
         )
         logits = ops.matmul(
-            codes_space, ops.transpose(self._features(dtype, prefix=prefix))
+            codes_space, ops.transpose(self._projection_features(dtype, prefix))
         )
         if self.logit_soft_cap is not None:
             logits = ops.multiply(

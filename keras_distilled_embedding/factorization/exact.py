@@ -25,6 +25,8 @@ MARGIN = 0.05
 # A row of zeros has no scale of its own: rows count as no smaller than this
 # share of the table's RMS.
 SMALLEST_ROW_SCALE = 0.1
+# A share of the energy that is no more than rounding: sweeps gain nothing.
+NEGLIGIBLE = 1e-10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ def relu_factors(
     make_start = _rank_one_start if rank == 1 else _simplex_start
     start = make_start(table, rank)
     basis, lost = start.basis, start.lost
-    if sweeps:
+    if sweeps and lost.relative > NEGLIGIBLE:
         for _ in range(sweeps):
             basis = _sweep(table, start, basis)
         lost = _lost_by(table, start, basis)

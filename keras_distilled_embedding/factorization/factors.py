@@ -251,25 +251,23 @@ def factorize(
         codes, basis, lost = linear_factors(table, rank)
     else:
         codes, basis, lost = relu_factors(table, rank, sweeps)
-    arrays = {"codes": codes, "basis": basis}
+    result = Factorization(codes, basis, activation, math.nan)
+    lost = lost or lost_energy(table, result.reconstruct)
     if hidden_dim is not None:
         arrays = funnel_factors(
             table,
-            arrays,
+            {"codes": codes, "basis": basis},
+            lost.relative,
             hidden_dim,
             function,
             hidden_function,
             seed,
             verbose,
         )
-        lost = None
-    result = Factorization(
-        **arrays,
-        activation=activation,
-        hidden_activation=hidden_activation,
-        relative_error=math.nan,
-    )
-    lost = lost or lost_energy(table, result.reconstruct)
+        result = dataclasses.replace(
+            result, hidden_activation=hidden_activation, **arrays
+        )
+        lost = lost_energy(table, result.reconstruct)
     result = dataclasses.replace(
         result,
         relative_error=lost.relative,

@@ -32,6 +32,7 @@ HIDDEN_BASIS_STDDEV = 0.01
 def funnel_factors(
     table: Table,
     start: dict[str, np.ndarray],
+    start_error: float,
     hidden_dim: int,
     function: Callable,
     hidden_function: Callable,
@@ -43,6 +44,7 @@ def funnel_factors(
     Args:
         table: The table.
         start: The `codes` and the `basis` of `E ~ f(U) W`.
+        start_error: Their relative error.
         hidden_dim: `h`.
         function: `f`.
         hidden_function: `g`.
@@ -86,7 +88,7 @@ def funnel_factors(
             epochs=EPOCHS,
             shuffle=False,  # The batches are shuffled, by their own seed.
             verbose=0,
-            callbacks=[_KeepBest(), *callbacks],
+            callbacks=[_KeepBest(start_error), *callbacks],
         )
     trained = {name: model.get_layer(name).get_weights() for name in initial}
     return {
@@ -146,12 +148,18 @@ def _initial_weights(
 
 
 class _KeepBest(keras.callbacks.Callback):
-    """Goes back to the best epoch, and stops where nothing more is gained."""
+    """Goes back to the best epoch, and stops where nothing more is gained.
+
+    Args:
+        start_error: The loss before the first epoch.
+    """
+
+    def __init__(self, start_error: float) -> None:
+        super().__init__()
+        self._best_loss = self._goal = start_error
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        self._best_loss = math.inf
         self._best_weights = self.model.get_weights()
-        self._goal = math.inf
         self._num_bad_epochs = 0
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:

@@ -6,6 +6,8 @@ on-device use with one copy of each table.
 """
 
 from keras_distilled_embedding import layers
+from keras_distilled_embedding.calibration import count_tokens
+from keras_distilled_embedding.calibration import hidden_covariance
 from keras_distilled_embedding.compression import CompressionReport
 from keras_distilled_embedding.compression import compress
 from keras_distilled_embedding.compression import compression_report
@@ -34,7 +36,9 @@ __all__ = [
     "cache_teacher",
     "compress",
     "compression_report",
+    "count_tokens",
     "export_litert",
     "factorize",
+    "hidden_covariance",
     "layers",
 ]

@@ -29,6 +29,36 @@ def iterate_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield layer
 
 
+def find_layer(
+    model: keras.Model, name: str, argument: str
+) -> keras.layers.Layer:
+    """The one layer of that name, at any depth.
+
+    Those next to the model's surface first, as `get_layer` finds them.
+
+    Args:
+        model: The model.
+        name: The layer's name.
+        argument: What the model is called in errors.
+
+    Raises:
+        ValueError: If no layer, or more than one, has this name.
+    """
+    for layers in (model.layers, iterate_layers(model)):
+        found = [layer for layer in layers if layer.name == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(
+                f"`{argument}` must have one layer of a name that is asked "
+                f"for. Received: {len(found)} layers named '{name}'"
+            )
+    raise ValueError(
+        f"`{argument}` has no layer '{name}'. Received: {argument} with "
+        f"layers {[layer.name for layer in model.layers]}"
+    )
+
+
 def graph_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
     """Yields the layers `copy_models` can swap, each once.
 
@@ -74,15 +104,19 @@ def make_variables_current(model: keras.Model) -> None:
         model.jax_state_sync()
 
 
-def watch_calls(
-    layer: keras.layers.Layer, keep: Callable[[Any], object]
-) -> None:
-    """Hands everything that `layer` returns to `keep`, until told to stop."""
+def watch_calls(layer: keras.layers.Layer, keep: Callable[..., object]) -> None:
+    """Watches what `layer` is called with and returns, until told to stop.
+
+    Args:
+        layer: The layer.
+        keep: Called as `keep(outputs, *args, **kwargs)`, with the arguments
+            of the layer's `call`.
+    """
     call = layer.call
 
     def watched_call(*args: Any, **kwargs: Any) -> Any:
         outputs = call(*args, **kwargs)
-        keep(outputs)
+        keep(outputs, *args, **kwargs)
         return outputs
 
     # Past Keras, which would track an attribute: its layers look `call` up

@@ -1,5 +1,6 @@
 """`compress`, against dense models that hold the reconstructed tables."""
 
+import contextlib
 import json
 
 import keras
@@ -10,6 +11,7 @@ from keras import ops
 from keras_distilled_embedding import compression
 from keras_distilled_embedding.compression import compress
 from keras_distilled_embedding.compression import compression_report
+from keras_distilled_embedding.factorization import factorize
 from keras_distilled_embedding.layers import DistilledEmbedding
 
 # Keras's own, whenever it copies a variable to NumPy, as saving does.
@@ -568,6 +570,106 @@ def test_verbose(capsys):
     assert "Left as they are" not in shown
 
 
+# Sizes by bytes and by error
+
+
+def decaying(layer, decay):
+    """A table whose singular values fall by the factor `decay`."""
+    rows, columns = layer.input_dim, layer.output_dim
+    random = np.random.default_rng(rows)
+    left, _ = np.linalg.qr(random.normal(size=(rows, columns)))
+    right, _ = np.linalg.qr(random.normal(size=(columns, columns)))
+    layer.set_weights([(left * decay ** np.arange(columns)) @ right])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_max_bytes_are_spread_by_the_spectra(dtype):
+    with _policy(dtype):
+        model = make_two_tables()
+    decaying(model.get_layer("a"), 0.98)
+    decaying(model.get_layer("b"), 0.5)
+    itemsize = 4 if dtype == "float32" else 2
+    max_bytes = 1_200 * itemsize
+    student = compress(model, max_bytes=max_bytes, verbose=0)
+    ranks = [student.get_layer(name).rank for name in "ab"]
+    assert ranks[0] > 1.5 * ranks[1]
+    total = sum(row.bytes_after for row in compression_report(student).rows)
+    one_more = (VOCABULARY + WIDTH) * itemsize
+    assert max_bytes - one_more < total <= max_bytes
+
+
+@contextlib.contextmanager
+def _policy(dtype):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_max_error_takes_the_smallest_rank(activation, weighted):
+    model = make_two_tables()
+    decaying(model.get_layer("a"), 0.9)
+    decaying(model.get_layer("b"), 0.6)
+    frequencies = np.arange(1, VOCABULARY + 1.0) if weighted else None
+    options = {"activation": activation, "verbose": 0}
+    if weighted:
+        options["token_frequencies"] = {"a": frequencies}
+    student = compress(model, max_error=0.1, **options)
+    for name in "ab":
+        table = to_numpy(model.get_layer(name).embeddings)
+        weights = (
+            frequencies if weighted and name == "a" else np.ones(len(table))
+        )
+        lost = table - reconstructed(student.get_layer(name))
+        error = (
+            weights
+            @ np.square(lost).sum(1)
+            / (weights @ np.square(table).sum(1))
+        )
+        # The sweeps of the ReLU form are for free.
+        assert error <= 0.1
+        root = np.sqrt(weights)[:, np.newaxis]
+        energies = np.linalg.svd(root * table, compute_uv=False) ** 2
+        shares = 1 - np.cumsum(energies) / energies.sum()
+        rank = int(np.argmax(shares <= 0.1)) + 1 + (activation == "relu")
+        assert student.get_layer(name).rank == rank
+
+
+def test_hidden_covariances_keep_the_logits():
+    model = make_model()
+    layer = find(model)
+    root = np.random.default_rng(0).normal(size=(WIDTH, WIDTH))
+    root *= np.geomspace(3, 0.1, WIDTH)[:, np.newaxis]
+    covariance = root.T @ root
+    table = to_numpy(layer.embeddings)
+
+    def logits_error(**options):
+        student = find(compress(model, rank=4, verbose=0, **options))
+        return np.square((table - reconstructed(student)) @ root.T).sum()
+
+    for given in (covariance, {"tokens": covariance}):
+        error = logits_error(hidden_covariances=given)
+        assert error < 0.7 * logits_error()
+
+
+def test_hidden_dim():
+    """The funnel of the student is the one that `factorize` learned."""
+    model = make_model()
+    student = compress(
+        model, rank=3, hidden_dim=4, hidden_activation="tanh", verbose=0
+    )
+    table = to_numpy(find(model).embeddings)
+    expected = factorize(
+        table, 3, hidden_dim=4, hidden_activation="tanh"
+    ).reconstruct()
+    student_table = to_numpy(find(student).embeddings)
+    np.testing.assert_allclose(student_table, expected, atol=1e-5)
+
+
 # What is refused, before any work
 
 
@@ -662,6 +764,14 @@ def test_bad_models(make, error, message, no_work):
         ({"compression": 100.0}, "out of reach .* rank 1"),
         ({"hidden_dim": 400}, "hidden_dim=400: rank 1"),
         ({"activation": "relux"}, "relux"),
+        ({"rank": 3, "max_error": 0.1}, "at most one of .* 'max_error': 0.1"),
+        ({"max_bytes": 300}, "`max_bytes` is too small.* max_bytes=300"),
+        ({"max_bytes": 2.5}, "max_bytes=2.5"),
+        ({"max_error": 0.0}, "between 0 and 1.* max_error=0.0"),
+        ({"max_error": 1}, "max_error=1"),
+        ({"hidden_covariances": np.eye(3)}, r"'tokens': .* \(16, 16\)"),
+        ({"hidden_covariances": -np.eye(16)}, "positive semidefinite"),
+        ({"hidden_covariances": {"b": np.eye(16)}}, r"\['tokens'\].*\['b'\]"),
         ({"token_frequencies": np.ones(3)}, r"shape \(61,\).* shape \(3,\)"),
         ({"token_frequencies": np.ones((61, 1))}, r"shape \(61, 1\)"),
         ({"token_frequencies": -np.ones(61)}, "not negative.* -1.0 to -1.0"),

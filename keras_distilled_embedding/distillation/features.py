@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ class FeatureExtractor:
         self._model = model
         self._argument = argument
         self._layers = {
-            name: _find_layer(model, name, argument) for name in layer_names
+            name: _surgery.find_layer(model, name, argument)
+            for name in layer_names
         }
         self._features: dict[str | None, Any] = {}
 
@@ -60,31 +62,14 @@ class FeatureExtractor:
     @contextmanager
     def _catching(self) -> Iterator[dict[str, list[Any]]]:
         caught: dict[str, list[Any]] = {name: [] for name in self._layers}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda outputs, *_, **__: caught[name].append(outputs)
+
         try:
             for name, layer in self._layers.items():
-                _surgery.watch_calls(layer, caught[name].append)
+                _surgery.watch_calls(layer, keep(name))
             yield caught
         finally:
             for layer in self._layers.values():
                 _surgery.stop_watching(layer)
-
-
-def _find_layer(
-    model: keras.Model, name: str, argument: str
-) -> keras.layers.Layer:
-    # Those next to the model's surface first, as `get_layer` finds them.
-    for layers in (model.layers, _surgery.iterate_layers(model)):
-        found = [layer for layer in layers if layer.name == name]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise ValueError(
-                f"`{argument}` must have one layer of a name that a "
-                f"distillation loss asks for. Received: {len(found)} layers "
-                f"named '{name}'"
-            )
-    raise ValueError(
-        f"`{argument}` has no layer '{name}', which a distillation loss asks "
-        f"for. Received: {argument} with layers "
-        f"{[layer.name for layer in model.layers]}"
-    )

@@ -52,6 +52,20 @@ def mean_over_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
     Returns:
         A float32 scalar.
     """
+    return mean(values, weights_of_tokens(values, sample_weight, outputs))
+
+
+def weights_of_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
+    """The weights of `mean_over_tokens`.
+
+    Args:
+        values: As of `mean_over_tokens`.
+        sample_weight: As of `mean_over_tokens`.
+        outputs: As of `mean_over_tokens`.
+
+    Returns:
+        Float32 of the shape of `values`, or `None`: all count alike.
+    """
     weights = None
     for given in (sample_weight, _surgery.keras_mask(outputs)):
         if given is None:
@@ -64,7 +78,7 @@ def mean_over_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
         weights = given if weights is None else weights * given
     if weights is not None:
         weights = weights * ops.ones_like(values)
-    return mean(values, weights)
+    return weights
 
 
 def weights_by_output(sample_weight: Any, outputs: Any) -> list[Any]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable
-from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -19,36 +16,6 @@ LOG_PROBABILITIES = "log_probabilities"
 CLASSES = "classes"
 
 _FIELDS = ("x", "y", "sample_weight")
-
-
-def num_batches(dataset: Any) -> int | None:
-    """The number of batches, or `None` where that is not known before."""
-    total: Any = None
-    if isinstance(dataset, keras.utils.PyDataset):
-        total = math.inf if dataset.num_batches is None else len(dataset)
-    elif hasattr(dataset, "cardinality"):  # tf.data: -1 infinite, -2 unknown
-        total = int(dataset.cardinality())
-        total = {-1: math.inf, -2: None}.get(total, total)
-    elif hasattr(dataset, "__len__"):
-        total = len(dataset)
-    elif not hasattr(dataset, "__iter__"):
-        raise ValueError(
-            f"`dataset` must be an iterable of batches. Received: {dataset!r}"
-        )
-    if total == math.inf:
-        raise ValueError(
-            "`dataset` must be finite: one epoch, without `repeat()`. "
-            f"Received: {dataset!r}"
-        )
-    return total
-
-
-def iterate_batches(dataset: Any) -> Iterator[Any]:
-    if hasattr(dataset, "__iter__"):
-        yield from dataset
-    else:
-        for i in range(len(dataset)):
-            yield dataset[i]
 
 
 def to_arrays(

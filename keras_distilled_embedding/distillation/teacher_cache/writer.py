@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from keras import ops
 
 from keras_distilled_embedding._arguments import as_integer
 from keras_distilled_embedding._arguments import as_positive_number
+from keras_distilled_embedding._datasets import iterate_batches
+from keras_distilled_embedding._datasets import num_batches
 from keras_distilled_embedding._files import write_atomically
 from keras_distilled_embedding.distillation.teacher_cache import batches
 from keras_distilled_embedding.distillation.teacher_cache import files
@@ -109,19 +110,12 @@ def cache_teacher(
     temperature = as_positive_number("temperature", temperature)
     _check_outputs(getattr(teacher, "outputs", None) or ())
     writer = _Writer(teacher, Path(directory), top_k, temperature)
-    total = batches.num_batches(dataset)
-    writer.check_num_batches(total)
-
-    from rich.progress import Progress
-
-    with Progress(
-        transient=True, disable=not (verbose and sys.stdout.isatty())
-    ) as progress:
-        task = progress.add_task("Caching the teacher's outputs", total=total)
-        for element in batches.iterate_batches(dataset):
-            writer.add(element)
-            progress.advance(task)
-        writer.finish()
+    writer.check_num_batches(num_batches(dataset))
+    for element in iterate_batches(
+        dataset, "Caching the teacher's outputs", verbose
+    ):
+        writer.add(element)
+    writer.finish()
     return TeacherCache(directory, shuffle_seed)
 
 

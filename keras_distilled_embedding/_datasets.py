@@ -1,0 +1,53 @@
+"""Datasets of any kind that Keras trains on, read once."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+
+def num_batches(dataset: Any) -> int | None:
+    """The number of batches, or `None` where that is not known before."""
+    total: Any = None
+    if isinstance(dataset, keras.utils.PyDataset):
+        total = math.inf if dataset.num_batches is None else len(dataset)
+    elif hasattr(dataset, "cardinality"):  # tf.data: -1 infinite, -2 unknown
+        total = int(dataset.cardinality())
+        total = {-1: math.inf, -2: None}.get(total, total)
+    elif hasattr(dataset, "__len__"):
+        total = len(dataset)
+    elif not hasattr(dataset, "__iter__"):
+        raise ValueError(
+            f"`dataset` must be an iterable of batches. Received: {dataset!r}"
+        )
+    if total == math.inf:
+        raise ValueError(
+            "`dataset` must be finite: one epoch, without `repeat()`. "
+            f"Received: {dataset!r}"
+        )
+    return total
+
+
+def iterate_batches(
+    dataset: Any, description: str, verbose: int | bool
+) -> Iterator[Any]:
+    """Yields the batches, with a progress bar on a terminal.
+
+    Args:
+        dataset: What `num_batches` accepts.
+        description: What the bar says.
+        verbose: Whether there is one.
+    """
+    from rich.progress import Progress
+
+    total = num_batches(dataset)
+    if not hasattr(dataset, "__iter__"):
+        dataset = (dataset[i] for i in range(total))
+    with Progress(
+        transient=True, disable=not (verbose and sys.stdout.isatty())
+    ) as progress:
+        yield from progress.track(dataset, total, description=description)

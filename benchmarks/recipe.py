@@ -30,12 +30,12 @@ import tensorflow as tf
 import keras_distilled_embedding as kde
 from benchmarks._report import environment
 from benchmarks._report import write_text
+from benchmarks._tables import teacher_run
 from examples.nmt.data import ParallelText
 from examples.nmt.evaluate import markdown_table
 from examples.nmt.evaluate import score
 from examples.nmt.evaluate import signature
 from examples.nmt.pipeline import PRESETS
-from examples.nmt.pipeline import Run
 from examples.nmt.train import Recipe
 from examples.nmt.train import distil
 from examples.nmt.translate import Translator
@@ -136,10 +136,7 @@ class Ablation:
     """
 
     def __init__(self, work_dir: Path, data_dir: str | None) -> None:
-        settings = replace(
-            PRESETS["multi30k"], student=replace(BASE, sequence_level=True)
-        )
-        self.run = Run(settings, work_dir / "teacher", data_dir)
+        self.run = teacher_run(work_dir / "teacher", data_dir)
         self.work_dir = work_dir
 
     def path(self, row: str, seed: int) -> Path:

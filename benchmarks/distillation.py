@@ -13,14 +13,12 @@ its own.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import io
 import json
 import multiprocessing
 import os
 import random
-import resource
 import shlex
 import statistics
 import sys
@@ -44,6 +42,8 @@ from rich.progress import Progress
 from rich.progress import TimeElapsedColumn
 
 import keras_distilled_embedding as kde
+from benchmarks._memory import peak_mb
+from benchmarks._memory import reset_peak
 from benchmarks._report import environment
 from benchmarks._report import write_bytes
 from benchmarks._report import write_text
@@ -382,44 +382,19 @@ def measure_memory(
         the steps once compiled (not a number where Linux does not tell).
     """
     _set_threads(threads)
-    imported = _peak_mb()
+    imported = peak_mb()
     step = ROWS[row].prepare(MODELS[model](quick))
     _wait(step())
-    peak = _peak_mb()
-    reset = _reset_peak()
+    peak = peak_mb()
+    reset = reset_peak()
     for _ in range(count):
         _wait(step())
-    last = _peak_mb()
+    last = peak_mb()
     return {
         "import_mb": imported,
         "peak_mb": max(peak, last),
         "steps_mb": last if reset else float("nan"),
     }
-
-
-def _peak_mb() -> float:
-    # `ru_maxrss` would do, were it not inherited from the parent process.
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1_024 / 1e6
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 1e6 if sys.platform == "darwin" else peak * 1_024 / 1e6
-
-
-def _reset_peak() -> bool:
-    """Lets the peak start from what is in use now, where Linux can."""
-    gc.collect()
-    try:
-        # What XLA's compiler has freed, the C library still keeps.
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return False
-    try:  # proc(5)
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def _set_threads(threads: int | None) -> None:

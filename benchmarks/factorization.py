@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import shlex
 import statistics
 import sys
@@ -41,6 +40,7 @@ import numpy as np
 
 import keras_distilled_embedding as kde
 from benchmarks import rivals
+from benchmarks._memory import peak_mb
 from benchmarks._report import environment
 from benchmarks._report import write_text
 from benchmarks._tables import MiniLM
@@ -290,7 +290,7 @@ def measure_memory(
 def _factorize_mapped(path: Path, shape: tuple[int, int], sweeps: int) -> dict:
     table = np.memmap(path, np.float16, "r", shape=shape)
     rank = rank_for_compression(*shape, 8.0)
-    imports = _peak_gib()
+    imports = peak_mb()
     start = time.perf_counter()
     factors = kde.factorize(table, rank, sweeps=sweeps)
     return {
@@ -298,16 +298,12 @@ def _factorize_mapped(path: Path, shape: tuple[int, int], sweeps: int) -> dict:
         "rank": rank,
         "sweeps": sweeps,
         "seconds": round(time.perf_counter() - start, 1),
-        "peak_gib": _peak_gib(),
-        "imports_gib": imports,
+        "peak_gib": peak_mb() * 1e6 / 2**30,
+        "imports_gib": imports * 1e6 / 2**30,
         "codes_gib": factors.codes.nbytes / 2**30,
         "table_gib": table.nbytes / 2**30,
         "error": factors.relative_error,
     }
-
-
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure_starts(work_dir: Path, data_dir: str | None) -> list[dict]:

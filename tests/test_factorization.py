@@ -756,16 +756,25 @@ def counting(table):
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_the_closed_form_takes_two_passes(monkeypatch, activation):
-    monkeypatch.setattr(table_module, "CHUNK_ENTRIES", 12 * 7)
+@pytest.mark.parametrize("span", [10.0, 1e5])
+def test_the_closed_form_takes_two_passes(monkeypatch, activation, span):
+    """Whether float32 is enough or not; the first block is looked at before."""
+    table = counting(decaying_table(span))
+    rows, columns = table.shape
+    monkeypatch.setattr(table_module, "CHUNK_ENTRIES", columns * (rows // 9))
     monkeypatch.setattr(
         factors_module.Table,
         "of",
         classmethod(lambda cls, values, *_: cls(values)),
     )
-    table = counting(random_table())
-    factorize(table, 4, activation=activation, sweeps=0)
-    assert (table.reads == 2).all()
+    rank = 20
+    result = factorize(table, rank, activation=activation, sweeps=0)
+    assert (table.reads[: rows // 9] == 3).all()
+    assert (table.reads[rows // 9 :] == 2).all()
+    lowest = svd_error(table, rank)
+    assert lowest * 0.999 < result.relative_error
+    above = svd_error(table, rank - (activation is not None))
+    assert result.relative_error < above * 1.001
 
 
 @pytest.mark.parametrize("span", [10.0, 1e3, 1e6])

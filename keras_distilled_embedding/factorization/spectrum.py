@@ -15,6 +15,8 @@ from keras_distilled_embedding.factorization.table import check_finite_rows
 TOLERANCE = 1e-4
 # Mean squares of entries that float32 can still square and add up.
 FLOAT32_RANGE = (1e-25, 1e25)
+# From so many blocks on, a look at the first one is worth a pass over all.
+PROBED_BLOCKS = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,8 +49,8 @@ def spectrum_of(
     The directions are eigenvectors of the Gram matrix `(EL)^T D (EL)`, a
     `V d^2` product. Squaring costs half of the digits: float32, twice as
     fast, tells apart singular values down to about 1e-3 of the largest.
-    Where the rank reaches below, a second pass adds up in float64, which
-    goes down to 1e-7.
+    Where the rank reaches below, float64 does, down to 1e-7. A small table
+    is then read a second time; of a large one the first block tells before.
 
     Args:
         table: The table.
@@ -65,16 +67,30 @@ def spectrum_of(
         # The whole table is smaller than its Gram matrix.
         check_finite_rows(table.values)
         return _small_spectrum(table)
-    gram = _gram(table, np.float32)
+    if table.num_blocks < PROBED_BLOCKS or _is_enough(table.first_block, rank):
+        gram = _gram(table, np.float32)
+        if not np.isfinite(gram).all():
+            check_finite_rows(table.values)  # or else only the squares are not
+        else:
+            spectrum = _decompose(gram, np.float32)
+            if _is_resolved(spectrum, table, rank):
+                return spectrum
+    gram = _gram(table, np.float64)
+    if table.values.dtype == np.float64 or not np.isfinite(gram).all():
+        # What float64 holds, float32 may not.
+        check_finite_rows(table.values)
+    return _decompose(gram, np.float64)
+
+
+def _is_enough(block: Table, rank: int | Callable[[Spectrum], int]) -> bool:
+    """Whether float32 is, by this block alone."""
+    gram = _gram(block, np.float32)
     if not np.isfinite(gram).all():
-        check_finite_rows(table.values)  # or else only the squares are not
-    else:
-        spectrum = _decompose(gram, np.float32)
-        if callable(rank):
-            rank = rank(spectrum)
-        if _is_resolved(spectrum, table, rank):
-            return spectrum
-    return _decompose(_gram(table, np.float64), np.float64)
+        return False
+    # A block of zeros tells nothing.
+    return not gram.any() or _is_resolved(
+        _decompose(gram, np.float32), block, rank
+    )
 
 
 def _gram(table: Table, dtype: Any) -> np.ndarray:
@@ -97,12 +113,16 @@ def _decompose(gram: np.ndarray, dtype: Any) -> Spectrum:
     return Spectrum(np.maximum(energies[::-1], 0.0), directions[:, ::-1], dtype)
 
 
-def _is_resolved(spectrum: Spectrum, table: Table, rank: int) -> bool:
+def _is_resolved(
+    spectrum: Spectrum, table: Table, rank: int | Callable[[Spectrum], int]
+) -> bool:
     """Whether rounding changes the error at this rank by next to nothing.
 
     Each of the `rank` directions may lose about `eps` times the largest
     energy.
     """
+    if callable(rank):
+        rank = rank(spectrum)
     energies = spectrum.energies
     smallest, largest = FLOAT32_RANGE
     mean_square = energies.sum() / table.total_weight / len(energies)

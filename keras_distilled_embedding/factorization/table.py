@@ -77,6 +77,22 @@ class Table:
             return float(len(self.values))
         return float(self.row_weights.sum())
 
+    @property
+    def num_blocks(self) -> int:
+        """How many `blocks` there are."""
+        return math.ceil(len(self.values) / _rows_of_a_block(self.values))
+
+    @property
+    def first_block(self) -> Table:
+        """The first of the `blocks`, a table of its own."""
+        rows = slice(_rows_of_a_block(self.values))
+        weights = self.row_weights
+        return dataclasses.replace(
+            self,
+            values=self.values[rows],
+            row_weights=None if weights is None else weights[rows],
+        )
+
     def blocks(self, dtype: Any = np.float32) -> Iterator[tuple]:
         """Yields slices that cover the rows, and those rows in `dtype`."""
         return row_blocks(self.values, dtype)
@@ -211,8 +227,7 @@ def row_blocks(
     table: np.ndarray, dtype: Any = np.float32
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields slices that cover the rows, and those rows in `dtype`."""
-    num_rows, num_columns = table.shape
-    size = max(1, CHUNK_ENTRIES // num_columns)
+    num_rows, size = len(table), _rows_of_a_block(table)
     mapping = _mapping(table)
     for start in range(0, num_rows, size):
         rows = slice(start, min(start + size, num_rows))
@@ -222,6 +237,10 @@ def row_blocks(
         if mapping is not None:
             # Read and no longer needed: not to count as this process's memory.
             mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _rows_of_a_block(table: np.ndarray) -> int:
+    return max(1, CHUNK_ENTRIES // table.shape[1])
 
 
 def _mapping(array: Any) -> mmap.mmap | None:

@@ -55,6 +55,8 @@ from keras_distilled_embedding.factorization import rank_for_compression
 
 RATIOS = (4.0, 8.0, 16.0, 32.0, 64.0)
 FUNNEL_RATIOS = (8.0, 16.0)
+# Of all parameters, those of the hidden layer's output.
+FUNNEL_SHARE = 0.25
 SVD = "truncated SVD"
 CLOSED = "closed ReLU"
 SWEPT = "closed ReLU, 5 sweeps"
@@ -110,9 +112,12 @@ def _svd(table: RealTable, ratio: float) -> Approximation:
     return rivals.truncated_svd(table.values, rank)
 
 
-def _funnel(table: RealTable, ratio: float) -> Approximation:
-    # As wide as two tables' rows: enough that more gained nothing.
-    return _factorized(table, ratio, hidden_dim=2 * table.values.shape[1])
+def _funnel(table: RealTable, ratio: float) -> Approximation | None:
+    if ratio not in FUNNEL_RATIOS:
+        return None
+    size = table.values.size / ratio
+    hidden_dim = int(FUNNEL_SHARE * size / (table.values.shape[1] + 1))
+    return _factorized(table, ratio, hidden_dim=hidden_dim)
 
 
 def _rival(name: str) -> Callable[[RealTable, float], Approximation | None]:
@@ -128,9 +133,7 @@ METHODS: dict[str, Callable[[RealTable, float], Approximation | None]] = {
     CLOSED: lambda table, ratio: _factorized(table, ratio, sweeps=0),
     SWEPT: _factorized,
     LEARNED: lambda t, ratio: _factorized(t, ratio, method="learned"),
-    FUNNEL: lambda t, ratio: (
-        _funnel(t, ratio) if ratio in FUNNEL_RATIOS else None
-    ),
+    FUNNEL: _funnel,
     "rows weighted": lambda t, ratio: _factorized(
         t, ratio, row_weights=t.weights
     ),

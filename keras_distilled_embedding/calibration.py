@@ -213,8 +213,14 @@ def hidden_covariance(
     Example:
 
     ```python
-    covariance = hidden_covariance(teacher, train_batches.take(10))
-    student = compress(teacher, 8.0, hidden_covariances=covariance)
+    tokens = keras.layers.ReversibleEmbedding(500, 16, name="tokens")
+    ids = keras.Input((None,), dtype="int32")
+    hidden = keras.layers.Dense(16, "tanh")(tokens(ids))
+    teacher = keras.Model(ids, tokens(hidden, reverse=True))
+
+    batches = [np.random.randint(500, size=(32, 10)) for _ in range(4)]
+    covariance = hidden_covariance(teacher, batches)  # (16, 16)
+    student = compress(teacher, 4.0, hidden_covariances=covariance)
     ```
     """
     if not isinstance(model, keras.Model):

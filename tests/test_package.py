@@ -134,11 +134,11 @@ def _trained_things(folder):
     }
 
 
-@pytest.mark.parametrize("name", ["factors", "ranks"])
+@pytest.mark.parametrize(
+    "name", ["calibration", "factorization.factors", "factorization.ranks"]
+)
 def test_doctests(name):
-    module = importlib.import_module(
-        f"keras_distilled_embedding.factorization.{name}"
-    )
+    module = importlib.import_module(f"keras_distilled_embedding.{name}")
     namespace = {**vars(module), "np": np}
     result = doctest.testmod(
         module,

@@ -82,16 +82,16 @@ def test_recipe_reports_means_over_seeds(tmp_path):
             "recipe": dataclasses.asdict(recipe.ALL[row]),
             "validation_nll": [3.0, 2.0 + seed],
             "validation_bleu": 30.0,
-            "test_bleu": 31.0 + seed,
+            "test_bleu": 31.0 + seed + (row == "teacher, rate 3e-04"),
             "wall_s": 1.0,
             "cpu_s": 1.0,
         }
-        for row in ("logits", "logits, factors 3x")
+        for row in ("logits", "teacher, rate 3e-04", "logits, factors 3x")
         for seed in (0, 1)
     ]
     recipe.write_report(results, 32.0, tmp_path)
     report = (tmp_path / "report.md").read_text()
-    cells = "| 2 | 2.500 | 30.00 | 31.50 | -0.50 | 31.00, 32.00 |"
+    cells = "| 2 | 2.500 | 30.00 | 31.50 | -0.50 | -1.00 | 31.00, 32.00 |"
     assert f"| logits {cells}" in report
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert (tmp_path / "recipe.png").read_bytes().startswith(b"\x89PNG")

@@ -365,21 +365,23 @@ def _named(rows: list[Error]) -> dict[tuple, Error]:
     return {(row.table, row.method, row.ratio): row for row in rows}
 
 
-def error_cells(rows: list[Error], table: str) -> list[list[str]]:
+def error_cells(rows: list[Error], table: RealTable) -> list[list[str]]:
     """Headings, then a line for each method: its error at every ratio."""
     cells = [["method", *(f"{ratio:g}x" for ratio in RATIOS), "weighted, 8x"]]
+    has_logits = table.hidden_covariance is not None
+    cells[0] += ["logits, 8x"] if has_logits else []
     named = _named(rows)
     for method in METHODS:
-        found = [named.get((table, method, ratio)) for ratio in RATIOS]
+        found = [named.get((table.name, method, ratio)) for ratio in RATIOS]
         if not any(found):
             continue
-        weighted = named.get((table, method, 8.0))
+        errors = [row and row.error for row in found]
+        at_8 = named.get((table.name, method, 8.0))
+        errors.append(at_8 and at_8.weighted_error)
+        if has_logits:
+            errors.append(at_8 and at_8.logits_error)
         cells.append(
-            [
-                method,
-                *("" if row is None else f"{row.error:.4f}" for row in found),
-                "" if weighted is None else f"{weighted.weighted_error:.4f}",
-            ]
+            [method, *("" if e is None else f"{e:.4f}" for e in errors)]
         )
     return cells
 
@@ -466,7 +468,7 @@ def _claim(
 ) -> list[str]:
     holds = value >= bar if at_least else value <= bar
     sign = "≥" if at_least else "≤"
-    return [text, f"{value:.4g}", f"{sign} {bar:g}", "yes" if holds else "NO"]
+    return [text, f"{value:.5g}", f"{sign} {bar:g}", "yes" if holds else "NO"]
 
 
 def write_report(
@@ -515,8 +517,9 @@ def write_report(
             f"{table.description[0].upper()}{table.description[1:]}, {shape}, "
             f"{table.num_bytes / 1e6:.1f} MB. Share of its energy that is lost "
             "at a ratio of bytes; `weighted` counts each row by how often its "
-            "token occurs in Multi30k's training text, plus one.",
-            markdown_table(error_cells(rows, name)),
+            "token occurs in Multi30k's training text, plus one; `logits` are "
+            "those of the hidden states that multiply the table.",
+            markdown_table(error_cells(rows, table)),
             markdown_table(fixed_cells(rows, table)),
             f"![Errors]({name}.png)",
         ]

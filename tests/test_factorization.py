@@ -777,6 +777,28 @@ def test_the_closed_form_takes_two_passes(monkeypatch, activation, span):
     assert result.relative_error < above * 1.001
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rank", [2, 7, 12])
+def test_the_error_of_a_large_table_is_what_it_loses(
+    monkeypatch, activation, weighted, rank
+):
+    """It follows from norms there, and is never measured."""
+    monkeypatch.setattr(table_module, "CHUNK_ENTRIES", 12 * 7)
+    table = random_table().astype("float32")
+    weights = random_weights(60) if weighted else None
+    result = factorize(
+        table, rank, activation=activation, row_weights=weights, sweeps=0
+    )
+    reconstruction = result.reconstruct().astype("float64")
+    assert result.relative_error == pytest.approx(
+        dense_error(table, reconstruction, weights), rel=1e-4, abs=1e-10
+    )
+    assert result.unweighted_error == pytest.approx(
+        dense_error(table, reconstruction), rel=1e-4, abs=1e-10
+    )
+
+
 @pytest.mark.parametrize("span", [10.0, 1e3, 1e6])
 @pytest.mark.parametrize("rank", [2, 4, 12, 20, 23])
 def test_float32_is_used_where_it_is_enough(span, rank):

@@ -280,6 +280,24 @@ class LostEnergy:
         self._energy += self._energies(rows, block)
         self._lost += self._energies(rows, block - reconstruction)
 
+    def add_projected(
+        self, rows: slice, block: np.ndarray, kept: np.ndarray
+    ) -> None:
+        """The same of an orthogonal projection, by Pythagoras.
+
+        Args:
+            rows: Slice of the rows.
+            block: The rows of a table without a metric.
+            kept: The squared norms of their projections.
+        """
+        energies = squared_norms(block).astype(np.float64)
+        weights = self._table.weights_of(rows)
+        for sums, values in (
+            (self._energy, energies),
+            (self._lost, energies - kept),
+        ):
+            sums += weights @ values, values.sum()
+
     def _energies(self, rows: slice, block: np.ndarray) -> np.ndarray:
         plain = squared_norms(block).astype(np.float64)
         if not self._table.is_weighted:
@@ -301,7 +319,9 @@ class LostEnergy:
 
     def _share(self, index: int) -> float:
         energy = self._energy[index]
-        return float(self._lost[index] / energy) if energy > 0 else 0.0
+        # Of a projection that loses nothing, rounding may be below zero.
+        lost = max(self._lost[index], 0.0)
+        return float(lost / energy) if energy > 0 else 0.0
 
 
 def lost_energy(

@@ -678,7 +678,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="the translation example's run, trained where it is missing",
     )
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--rounds", type=int, default=7, help="of the time")
+    add("--rounds", type=int, default=9, help="of the time")
     add("--output", type=Path, default=OUTPUT, help="folder of the report")
     options = parser.parse_args(arguments)
     done = Results(options.work_dir)

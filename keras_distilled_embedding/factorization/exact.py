@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_distilled_embedding.factorization.spectrum import FLOAT32_RANGE
 from keras_distilled_embedding.factorization.spectrum import Spectrum
 from keras_distilled_embedding.factorization.spectrum import spectrum_of
 from keras_distilled_embedding.factorization.table import LostEnergy
@@ -285,11 +286,13 @@ def balance(
 
 
 def _rms(factor: np.ndarray) -> float:
-    # In float64, since float32 cannot square what float32 can hold.
-    return math.sqrt(
-        sum(
-            float(np.square(part, dtype=np.float64).sum())
-            for _, part in row_blocks(factor, factor.dtype)
-        )
-        / factor.size
-    )
+    energy = 0.0
+    for _, part in row_blocks(factor, factor.dtype):
+        with np.errstate(over="ignore", under="ignore"):
+            part_energy = float(np.vdot(part, part))
+        mean_square = part_energy / part.size
+        if not FLOAT32_RANGE[0] < mean_square < FLOAT32_RANGE[1]:
+            # Float32 cannot square what it can hold.
+            part_energy = float(np.square(part, dtype=np.float64).sum())
+        energy += part_energy
+    return math.sqrt(energy / factor.size)

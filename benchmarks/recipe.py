@@ -2,8 +2,10 @@
 
 Every row fine-tunes the same 8x smaller student, made from the same trained
 teacher, for the same number of steps on Multi30k, with each seed. A row is
-written when it is done: a run that is stopped goes on where it was. Several
-processes may share the work, each with seeds of its own:
+written when it is done: a run that is stopped goes on where it was. A run in
+another work directory trains another teacher; the report keeps the rows of
+earlier ones, and compares each row with its own. Several processes may share
+the work, each with seeds of its own:
 
     python -m benchmarks.recipe --data-dir DIR --seeds 0 1
 """
@@ -212,39 +214,65 @@ class Ablation:
     def results(self) -> list[dict]:
         """What is there so far, in the order of the rows."""
         paths = (self.path(row, seed) for row in ALL for seed in range(100))
-        return [json.loads(p.read_text()) for p in paths if p.exists()]
-
-
-def write_report(
-    results: list[dict], teacher_bleu: float, folder: Path
-) -> None:
-    """Writes the table, the picture and every run's figures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(
-        [
-            "# What brings a compressed translation model back",
-            f"Multi30k en-de, table 8000 x 256 compressed {COMPRESSION:g}x, "
-            f"{BASE.epochs} epochs each, from one teacher of test BLEU "
-            f"{teacher_bleu:.2f}. Means over the seeds; the test BLEU of each "
-            "seed beside it. Δ: against the teacher as it was; Δ control: "
-            "against the best of the rows that train the teacher on.",
-            markdown_table(table_cells(results, teacher_bleu)),
-            f"sacreBLEU `{signature()}`, greedy search; validation on `val`, "
-            "test on `test_2016_flickr`. The recipes:",
-            markdown_table(recipe_cells(results)),
-            environment(),
+        return [
+            {"teacher_bleu": self.teacher_bleu(), **json.loads(p.read_text())}
+            for p in paths
+            if p.exists()
         ]
-    )
-    write_text(folder / "report.md", text + "\n")
+
+
+def with_earlier(results: list[dict], folder: Path) -> list[dict]:
+    """Adds the rows of the report in `folder` that are of other teachers."""
+    path = folder / "results.json"
+    if not path.exists():
+        return results
+    teachers = {result["teacher_bleu"] for result in results}
+    earlier = json.loads(path.read_text())
+    return [r for r in earlier if r["teacher_bleu"] not in teachers] + results
+
+
+def write_report(results: list[dict], folder: Path) -> None:
+    """Writes a table for each teacher, the picture and every run's figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [
+        "# What brings a compressed translation model back",
+        f"Multi30k en-de, table 8000 x 256 compressed {COMPRESSION:g}x, "
+        f"{BASE.epochs} epochs each but where the row says otherwise. Means "
+        "over the seeds; the test BLEU of each seed beside it. Δ: against the "
+        "teacher as it was; Δ control: against the best of the rows that "
+        "train that teacher on for as many epochs. Rows of different teachers "
+        "compare by their Δ.",
+    ]
+    for teacher_bleu, rows in _by_teacher(results).items():
+        parts += [
+            f"## A teacher of test BLEU {teacher_bleu:.2f}",
+            markdown_table(table_cells(rows, teacher_bleu)),
+        ]
+    parts += [
+        f"sacreBLEU `{signature()}`, greedy search; validation on `val`, test "
+        "on `test_2016_flickr`.",
+        "## The recipes",
+        markdown_table(recipe_cells(results)),
+        environment(),
+    ]
+    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    plot(results, teacher_bleu, folder / "recipe.png")
+    plot(results, folder / "recipe.png")
+
+
+def _by_teacher(results: list[dict]) -> dict[float, list[dict]]:
+    return _grouped(results, "teacher_bleu")
 
 
 def _by_row(results: list[dict]) -> dict[str, list[dict]]:
-    rows: dict[str, list[dict]] = {}
+    return _grouped(results, "row")
+
+
+def _grouped(results: list[dict], key: str) -> dict:
+    groups: dict = {}
     for result in results:
-        rows.setdefault(result["row"], []).append(result)
-    return rows
+        groups.setdefault(result[key], []).append(result)
+    return groups
 
 
 def table_cells(results: list[dict], teacher_bleu: float) -> list[list[str]]:
@@ -304,20 +332,28 @@ def recipe_cells(results: list[dict]) -> list[list[str]]:
     return cells
 
 
-def plot(results: list[dict], teacher_bleu: float, path: Path) -> None:
-    """Draws the test BLEU of every run, a line of the picture for each row."""
+def plot(results: list[dict], path: Path) -> None:
+    """Draws how far every run is from its teacher, a line for each row."""
     from matplotlib.figure import Figure
 
-    rows = _by_row(results)
-    figure = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
+    names = list(_by_row(results))
+    figure = Figure(figsize=(7, 1 + 0.3 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    axes.axvline(teacher_bleu, color="grey", linestyle="--", label="teacher")
-    for index, runs in enumerate(rows.values()):
-        bleu = [run["test_bleu"] for run in runs]
-        axes.plot(bleu, [index] * len(bleu), "o", color="C0", alpha=0.7)
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.axvline(0, color="grey", linestyle="--")
+    for teacher_bleu, runs in _by_teacher(results).items():
+        axes.plot(
+            [run["test_bleu"] - teacher_bleu for run in runs],
+            [names.index(run["row"]) for run in runs],
+            "o",
+            alpha=0.7,
+            label=f"teacher of {teacher_bleu:.2f}",
+        )
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set(xlabel="sacreBLEU, test", title="8x, two epochs, one dot a seed")
+    axes.set(
+        xlabel="sacreBLEU, test, against the teacher",
+        title="8x, one dot a seed",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -347,7 +383,8 @@ def main(arguments: list[str] | None = None) -> int:
             if row in EXPLORED and seed > 0:
                 continue
             ablation.finish(row, ALL[row], seed)
-    write_report(ablation.results(), ablation.teacher_bleu(), options.output)
+    results = with_earlier(ablation.results(), options.output)
+    write_report(results, options.output)
     return 0
 
 

@@ -74,9 +74,10 @@ def test_files_are_written_whole(tmp_path):
     assert "tensorflow" in _report.environment()
 
 
-def test_recipe_reports_means_over_seeds(tmp_path):
-    results = [
+def recipe_results(teacher_bleu, *rows):
+    return [
         {
+            "teacher_bleu": teacher_bleu,
             "row": row,
             "seed": seed,
             "recipe": dataclasses.asdict(recipe.ALL[row]),
@@ -86,15 +87,38 @@ def test_recipe_reports_means_over_seeds(tmp_path):
             "wall_s": 1.0,
             "cpu_s": 1.0,
         }
-        for row in ("logits", "teacher, rate 3e-04", "logits, factors 3x")
+        for row in rows
         for seed in (0, 1)
     ]
-    recipe.write_report(results, 32.0, tmp_path)
+
+
+def test_recipe_reports_means_over_seeds(tmp_path):
+    rows = "logits", "logits, 4 epochs", "teacher, rate 3e-04"
+    results = recipe_results(32.0, *rows, "logits, factors 3x")
+    recipe.write_report(results, tmp_path)
     report = (tmp_path / "report.md").read_text()
     cells = "| 2 | 2.500 | 30.00 | 31.50 | -0.50 | -1.00 | 31.00, 32.00 |"
     assert f"| logits {cells}" in report
+    # The teacher was not trained on for so long.
+    cells = cells.replace("-1.00", "")
+    assert f"| logits, 4 epochs {cells}" in report
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert (tmp_path / "recipe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recipe_keeps_the_rows_of_other_teachers(tmp_path):
+    first = recipe_results(33.0, "logits", "none")
+    recipe.write_report(recipe.with_earlier(first, tmp_path), tmp_path)
+    for rows in (["logits"], ["logits", "both"]):
+        second = recipe_results(32.0, *rows)
+        results = recipe.with_earlier(second, tmp_path)
+        assert results == first + second
+        recipe.write_report(results, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("| logits | 2 | 2.500 |") == 2
+    for delta, bleu in (("-1.50", "33.00"), ("-0.50", "32.00")):
+        assert f"## A teacher of test BLEU {bleu}" in report
+        assert f"| 31.50 | {delta} |" in report
 
 
 def test_recipe_can_give_factors_larger_steps():

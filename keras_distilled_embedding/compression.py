@@ -74,9 +74,9 @@ def compress(
             `layers.DistilledEmbedding`.
         method: `"exact"` or `"learned"`, see `factorize`.
         token_frequencies: Array `(input_dim,)`, how often each token occurs
-            where the model reads and predicts it, special tokens included:
-            the error of frequent rows then counts for more. A dictionary by
-            layer name where tables differ.
+            where the model reads and predicts it, special tokens included,
+            from `count_tokens`: the error of frequent rows then counts for
+            more. A dictionary by layer name where tables differ.
         layers: Names of the layers to replace, or a function of a layer that
             tells. By default all, but for tables so small that no rank gives
             `compression`.

@@ -81,7 +81,9 @@ class Settings:
     dropout: float = 0.05
     batching: Batching = Batching(widths=(12, 20, 44), tokens=2_048)
     teacher: Schedule = Schedule(epochs=4, peak_learning_rate=3e-3)
-    student: Recipe = Recipe(epochs=5, peak_learning_rate=3e-3)
+    student: Recipe = Recipe(
+        epochs=5, peak_learning_rate=3e-3, warmup=0.1, embedding_weight=0.01
+    )
     compression: float = 8.0
     activation: str | None = "relu"
     num_beams: int = 1
@@ -103,9 +105,7 @@ PRESETS = {
         dropout=0.2,
         batching=Batching(),
         teacher=Schedule(epochs=9, peak_learning_rate=1.2e-3),
-        student=Recipe(
-            epochs=7, peak_learning_rate=1e-3, warmup=0.02, dropout=0.2
-        ),
+        student=Recipe(),
         num_beams=4,
     ),
 }

@@ -60,7 +60,8 @@ def compress(
     translation model back best is a `Distiller` with `LogitsDistillation()`,
     `student_loss_weight=0.3` and `student_training=False` (no dropout), Adam
     at a peak learning rate of 2e-3, as high as a training from scratch takes,
-    and a cosine to zero (`docs/distillation.md`).
+    and a cosine to zero, for half as many epochs as its teacher was trained
+    (`docs/distillation.md`).
 
     Args:
         model: A built Functional or Sequential model. It is left as it is,

@@ -217,6 +217,7 @@ def test_progress_only_on_a_terminal(
     short_training, monkeypatch, capsys, terminal
 ):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", "xterm")  # rich draws no bar on a dumb one
     factorize(curved_table(), 3, hidden_dim=7, verbose=1)
     out = capsys.readouterr().out
     assert "relative error" in out

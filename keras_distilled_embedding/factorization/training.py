@@ -98,6 +98,7 @@ def progress_bar(
                 task,
                 completed=epoch + 1,
                 description=f"Learning, relative error {logs['loss']:.4f}",
+                refresh=True,
             )
 
         yield [keras.callbacks.LambdaCallback(on_epoch_end=update)]

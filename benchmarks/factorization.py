@@ -272,9 +272,7 @@ def synthetic_table(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     return table
 
 
-def measure_memory(
-    shape: tuple[int, int], sweeps: int, method: str = "spawn"
-) -> dict:
+def measure_memory(shape: tuple[int, int], sweeps: int) -> dict:
     """Peak resident memory of a process that factorises a memory map."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.f16"
@@ -285,7 +283,7 @@ def measure_memory(
             table[rows] = synthetic_table(part, seed=start)
         table.flush()
         del table
-        context = multiprocessing.get_context(method)
+        context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(_factorize_mapped, path, shape, sweeps).result()
 

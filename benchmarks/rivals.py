@@ -233,6 +233,7 @@ def product_quantization(
     table: np.ndarray, weights: np.ndarray, budget: int
 ) -> Approximation | None:
     """Jegou et al., 2011: k-means codes, a byte for each group of columns."""
+    del weights
     from sklearn.cluster import MiniBatchKMeans
 
     num_rows, num_columns = table.shape
@@ -253,7 +254,7 @@ def product_quantization(
             max_iter=KMEANS_ROUNDS,
             n_init=1,
             random_state=0,
-        ).fit(columns, sample_weight=None)
+        ).fit(columns)
         values.append(means.cluster_centers_[means.predict(columns)])
     return Approximation(
         np.concatenate(values, axis=1).astype(np.float32),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import keras
+
+from keras_distilled_embedding._progress import make_progress
 
 
 def num_batches(dataset: Any) -> int | None:
@@ -42,12 +43,8 @@ def iterate_batches(
         description: What the bar says.
         verbose: Whether there is one.
     """
-    from rich.progress import Progress
-
     total = num_batches(dataset)
     if not hasattr(dataset, "__iter__"):
         dataset = (dataset[i] for i in range(total))
-    with Progress(
-        transient=True, disable=not (verbose and sys.stdout.isatty())
-    ) as progress:
+    with make_progress(verbose) as progress:
         yield from progress.track(dataset, total, description=description)

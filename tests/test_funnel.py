@@ -5,6 +5,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import rich
 from scipy.special import erf
 
 from keras_distilled_embedding import factorize
@@ -216,6 +217,7 @@ def test_memory_map(short_training, tmp_path):
 def test_progress_only_on_a_terminal(
     short_training, monkeypatch, capsys, terminal
 ):
+    rich.get_console()  # made while the output is no terminal
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setenv("TERM", "xterm")  # rich draws no bar on a dumb one
     factorize(curved_table(), 3, hidden_dim=7, verbose=1)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
+from keras_distilled_embedding._progress import make_progress
 from keras_distilled_embedding.factorization.table import Table
 
 
@@ -84,9 +85,7 @@ def progress_bar(
     progress = None
     if verbose and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
-            from rich.progress import Progress
-
-            progress = Progress(transient=True)
+            progress = make_progress(verbose)
     if progress is None:
         yield []
         return

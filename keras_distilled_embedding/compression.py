@@ -186,7 +186,7 @@ def _choose_layers(
 ) -> list[Layer]:
     embeddings = [
         layer
-        for layer in _surgery.graph_layers(model)
+        for layer in _surgery.iterate_layers(model)
         if isinstance(layer, keras.layers.Embedding)
     ]
     if layers is not None:

@@ -227,7 +227,7 @@ def _with_activations_applied(
     applied = {
         layer: layer.with_activation_applied()
         for part in parts
-        for layer in _surgery.graph_layers(part)
+        for layer in _surgery.iterate_layers(part)
         if isinstance(layer, DistilledEmbedding)
     }
     return dict(zip(signatures, _surgery.copy_models(parts, applied)))

@@ -1,0 +1,262 @@
+"""KerasHub's architectures, built small from their configurations.
+
+What the matrix of `test_kerashub.py` and the table in docs/ are made from:
+
+    python -m tests.architectures  # writes docs/architectures.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+VOCABULARY = 48
+WIDTH = 16
+LENGTH = 8
+
+_COMMON = dict(
+    vocabulary_size=VOCABULARY,
+    num_layers=1,
+    hidden_dim=WIDTH,
+    intermediate_dim=24,
+)
+_HEADS = dict(num_heads=2)
+_POSITIONS = dict(max_sequence_length=LENGTH)
+_GROUPED = dict(num_query_heads=2, num_key_value_heads=1)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture, and the task that it is tested in.
+
+    Args:
+        name: As people call it.
+        backbone: Class of `keras_hub.models`.
+        task: Class of `keras_hub.models`; `None` tests the backbone alone.
+        options: Arguments of the backbone.
+        tables: What becomes of the tables, for the documentation.
+    """
+
+    name: str
+    backbone: str
+    task: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    tables: str = "one, tied"
+
+    @property
+    def generates(self) -> bool:
+        return self.task is not None and not self.task.endswith("MaskedLM")
+
+    def make(self, seed: int = 0) -> keras.Model:
+        """A model with random weights, no dropout, and no preprocessor."""
+        import keras_hub
+
+        keras.utils.set_random_seed(seed)
+        options = {**_COMMON, **self.options}
+        options = {k: v for k, v in options.items() if v is not None}
+        backbone = getattr(keras_hub.models, self.backbone)(**options)
+        model = backbone
+        if self.task is not None:
+            task = getattr(keras_hub.models, self.task)
+            model = task(backbone=backbone, preprocessor=None)
+        rng = np.random.default_rng(seed)
+        for variable in model.weights:
+            noise = rng.normal(size=variable.shape).astype("float32")
+            variable.assign(variable + 0.2 * noise)
+        return model
+
+    def inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """A batch of two, as the model's inputs are named and shaped."""
+        rng = np.random.default_rng(seed)
+        batch = {}
+        for name, tensor in self._symbolic_inputs().items():
+            shape = [2, *tensor.shape[1:]]
+            if name == "encoder_features":
+                shape[1] = LENGTH
+            shape = [LENGTH if size is None else size for size in shape]
+            if "padding_mask" in name:
+                values = np.ones(shape)
+                values[-1, -2:] = 0
+            elif "segment" in name:
+                values = rng.integers(2, size=shape)
+            elif "mask_positions" in name:
+                shape[1] = 2
+                values = np.array([[1, 3], [2, 4]])
+            elif "features" in name:
+                values = rng.normal(size=shape)
+            else:
+                values = rng.integers(1, VOCABULARY, size=shape)
+            batch[name] = values.astype(tensor.dtype)
+        return batch
+
+    def prompt(self) -> dict[str, np.ndarray]:
+        """Inputs of `generate`: four tokens of eight are given."""
+        if "Seq2Seq" not in self.task:
+            return _half_prompt()
+        encoder, decoder = self.inputs(), _half_prompt()
+        return {
+            name: encoder[name] if "encoder" in name else value
+            for name, value in (
+                ("encoder_token_ids", None),
+                ("encoder_padding_mask", None),
+                ("decoder_token_ids", decoder["token_ids"]),
+                ("decoder_padding_mask", decoder["padding_mask"]),
+            )
+        }
+
+    def _symbolic_inputs(self) -> dict[str, keras.KerasTensor]:
+        inputs = self.make().input
+        if isinstance(inputs, dict):
+            return inputs
+        return {tensor.name: tensor for tensor in inputs}
+
+
+def _half_prompt() -> dict[str, np.ndarray]:
+    ids = np.zeros((2, LENGTH), "int32")
+    ids[:, : LENGTH // 2] = [[5, 9, 2, 31], [7, 1, 40, 3]]
+    return {"token_ids": ids, "padding_mask": (ids != 0).astype("int32")}
+
+
+UNTIED = "two in one layer, look-up and projection, both factorised"
+
+ARCHITECTURES = [
+    Architecture("BERT", "BertBackbone", "BertMaskedLM", _HEADS | _POSITIONS),
+    Architecture(
+        "RoBERTa", "RobertaBackbone", "RobertaMaskedLM", _HEADS | _POSITIONS
+    ),
+    Architecture(
+        "XLM-RoBERTa",
+        "XLMRobertaBackbone",
+        "XLMRobertaMaskedLM",
+        _HEADS | _POSITIONS,
+    ),
+    Architecture(
+        "DistilBERT",
+        "DistilBertBackbone",
+        "DistilBertMaskedLM",
+        _HEADS | _POSITIONS,
+    ),
+    Architecture(
+        "ALBERT",
+        "AlbertBackbone",
+        "AlbertMaskedLM",
+        _HEADS | _POSITIONS | dict(embedding_dim=12),
+    ),
+    Architecture(
+        "DeBERTa-v3",
+        "DebertaV3Backbone",
+        "DebertaV3MaskedLM",
+        _HEADS | _POSITIONS | dict(bucket_size=4),
+    ),
+    Architecture(
+        "ELECTRA",
+        "ElectraBackbone",
+        None,
+        _HEADS
+        | _POSITIONS
+        | dict(vocabulary_size=None, vocab_size=VOCABULARY, embedding_dim=12),
+        tables="one; KerasHub has no task for it",
+    ),
+    Architecture("FNet", "FNetBackbone", "FNetMaskedLM", _POSITIONS),
+    Architecture(
+        "RoFormer-v2",
+        "RoformerV2Backbone",
+        "RoformerV2MaskedLM",
+        _HEADS | dict(head_size=8),
+    ),
+    Architecture("GPT-2", "GPT2Backbone", "GPT2CausalLM", _HEADS | _POSITIONS),
+    Architecture("OPT", "OPTBackbone", "OPTCausalLM", _HEADS | _POSITIONS),
+    Architecture("BLOOM", "BloomBackbone", "BloomCausalLM", _HEADS),
+    Architecture(
+        "Falcon",
+        "FalconBackbone",
+        "FalconCausalLM",
+        dict(num_attention_heads=2),
+    ),
+    Architecture(
+        "GPT-NeoX", "GPTNeoXBackbone", "GPTNeoXCausalLM", _HEADS | _POSITIONS
+    ),
+    Architecture("Llama", "LlamaBackbone", "LlamaCausalLM", _GROUPED, UNTIED),
+    Architecture(
+        "Llama, tied",
+        "LlamaBackbone",
+        "LlamaCausalLM",
+        _GROUPED | dict(tie_word_embeddings=True),
+    ),
+    Architecture(
+        "Llama 3", "Llama3Backbone", "Llama3CausalLM", _GROUPED, UNTIED
+    ),
+    Architecture(
+        "Mistral", "MistralBackbone", "MistralCausalLM", _GROUPED, UNTIED
+    ),
+    Architecture(
+        "Mixtral",
+        "MixtralBackbone",
+        "MixtralCausalLM",
+        _GROUPED | dict(num_experts=2),
+        UNTIED,
+    ),
+    Architecture(
+        "Gemma", "GemmaBackbone", "GemmaCausalLM", _GROUPED | dict(head_dim=8)
+    ),
+    Architecture(
+        "Gemma 2",
+        "GemmaBackbone",
+        "GemmaCausalLM",
+        _GROUPED
+        | dict(
+            head_dim=8,
+            use_post_ffw_norm=True,
+            use_post_attention_norm=True,
+            attention_logit_soft_cap=50.0,
+            final_logit_soft_cap=30.0,
+            use_sliding_window_attention=True,
+            sliding_window_size=4,
+        ),
+        "one, tied, with a soft cap of the logits",
+    ),
+    Architecture(
+        "Gemma 3",
+        "Gemma3Backbone",
+        "Gemma3CausalLM",
+        _GROUPED | dict(head_dim=8, image_size=16),
+        "one, tied (text; without the vision encoder)",
+    ),
+    Architecture("Qwen 2.5", "QwenBackbone", "QwenCausalLM", _GROUPED),
+    Architecture(
+        "Qwen 3",
+        "Qwen3Backbone",
+        "Qwen3CausalLM",
+        _GROUPED | dict(head_dim=8),
+    ),
+    Architecture("Phi-3", "Phi3Backbone", "Phi3CausalLM", _GROUPED, UNTIED),
+    Architecture(
+        "BART", "BartBackbone", "BartSeq2SeqLM", _HEADS | _POSITIONS
+    ),
+    Architecture("T5", "T5Backbone", "T5Seq2SeqLM", _HEADS),
+    Architecture(
+        "T5 1.1, untied",
+        "T5Backbone",
+        "T5Seq2SeqLM",
+        _HEADS | dict(tie_embedding_weights=False),
+        UNTIED,
+    ),
+    Architecture(
+        "Whisper",
+        "WhisperBackbone",
+        None,
+        _HEADS
+        | dict(
+            num_mels=5,
+            max_encoder_sequence_length=LENGTH,
+            max_decoder_sequence_length=LENGTH,
+        ),
+        "one; KerasHub has no task for it",
+    ),
+]

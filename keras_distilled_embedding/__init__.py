@@ -5,12 +5,19 @@ trains the result towards the original, `export_litert` writes it for
 on-device use with one copy of each table.
 """
 
+import os
+import sys
+from pathlib import Path
+
+if Path(sys.argv[0]).stem == "keras-distilled-embedding":
+    # The command line: its one line of an error would be lost among the notes
+    # with which TensorFlow starts.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 from keras_distilled_embedding import layers
 from keras_distilled_embedding.calibration import count_tokens
 from keras_distilled_embedding.calibration import hidden_covariance
-from keras_distilled_embedding.compression import CompressionReport
 from keras_distilled_embedding.compression import compress
-from keras_distilled_embedding.compression import compression_report
 from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
@@ -21,6 +28,10 @@ from keras_distilled_embedding.export import ExportReport
 from keras_distilled_embedding.export import export_litert
 from keras_distilled_embedding.factorization import Factorization
 from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.report import CompressionReport
+from keras_distilled_embedding.report import compression_report
+from keras_distilled_embedding.saving import load_model
+from keras_distilled_embedding.saving import save_model
 from keras_distilled_embedding.version import __version__
 
 __all__ = [
@@ -41,4 +52,6 @@ __all__ = [
     "factorize",
     "hidden_covariance",
     "layers",
+    "load_model",
+    "save_model",
 ]

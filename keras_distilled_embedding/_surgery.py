@@ -14,13 +14,16 @@ import functools
 import gc
 import inspect
 import itertools
+import json
 import tempfile
 import weakref
+import zipfile
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import IO
 from typing import Any
 
 import keras
@@ -32,6 +35,8 @@ try:
     from keras.src.backend import get_keras_mask
     from keras.src.models.functional import Functional
     from keras.src.ops.node import KerasHistory
+    from keras.src.saving import saving_lib
+    from keras.src.saving.serialization_lib import ObjectSharingScope
     from keras.src.saving.serialization_lib import SafeModeScope
     from keras.src.utils.tracking import DotNotTrackScope
 except ImportError as error:
@@ -167,12 +172,14 @@ class LayerTree:
 
     Args:
         number: Of the layer. Layers of one number are one layer.
+        name: Of the layer.
         kind: Name of its class.
         build_config: What `build_from_config` takes, or `None`.
         children: Trees of the layers that it keeps.
     """
 
     number: int
+    name: str
     kind: str
     build_config: dict[str, Any] | None
     children: tuple[LayerTree, ...]
@@ -189,16 +196,36 @@ class LayerTree:
         """
         return cls(
             number=numbers.setdefault(id(layer), len(numbers)),
+            name=layer.name,
             kind=type(layer).__name__,
             build_config=layer.get_build_config() if layer.built else None,
             children=tuple(cls.of(child, numbers) for child in layer._layers),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain, JSON-serialisable Python values."""
+        return {
+            "number": self.number,
+            "name": self.name,
+            "kind": self.kind,
+            "build_config": keras.saving.serialize_keras_object(
+                self.build_config
+            ),
+            "children": [child.to_dict() for child in self.children],
+        }
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerTree:
-        """The inverse of `dataclasses.asdict`."""
-        children = tuple(cls.from_dict(child) for child in values["children"])
-        return cls(**{**values, "children": children})
+        """The inverse of `to_dict`."""
+        return cls(
+            number=values["number"],
+            name=values["name"],
+            kind=values["kind"],
+            build_config=keras.saving.deserialize_keras_object(
+                values["build_config"]
+            ),
+            children=tuple(map(cls.from_dict, values["children"])),
+        )
 
 
 class Rebuilder:
@@ -213,11 +240,8 @@ class Rebuilder:
     ) -> None:
         self.layers: dict[int, keras.layers.Layer] = {}  # by number
         self._replacements = dict(replacements or {})
-        self._strays: dict[int, keras.layers.Layer] = {}  # by number
         self._matched: set[tuple[int, int]] = set()
-        self._to_swap: list[
-            tuple[keras.layers.Layer, keras.layers.Layer]
-        ] = []
+        self._to_swap: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
 
     def match(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
         """Finds the layers of a tree in a layer, and builds those unbuilt.
@@ -234,13 +258,16 @@ class Rebuilder:
         if type(layer) is type(replacement):  # recorded by the configuration
             replacement = None
         known = self.layers.setdefault(tree.number, replacement or layer)
+        layer.name = tree.name  # a configuration may leave names to be numbered
         if known is not layer:
             self._to_swap.append((layer, known))
         by_parts = _is_default(layer.build)
         if tree.build_config and not layer.built and not by_parts:
             layer.build_from_config(tree.build_config)
         if replacement is not None:
-            return
+            if type(replacement).__name__ != tree.kind:
+                return
+            layer = replacement  # what it keeps inside may be shared
         if len(layer._layers) != len(tree.children):
             raise _not_as_configured(
                 layer,
@@ -593,6 +620,44 @@ def compile_alike(copy: keras.Model, model: keras.Model) -> None:
         copy.compile(**renew(arguments))
 
 
+# Files
+
+
+def write_archive(model: keras.Model, recipe: Any, file: IO[bytes]) -> None:
+    """Writes a file in Keras's own format, whose loading follows a recipe.
+
+    Args:
+        model: The model, whose state is written.
+        recipe: What Keras's loader makes the model from: of a registered
+            class, with `get_config()`, its `from_config()` returns the model.
+        file: Open for writing in binary.
+    """
+    with ObjectSharingScope(), configs_allowed():
+        config = json.dumps(keras.saving.serialize_keras_object(recipe))
+    metadata = json.dumps({"keras_version": keras.__version__})
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(saving_lib._METADATA_FILENAME, metadata)
+        archive.writestr(saving_lib._CONFIG_FILENAME, config)
+        weights = saving_lib.H5IOStore(
+            saving_lib._VARS_FNAME_H5, archive=archive, mode="w"
+        )
+        assets = saving_lib.DiskIOStore(
+            saving_lib._ASSETS_DIRNAME, archive=archive, mode="w"
+        )
+        try:
+            saving_lib._save_state(model, weights, assets, "", set())
+        finally:
+            weights.close()
+            assets.close()
+
+
+def read_archive(
+    file: IO[bytes], custom_objects: Mapping[str, Any] | None
+) -> keras.Model:
+    """Loads a file in Keras's own format, in safe mode."""
+    return saving_lib.load_model(file, custom_objects, safe_mode=True)
+
+
 # Configurations that do not record a swap
 
 _CONFIGS_ALLOWED = contextvars.ContextVar("configs_allowed", default=False)
@@ -696,8 +761,8 @@ def _assumptions() -> dict[str, Callable[[], bool]]:
         return table()._inbound_nodes[0]
 
     return {
-        "layers keep the layers inside them in `_layers`": lambda: (
-            any(layer is table() for layer in model()._layers)
+        "layers keep the layers inside them in `_layers`": lambda: any(
+            layer is table() for layer in model()._layers
         ),
         "`_flatten_layers()` is all of them, and the layer": lambda: (
             {id(model()), *map(id, model().layers)}

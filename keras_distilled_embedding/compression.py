@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
+import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -14,6 +13,10 @@ import numpy as np
 
 from keras_distilled_embedding import _surgery
 from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding._targets import Target
+from keras_distilled_embedding._targets import choose_targets
+from keras_distilled_embedding._targets import embedding_of
+from keras_distilled_embedding._targets import heads_of
 from keras_distilled_embedding.factorization import Table
 from keras_distilled_embedding.factorization import as_metric
 from keras_distilled_embedding.factorization import check_finite_rows
@@ -25,9 +28,12 @@ from keras_distilled_embedding.factorization import spread_ranks
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
-from keras_distilled_embedding.layers.distilled_embedding import (
-    embedding_tables,
+from keras_distilled_embedding.layers.vocabulary_projection import (
+    VocabularyProjection,
 )
+from keras_distilled_embedding.report import compression_report
+from keras_distilled_embedding.report import dtype_bytes
+from keras_distilled_embedding.saving import refuse_to_forget
 
 Layer = keras.layers.Layer
 
@@ -43,6 +49,8 @@ def compress(
     token_frequencies: Any = None,
     layers: Iterable[str] | Callable[[Layer], bool] | None = None,
     verbose: int = 1,
+    min_parameters: int = 0,
+    heads: str | None = None,
     max_bytes: int | None = None,
     max_error: float | None = None,
     hidden_covariances: Any = None,
@@ -52,9 +60,14 @@ def compress(
 
     Each `keras.layers.Embedding` or `keras.layers.ReversibleEmbedding`,
     KerasHub's included, becomes a `layers.DistilledEmbedding` of the same
-    name, called where and as the table was called, `reverse=True` included.
-    A table that is used several times stays one layer. All other weights are
-    copied. The result is not compiled.
+    name, wherever the model keeps and calls it: in graphs, in nested models,
+    inside other layers, as an attribute of a subclassed model. A table that
+    is used several times stays one layer. The copy has the model's class, and
+    its names, compile settings (with a new optimizer), dtype policies,
+    preprocessors and other weights.
+
+    Save it with `save_model`: the configuration of a class such as KerasHub's
+    does not tell what was replaced, so that `model.save()` refuses.
 
     At 8x most of a table's energy is gone: plan to fine-tune. What brought a
     translation model back best is a `Distiller` with `LogitsDistillation()`,
@@ -64,8 +77,9 @@ def compress(
     (`docs/distillation.md`).
 
     Args:
-        model: A built Functional or Sequential model. It is left as it is,
-            and the result shares no variable with it.
+        model: A built model. It is left as it is, and the result shares no
+            variable with it. Functional and Sequential models are copied as
+            the graphs they are, others by `from_config(get_config())`.
         compression: Float above 1, how many times fewer parameters each table
             has at least. The largest rank that gives it is taken.
         rank: Integer, the rank of every table, instead of `compression`.
@@ -82,6 +96,14 @@ def compress(
             tells. By default all, but for tables so small that no rank gives
             `compression`.
         verbose: 1 prints the `compression_report` and progress, 0 nothing.
+        min_parameters: Integer, tables of fewer parameters are left as they
+            are.
+        heads: What becomes of dense layers that project to the vocabulary
+            with a kernel of their own, a second table. `"factorize"` replaces
+            each by a `layers.VocabularyProjection` with factors of its own;
+            `"tie"` by one that shares the factors of the embedding, so that
+            the kernel's own values are lost, and distillation has to teach
+            them anew. By default they are left as they are.
         max_bytes: Integer, what the factors of all tables may take together,
             instead of `compression`. The budget is spread over them by their
             spectra: each unit of rank goes where it saves most of a table's
@@ -101,10 +123,11 @@ def compress(
         TypeError: If `model` is not a Keras model, or if it feeds an
             embedding with ids that are not integers, as those of a
             `keras.Input` without `dtype="int32"` are.
-        ValueError: If `model` is not built or of another kind, if it has no
-            (chosen) embedding, if a size would not make a table smaller or is
-            out of reach, if a table is not finite, or if `token_frequencies`
-            or `hidden_covariances` do not fit.
+        ValueError: If `model` is not built, or cannot be copied from its
+            configuration, if it has no (chosen) embedding, if a size would
+            not make a table smaller or is out of reach, if a table is not
+            finite, or if `token_frequencies`, `hidden_covariances` or `heads`
+            do not fit.
 
     Example:
 
@@ -135,94 +158,74 @@ def compress(
         "hidden_dim": hidden_dim,
         "hidden_activation": hidden_activation,
     }
-    embeddings = _choose_layers(model, layers)
+    if heads not in (None, "tie", "factorize"):
+        raise ValueError(
+            '`heads` must be None, "tie" or "factorize". '
+            f"Received: heads={heads!r}"
+        )
+    targets = choose_targets(
+        model,
+        layers,
+        heads,
+        as_integer("min_parameters", min_parameters, minimum=0),
+    )
     weights = _Weights(token_frequencies, hidden_covariances)
     if max_bytes is not None or max_error is not None:
         ranks = _plan_ranks(
-            embeddings, weights, max_bytes, max_error, activation, hidden_dim
+            targets, weights, max_bytes, max_error, activation, hidden_dim
         )
-        sizes = {layer: {"rank": rank} for layer, rank in ranks.items()}
+        sizes = {target: {"rank": rank} for target, rank in ranks.items()}
     else:
         size = sizes or {"compression": compression}
-        sizes = dict.fromkeys(embeddings, size)
-    chosen = _build_replacements(sizes, options, optional=layers is None)
+        sizes = dict.fromkeys(targets, size)
+    chosen = _build_factors(sizes, options, optional=layers is None)
     weights.check(chosen)
+    tied = heads_of(model, chosen) if heads == "tie" else []
+    replacements = _replacements(chosen, tied)
 
     # Graphs first, factors later: what can fail fails before it costs time.
-    (student,) = _surgery.copy_models([model], chosen)
-    for layer in chosen:  # the last table, too, before the first is factorised
-        _check_finite(layer)
-    for old, new in chosen.items():
+    (student,) = _surgery.copy_models([model], replacements)
+    for target in chosen:  # the last table, too, before the first is factorised
+        _check_finite(target)
+    for target, new in chosen.items():
         if verbose:
-            print(f"Factorising '{old.name}'")
+            print(f"Factorising '{target.name}'")
         factors = [
             factorize(
                 table,
                 new.rank,
                 method=method,
                 verbose=verbose,
-                **weights.of(old),
+                **weights.of(target),
                 **options,
             )
-            for table in embedding_tables(old)
-            if table is not None
+            for table in target.tables()
         ]
         new.set_factors(*factors)
+    refuse_to_forget(student)
+    _compile_alike(student, model)
     if verbose:
-        print(compression_report(student))
-        left = [
-            layer.name
-            for layer in _surgery.iterate_layers(student)
-            if isinstance(layer, keras.layers.Embedding)
-        ]
-        if left:
-            print(f"Left as they are: {', '.join(left)}")
+        print(compression_report(student, model))
+        _print_what_is_left(student, chosen)
     return student
 
 
-def _choose_layers(
-    model: keras.Model,
-    layers: Iterable[str] | Callable[[Layer], bool] | None,
-) -> list[Layer]:
-    embeddings = [
-        layer
-        for layer in _surgery.iterate_layers(model)
-        if isinstance(layer, keras.layers.Embedding)
-    ]
-    if layers is not None:
-        embeddings = _matching(embeddings, layers)
-    if not embeddings:
-        inner = [
-            layer.name
-            for layer in _surgery.iterate_layers(model)
-            if isinstance(layer, keras.layers.Embedding)
-        ]
-        raise ValueError(
-            "`model` has no embedding to compress: no layer of its graph is a "
-            "`keras.layers.Embedding` or `keras.layers.ReversibleEmbedding`. "
-            + (f"Layers inside other layers: {inner}. " if inner else "")
-            + f"Received: model '{model.name}' with layers "
-            f"{[layer.name for layer in model.layers]}"
-        )
-    return embeddings
-
-
-def _build_replacements(
-    sizes: dict[Layer, dict[str, Any]],
+def _build_factors(
+    sizes: dict[Target, dict[str, Any]],
     options: dict[str, Any],
     optional: bool,
-) -> dict[Layer, DistilledEmbedding]:
-    """What will replace each layer, still random.
+) -> dict[Target, DistilledEmbedding]:
+    """The factors of each table, still random.
 
     A table of a few rows, segments say, may be left as it is; one that was
     asked for (not `optional`) may not.
     """
     chosen, refused = {}, None
-    for layer, size in sizes.items():
+    for target, size in sizes.items():
         try:
-            chosen[layer] = DistilledEmbedding.like(layer, **size, **options)
+            chosen[target] = target.factorized(**size, **options)
         except ValueError as error:
-            refused = ValueError(f"Layer '{layer.name}': {error}")
+            refused = ValueError(f"Layer '{target.name}': {error}")
             if not optional:
                 raise refused from error
     if not chosen:
@@ -230,46 +233,98 @@ def _build_replacements(
     return chosen
 
 
+def _replacements(
+    chosen: Mapping[Target, DistilledEmbedding], tied: Iterable[Layer]
+) -> dict[Layer, Layer]:
+    """What stands in for which layer of the model."""
+    embeddings = {t: new for t, new in chosen.items() if not t.is_head}
+    replacements: dict[Layer, Layer] = {
+        target.layer: new for target, new in embeddings.items()
+    }
+    heads = {t.layer: new for t, new in chosen.items() if t.is_head}
+    for head in tied:
+        heads[head] = embeddings[embedding_of(head, embeddings)]
+    for head, factors in heads.items():
+        replacements[head] = VocabularyProjection(
+            factors,
+            activation=head.activation,
+            use_bias=head.use_bias,
+            name=head.name,
+            dtype=head.dtype_policy,
+            trainable=head.trainable,
+        )
+        replacements[head].build()
+        if head.use_bias:
+            replacements[head].bias.assign(head.bias)
+    return replacements
+
+
+def _compile_alike(student: keras.Model, model: keras.Model) -> None:
+    try:
+        _surgery.compile_alike(student, model)
+    except Exception as error:
+        warnings.warn(
+            "The compressed model is not compiled as the model was: "
+            f"{error}. Compile it.",
+            stacklevel=3,
+        )
+
+
+def _print_what_is_left(student: keras.Model, chosen: Iterable[Target]) -> None:
+    left = [
+        layer.name
+        for layer in _surgery.iterate_layers(student)
+        if isinstance(layer, keras.layers.Embedding)
+    ]
+    if left:
+        print(f"Left as they are: {', '.join(left)}")
+    heads = [layer.name for layer in heads_of(student, chosen)]
+    if heads:
+        print(
+            f"Projects to the vocabulary with a table of its own: "
+            f'{", ".join(heads)}. `heads="factorize"` or `heads="tie"` '
+            "replaces it, too."
+        )
+
+
 def _plan_ranks(
-    embeddings: list[Layer],
+    targets: list[Target],
     weights: _Weights,
     max_bytes: int | None,
     max_error: float | None,
     activation: str | Callable | None,
     hidden_dim: int | None,
-) -> dict[Layer, int]:
+) -> dict[Target, int]:
     """Ranks from the spectra of the tables; small tables have none."""
     hidden_dim = as_integer("hidden_dim", hidden_dim, or_none=True)
     large_enough = [
-        layer
-        for layer in embeddings
-        if largest_useful_rank(layer.input_dim, layer.output_dim, hidden_dim)
+        target
+        for target in targets
+        if largest_useful_rank(target.input_dim, target.output_dim, hidden_dim)
     ]
     weights.check(large_enough)
-    for layer in large_enough:
-        _check_finite(layer)
+    for target in large_enough:
+        _check_finite(target)
     groups = {
-        layer: [
-            Table.of(table, **weights.of(layer))
-            for table in embedding_tables(layer)
-            if table is not None
+        target: [
+            Table.of(table, **weights.of(target)) for table in target.tables()
         ]
-        for layer in large_enough
+        for target in large_enough
     }
     if not groups:
         raise ValueError(
             "No rank makes a table smaller. Received: tables of shapes "
-            f"{[(e.input_dim, e.output_dim) for e in embeddings]}"
+            f"{[(t.input_dim, t.output_dim) for t in targets]}"
         )
     lifted = is_lifted(activation)
     if max_error is not None:
         return {
-            layer: max(rank_for_error(t, max_error, lifted) for t in tables)
-            for layer, tables in groups.items()
+            target: max(rank_for_error(t, max_error, lifted) for t in tables)
+            for target, tables in groups.items()
         }
     max_bytes = as_integer("max_bytes", max_bytes)
     # Of mixed dtypes the widest, so that the budget holds.
-    itemsize = max(_dtype_bytes(layer.variable_dtype) for layer in groups)
+    itemsize = max(dtype_bytes(target.variable_dtype) for target in groups)
     try:
         ranks = spread_ranks(
             list(groups.values()), max_bytes / itemsize, lifted, hidden_dim
@@ -280,22 +335,6 @@ def _plan_ranks(
             f"{error}. Received: max_bytes={max_bytes}"
         ) from error
     return dict(zip(groups, ranks))
-
-
-def _matching(
-    embeddings: list[Layer], layers: Iterable[str] | Callable[[Layer], bool]
-) -> list[Layer]:
-    if callable(layers):
-        return [layer for layer in embeddings if layers(layer)]
-    names = [layers] if isinstance(layers, str) else list(layers)
-    # Nested models may each have a layer of one name; all of them are meant.
-    known = [layer.name for layer in embeddings]
-    if not set(names) <= set(known):
-        raise ValueError(
-            f"`layers` must name embedding layers of the model's graph, of "
-            f"{known}. Received: layers={names}"
-        )
-    return [layer for layer in embeddings if layer.name in names]
 
 
 class _Weights:
@@ -311,35 +350,35 @@ class _Weights:
             "token_frequencies": token_frequencies,
             "hidden_covariances": hidden_covariances,
         }
-        self._rows: dict[Layer, Any] = {}
-        self._columns: dict[Layer, Any] = {}
+        self._rows: dict[Target, Any] = {}
+        self._columns: dict[Target, Any] = {}
 
-    def check(self, layers: Iterable[Layer]) -> None:
+    def check(self, targets: Iterable[Target]) -> None:
         """Refuses what does not fit the layers to compress."""
         self._rows, self._columns = (
-            _by_layer(layers, values, name)
+            _by_layer(targets, values, name)
             for name, values in self._given.items()
         )
-        for layer, frequencies in self._rows.items():
-            self._rows[layer] = _checked_frequencies(layer, frequencies)
-        for layer, covariance in self._columns.items():
-            _check_covariance(layer, covariance)
+        for target, frequencies in self._rows.items():
+            self._rows[target] = _checked_frequencies(target, frequencies)
+        for target, covariance in self._columns.items():
+            _check_covariance(target, covariance)
 
-    def of(self, layer: Layer) -> dict[str, Any]:
+    def of(self, target: Target) -> dict[str, Any]:
         """Arguments of `factorize` and of `Table.of`."""
         return {
-            "row_weights": self._rows.get(layer),
-            "column_weights": self._columns.get(layer),
+            "row_weights": self._rows.get(target),
+            "column_weights": self._columns.get(target),
         }
 
 
 def _by_layer(
-    layers: Iterable[Layer], values: Any, name: str
-) -> dict[Layer, Any]:
-    """One value for all layers, or a dictionary by their names."""
+    targets: Iterable[Target], values: Any, name: str
+) -> dict[Target, Any]:
+    """One value for all targets, or a dictionary by their names."""
     if values is None:
         return {}
-    names = [layer.name for layer in layers]
+    names = [target.name for target in targets]
     if not isinstance(values, Mapping):
         values = dict.fromkeys(names, values)
     if not set(values) <= set(names):
@@ -348,16 +387,18 @@ def _by_layer(
             f"Received: {list(values)}"
         )
     return {
-        layer: values[layer.name] for layer in layers if layer.name in values
+        target: values[target.name]
+        for target in targets
+        if target.name in values
     }
 
 
-def _checked_frequencies(layer: Layer, frequencies: Any) -> np.ndarray:
+def _checked_frequencies(target: Target, frequencies: Any) -> np.ndarray:
     frequencies = np.asarray(frequencies)
-    wanted = f"`token_frequencies` of layer '{layer.name}' must "
-    if frequencies.shape != (layer.input_dim,):
+    wanted = f"`token_frequencies` of layer '{target.name}' must "
+    if frequencies.shape != (target.input_dim,):
         raise ValueError(
-            f"{wanted}have shape ({layer.input_dim},), one number a token. "
+            f"{wanted}have shape ({target.input_dim},), one number a token. "
             f"Received: shape {frequencies.shape}"
         )
     if frequencies.dtype.kind not in "iuf":
@@ -374,156 +415,18 @@ def _checked_frequencies(layer: Layer, frequencies: Any) -> np.ndarray:
     return frequencies
 
 
-def _check_covariance(layer: Layer, covariance: Any) -> None:
+def _check_covariance(target: Target, covariance: Any) -> None:
     try:
-        as_metric(covariance, layer.output_dim)
+        as_metric(covariance, target.output_dim)
     except ValueError as error:
         raise ValueError(
-            f"`hidden_covariances` of layer '{layer.name}': {error}"
+            f"`hidden_covariances` of layer '{target.name}': {error}"
         ) from error
 
 
-def _check_finite(layer: Layer) -> None:
-    for table in embedding_tables(layer):
-        if table is not None:
-            try:
-                check_finite_rows(table)
-            except ValueError as error:
-                raise ValueError(f"Layer '{layer.name}': {error}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressedTable:
-    """One row of a `CompressionReport`.
-
-    Args:
-        layer: Name of the layer.
-        shape: `(input_dim, output_dim)` of the table.
-        rank: Rank of the factors.
-        parameters_before: Parameters of the table (of both, if untied).
-        parameters_after: Parameters of the factors.
-        bytes_before: Bytes of the table, in the layer's variable dtype.
-        bytes_after: Bytes of the factors as they are stored.
-    """
-
-    layer: str
-    shape: tuple[int, int]
-    rank: int
-    parameters_before: int
-    parameters_after: int
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def ratio(self) -> float:
-        """How many times fewer parameters."""
-        return self.parameters_before / self.parameters_after
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressionReport:
-    """What `compress` did to a model; printable.
-
-    Args:
-        rows: A `CompressedTable` for each factorised table.
-        model_parameters: Parameters of the whole compressed model.
-    """
-
-    rows: tuple[CompressedTable, ...]
-    model_parameters: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain, JSON-serialisable Python values."""
-        return {
-            "rows": [
-                {**dataclasses.asdict(row), "ratio": row.ratio}
-                for row in self.rows
-            ],
-            "model_parameters": self.model_parameters,
-        }
-
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        saved = sum(
-            row.parameters_before - row.parameters_after for row in self.rows
-        )
-        table = Table(
-            caption=f"whole model: {self.model_parameters + saved:,} -> "
-            f"{self.model_parameters:,} parameters"
-        )
-        table.add_column("layer")
-        for heading in ("table", "rank", "parameters", "bytes", "ratio"):
-            table.add_column(heading, justify="right")
-        for row in self.rows:
-            table.add_row(
-                row.layer,
-                f"{row.shape[0]:,} x {row.shape[1]:,}",
-                f"{row.rank:,}",
-                f"{row.parameters_before:,} -> {row.parameters_after:,}",
-                f"{row.bytes_before:,} -> {row.bytes_after:,}",
-                f"{row.ratio:.2f}x",
-            )
-        # To a string: neither a terminal's colours nor a notebook's HTML.
-        text = io.StringIO()
-        Console(
-            file=text,
-            width=100,
-            color_system=None,
-            force_terminal=False,
-            force_jupyter=False,
-        ).print(table)
-        return text.getvalue().rstrip()
-
-
-def compression_report(model: keras.Model) -> CompressionReport:
-    """Reports what the tables of a compressed model were and are.
-
-    Args:
-        model: A model with `layers.DistilledEmbedding` layers, from
-            `compress`, loaded, or built with them.
-
-    Returns:
-        A `CompressionReport`: printable, and with `to_dict()`.
-
-    Raises:
-        TypeError: If `model` is not a Keras model.
-        ValueError: If the model has no such layer.
-    """
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"`model` must be a `keras.Model`. Received: model={model!r}"
-        )
-    rows = tuple(
-        _report_row(layer)
-        for layer in _surgery.iterate_layers(model)
-        if isinstance(layer, DistilledEmbedding)
-    )
-    if not rows:
-        raise ValueError(
-            "`model` has no `DistilledEmbedding` layer: compress it first. "
-            f"Received: model '{model.name}'"
-        )
-    return CompressionReport(rows, model.count_params())
-
-
-def _report_row(layer: DistilledEmbedding) -> CompressedTable:
-    tables = 1 if layer.tie_weights else 2
-    before = tables * layer.input_dim * layer.output_dim
-    itemsize = _dtype_bytes(layer.variable_dtype)
-    return CompressedTable(
-        layer=layer.name,
-        shape=(layer.input_dim, layer.output_dim),
-        rank=layer.rank,
-        parameters_before=before,
-        parameters_after=sum(int(np.prod(w.shape)) for w in layer.weights),
-        bytes_before=before * itemsize,
-        bytes_after=sum(
-            int(np.prod(w.shape)) * _dtype_bytes(w.dtype) for w in layer.weights
-        ),
-    )
-
-
-def _dtype_bytes(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+def _check_finite(target: Target) -> None:
+    for table in target.tables():
+        try:
+            check_finite_rows(table)
+        except ValueError as error:
+            raise ValueError(f"Layer '{target.name}': {error}") from error

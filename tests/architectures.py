@@ -7,10 +7,8 @@ What the matrix of `test_kerashub.py` and the table in docs/ are made from:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -236,9 +234,7 @@ ARCHITECTURES = [
         _GROUPED | dict(head_dim=8),
     ),
     Architecture("Phi-3", "Phi3Backbone", "Phi3CausalLM", _GROUPED, UNTIED),
-    Architecture(
-        "BART", "BartBackbone", "BartSeq2SeqLM", _HEADS | _POSITIONS
-    ),
+    Architecture("BART", "BartBackbone", "BartSeq2SeqLM", _HEADS | _POSITIONS),
     Architecture("T5", "T5Backbone", "T5Seq2SeqLM", _HEADS),
     Architecture(
         "T5 1.1, untied",
@@ -260,3 +256,21 @@ ARCHITECTURES = [
         "one; KerasHub has no task for it",
     ),
 ]
+
+
+def supported_table() -> str:
+    """What is supported, in Markdown: one row for each architecture here."""
+    lines = [
+        "| architecture | tested as | its tables | generates |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {a.name} | `{a.task or a.backbone}` | {a.tables} | "
+        f"{'yes' if a.generates else ''} |"
+        for a in ARCHITECTURES
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(supported_table())

@@ -119,7 +119,7 @@ class EmbeddingDistillation(DistillationLoss):
         """Computes the loss from the models' tables; outputs are not used."""
         losses = []
         for old, new in paired_embeddings(teacher, student):
-            losses.append(self._distance(old.embeddings, new))
+            losses.append(self._distance(_table(old), new))
             if not new.tie_weights:
                 kernel = ops.transpose(_reverse_kernel(old))
                 losses.append(self._distance(kernel, new, reverse=True))
@@ -209,11 +209,11 @@ def paired_embeddings(
             raise ValueError(
                 f"`teacher` has no embedding named '{layer.name}' for the "
                 f"student's layer of that name. Received: teacher with "
-                f"embeddings {[table.name for table in tables.values()]}"
+                f"embeddings {[t.name for t in tables.values() if _has_ids(t)]}"
             )
         table = tables[key]
-        if isinstance(table, keras.layers.Embedding) and (
-            table.quantization_mode is not None
+        if getattr(table, "quantization_mode", None) is not None and not (
+            isinstance(table, DistilledEmbedding)
         ):
             raise ValueError(
                 "`teacher` must hold float tables: those of a quantized layer "
@@ -221,7 +221,7 @@ def paired_embeddings(
                 f"'{table.name}' with quantization_mode="
                 f"{table.quantization_mode!r}"
             )
-        shape = (table.input_dim, table.output_dim)
+        shape = tuple(_table_shape(table))
         if shape != (layer.input_dim, layer.output_dim):
             raise ValueError(
                 f"`teacher` and `student` must have tables of one shape for "
@@ -240,12 +240,29 @@ def paired_embeddings(
 def _named_embeddings(
     model: keras.Model,
 ) -> Iterator[tuple[tuple[str, int], keras.layers.Layer]]:
-    """Yields embedding layers after their name and its count so far."""
+    """Yields layers with tables after their name and its count so far.
+
+    Dense layers are among them: `compress` replaces those over a vocabulary.
+    """
     counts: collections.Counter[str] = collections.Counter()
     for layer in _surgery.iterate_layers(model):
-        if isinstance(layer, keras.layers.Embedding | DistilledEmbedding):
+        if _has_ids(layer) or isinstance(layer, keras.layers.Dense):
             yield (layer.name, counts[layer.name]), layer
             counts[layer.name] += 1
+
+
+def _has_ids(layer: keras.layers.Layer) -> bool:
+    return isinstance(layer, keras.layers.Embedding | DistilledEmbedding)
+
+
+def _table(layer: keras.layers.Layer) -> Any:
+    return layer.embeddings if _has_ids(layer) else ops.transpose(layer.kernel)
+
+
+def _table_shape(layer: keras.layers.Layer) -> tuple[int | None, int | None]:
+    if _has_ids(layer):
+        return layer.input_dim, layer.output_dim
+    return tuple(reversed(layer.kernel.shape)) if layer.built else (None, None)
 
 
 def _reverse_kernel(layer: keras.layers.Layer) -> Any:

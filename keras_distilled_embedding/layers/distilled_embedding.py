@@ -318,7 +318,7 @@ class DistilledEmbedding(
         applies = self.hidden_dim is None
         config = self.get_config()
         config |= {
-            "dtype": _float_policy_name(self),
+            "dtype": float_policy_name(self),
             "lora_rank": None,
             "lora_alpha": None,
         }
@@ -710,11 +710,11 @@ def _inherited_options(embedding: Any) -> dict[str, Any]:
         if hasattr(embedding, name)
     }
     if hasattr(embedding, "dtype_policy"):
-        options["dtype"] = _float_policy_name(embedding)
+        options["dtype"] = float_policy_name(embedding)
     return options
 
 
-def _float_policy_name(layer: Any) -> str:
+def float_policy_name(layer: Any) -> str:
     """The dtype policy of a layer, before quantization if it is quantized."""
     policy = layer.dtype_policy
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):

@@ -1,0 +1,316 @@
+"""What compression did to a model, as a table and as a picture."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_distilled_embedding import _surgery
+from keras_distilled_embedding._targets import Target
+from keras_distilled_embedding._targets import is_embedding
+from keras_distilled_embedding.factorization import Table
+from keras_distilled_embedding.factorization.table import lost_energy
+from keras_distilled_embedding.layers.distilled_embedding import (
+    DistilledEmbedding,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedTable:
+    """One row of a `CompressionReport`.
+
+    Args:
+        layer: Name of the layer.
+        shape: `(input_dim, output_dim)` of the table.
+        rank: Rank of the factors.
+        parameters_before: Parameters of the table (of both, if untied).
+        parameters_after: Parameters of the factors.
+        bytes_before: Bytes of the table, in the layer's variable dtype.
+        bytes_after: Bytes of the factors as they are stored.
+        error: The share of the table's energy that the factors lose,
+            `||E - E~||^2 / ||E||^2` (over both, if untied), or `None` where
+            there is no original to compare with.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    rank: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    error: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer parameters."""
+        return self.parameters_before / self.parameters_after
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionReport:
+    """What `compress` did to a model; printable.
+
+    Args:
+        rows: A `CompressedTable` for each factorised table.
+        model_parameters: Parameters of the whole compressed model.
+        model_bytes: Bytes of its weights.
+    """
+
+    rows: tuple[CompressedTable, ...]
+    model_parameters: int
+    model_bytes: int
+
+    @property
+    def model_parameters_before(self) -> int:
+        """Parameters of the model with its tables."""
+        return self.model_parameters + sum(
+            row.parameters_before - row.parameters_after for row in self.rows
+        )
+
+    @property
+    def model_bytes_before(self) -> int:
+        """Bytes of the model with its tables."""
+        return self.model_bytes + sum(
+            row.bytes_before - row.bytes_after for row in self.rows
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain, JSON-serialisable Python values."""
+        return {
+            "rows": [
+                {**dataclasses.asdict(row), "ratio": row.ratio}
+                for row in self.rows
+            ],
+            "model_parameters": self.model_parameters,
+            "model_parameters_before": self.model_parameters_before,
+            "model_bytes": self.model_bytes,
+            "model_bytes_before": self.model_bytes_before,
+        }
+
+    def __str__(self) -> str:
+        from rich.table import Table as TextTable
+
+        table = TextTable(show_footer=True)
+        table.add_column("layer", footer="whole model")
+        for heading, footer in (
+            ("table", ""),
+            ("rank", ""),
+            (
+                "parameters",
+                f"{self.model_parameters_before:,} -> "
+                f"{self.model_parameters:,}",
+            ),
+            ("bytes", f"{self.model_bytes_before:,} -> {self.model_bytes:,}"),
+            ("ratio", f"{self.model_bytes_before / self.model_bytes:.2f}x"),
+            ("error", ""),
+        ):
+            table.add_column(heading, footer=footer, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.layer,
+                f"{row.shape[0]:,} x {row.shape[1]:,}",
+                f"{row.rank:,}",
+                f"{row.parameters_before:,} -> {row.parameters_after:,}",
+                f"{row.bytes_before:,} -> {row.bytes_after:,}",
+                f"{row.ratio:.2f}x",
+                "" if row.error is None else f"{row.error:.3f}",
+            )
+        return render(table)
+
+    def plot(self, path: str | os.PathLike | None = None) -> Figure:
+        """Draws the bytes of each table, and of the rest, before and after.
+
+        Args:
+            path: Where to save the picture, if anywhere: a name that ends in
+                `.png`, `.svg` or another of Matplotlib's.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: If Matplotlib is missing.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "The picture needs Matplotlib: "
+                'pip install "keras-distilled-embedding[plots]"'
+            ) from error
+        tables = [
+            (row.layer, row.bytes_before, row.bytes_after) for row in self.rows
+        ]
+        rest = self.model_bytes - sum(row.bytes_after for row in self.rows)
+        figure = Figure(figsize=(8, 2.4), layout="constrained")
+        axes = figure.subplots()
+        left = np.zeros(2)
+        for name, *sizes in [("the rest", rest, rest), *tables]:
+            widths = np.array(sizes) / 1e6
+            axes.barh([0, 1], widths, left=left, label=name, height=0.6)
+            left += widths
+        axes.set_yticks([0, 1], ["before", "after"])
+        axes.invert_yaxis()
+        axes.set_xlabel("MB of weights")
+        for y, total in enumerate(left):
+            axes.annotate(
+                f" {total:,.2f} MB", (total, y), va="center", fontsize=9
+            )
+        axes.margins(x=0.15)
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def compression_report(
+    model: keras.Model, original: keras.Model | None = None
+) -> CompressionReport:
+    """Reports what the tables of a compressed model were and are.
+
+    Args:
+        model: A model with `layers.DistilledEmbedding` layers, from
+            `compress`, loaded, or built with them.
+        original: The model that was compressed. If it is given, the report
+            tells how much of its tables the factors lose, as they are now.
+
+    Returns:
+        A `CompressionReport`: printable, with `to_dict()` and `plot()`.
+
+    Raises:
+        TypeError: If `model` or `original` is not a Keras model.
+        ValueError: If the model has no such layer, or if `original` has not
+            the tables that they stand for.
+
+    Example:
+
+    ```python
+    model = keras.Sequential([
+        keras.Input((None,), dtype="int32"),
+        keras.layers.Embedding(10_000, 128, name="tokens"),
+        keras.layers.GlobalAveragePooling1D(),
+    ])
+    student = compress(model, verbose=0)
+    report = compression_report(student, model)
+    report.rows[0].ratio  # 8.42
+    ```
+    """
+    for name, value in (("model", model), ("original", original)):
+        if not isinstance(value, keras.Model) and (
+            name == "model" or value is not None
+        ):
+            raise TypeError(
+                f"`{name}` must be a `keras.Model`. Received: {name}={value!r}"
+            )
+    layers = [
+        layer
+        for layer in _surgery.iterate_layers(model)
+        if isinstance(layer, DistilledEmbedding)
+    ]
+    if not layers:
+        raise ValueError(
+            "`model` has no `DistilledEmbedding` layer: compress it first. "
+            f"Received: model '{model.name}'"
+        )
+    originals = {} if original is None else dict(_named_targets(original))
+    rows = []
+    counts: collections.Counter[str] = collections.Counter()
+    for layer in layers:
+        key = layer.name, counts[layer.name]
+        counts[layer.name] += 1
+        error = None
+        if original is not None:
+            error = _lost(layer, originals.get(key))
+        rows.append(_report_row(layer, error))
+    return CompressionReport(
+        rows=tuple(rows),
+        model_parameters=model.count_params(),
+        model_bytes=sum(weight_bytes(weight) for weight in model.weights),
+    )
+
+
+def _named_targets(
+    model: keras.Model,
+) -> Iterator[tuple[tuple[str, int], Target]]:
+    """What can be factorised, by name and how many had that name before."""
+    counts: collections.Counter[str] = collections.Counter()
+    for layer in _surgery.iterate_layers(model):
+        if is_embedding(layer) or isinstance(layer, keras.layers.Dense):
+            yield (layer.name, counts[layer.name]), Target(layer)
+            counts[layer.name] += 1
+
+
+def _lost(layer: DistilledEmbedding, target: Target | None) -> float:
+    shape = (layer.input_dim, layer.output_dim)
+    if target is None or (target.input_dim, target.output_dim) != shape:
+        raise ValueError(
+            f"`original` must have a layer '{layer.name}' with a table of "
+            f"shape {shape}. Received: {target and target.layer}"
+        )
+    lost, energy = 0.0, 0.0
+    for i, array in enumerate(target.tables()):
+
+        def reconstruct(rows: slice, reverse: bool = i > 0) -> np.ndarray:
+            ids = np.arange(rows.start, rows.stop)
+            values = layer.reconstruct(ids, reverse=reverse)
+            return keras.ops.convert_to_numpy(keras.ops.cast(values, "float32"))
+
+        measured = lost_energy(Table.of(array), reconstruct)
+        own = float(np.square(array, dtype=np.float64).sum())
+        lost += measured.relative * own
+        energy += own
+    return lost / energy if energy else 0.0
+
+
+def _report_row(
+    layer: DistilledEmbedding, error: float | None
+) -> CompressedTable:
+    tables = 1 if layer.tie_weights else 2
+    before = tables * layer.input_dim * layer.output_dim
+    return CompressedTable(
+        layer=layer.name,
+        shape=(layer.input_dim, layer.output_dim),
+        rank=layer.rank,
+        parameters_before=before,
+        parameters_after=sum(int(np.prod(w.shape)) for w in layer.weights),
+        bytes_before=before * dtype_bytes(layer.variable_dtype),
+        bytes_after=sum(weight_bytes(weight) for weight in layer.weights),
+        error=error,
+    )
+
+
+def weight_bytes(weight: keras.Variable) -> int:
+    """Bytes of a variable's numbers."""
+    return int(np.prod(weight.shape)) * dtype_bytes(weight.dtype)
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one number."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def render(table: Any, width: int = 110) -> str:
+    """A table as plain text: no terminal's colours, no notebook's HTML."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(
+        file=text,
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
+    ).print(table)
+    return text.getvalue().rstrip()

@@ -1,0 +1,174 @@
+"""The matrix: KerasHub's architectures, compressed, trained and saved.
+
+Each is compared with a dense model that holds the tables which the factors
+stand for.
+"""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_distilled_embedding import _surgery
+from keras_distilled_embedding import compress
+from keras_distilled_embedding import load_model
+from keras_distilled_embedding import save_model
+from keras_distilled_embedding.layers import DistilledEmbedding
+from tests.architectures import ARCHITECTURES
+from tests.architectures import supported_table
+
+pytest.importorskip("keras_hub")
+
+pytestmark = [
+    # Keras's own, whenever it copies a variable to NumPy, as saving does.
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation doesn't:DeprecationWarning"
+    ),
+    # KerasHub's own: T5's attention drops the mask that it is passed.
+    pytest.mark.filterwarnings("ignore:Layer '.*_attention':UserWarning"),
+    # Pooled outputs that the loss does not use.
+    pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning"),
+]
+MATRIX = pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, id=a.name) for a in ARCHITECTURES],
+)
+TOLERANCE = 1e-4
+
+
+def outputs_of(model, batch):
+    outputs = model(batch, training=False)
+    return [ops.convert_to_numpy(x) for x in keras.tree.flatten(outputs)]
+
+
+def assert_close(left, right, tolerance=TOLERANCE):
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def factorized_layers(model):
+    return [
+        layer
+        for layer in _surgery.iterate_layers(model)
+        if isinstance(layer, DistilledEmbedding)
+    ]
+
+
+def reconstructed(layer, prefix=""):
+    codes, basis = (
+        ops.convert_to_numpy(getattr(layer, prefix + name))
+        for name in ("codes", "basis")
+    )
+    return np.maximum(codes, 0) @ basis
+
+
+def assign_reconstructed(model, student):
+    """Gives a dense model the tables that its compressed copy stands for."""
+    for layer in factorized_layers(student):
+        (dense,) = (
+            found
+            for found in _surgery.iterate_layers(model)
+            if found.name == layer.name
+            and isinstance(found, keras.layers.Embedding)
+        )
+        tables = [reconstructed(layer)]
+        if not layer.tie_weights:
+            tables.append(reconstructed(layer, "reverse_").T)
+        dense.set_weights(tables)
+
+
+def weights_by_layer(model):
+    """Each layer's own weights, but those of the token tables."""
+    return [
+        (layer.name, [ops.convert_to_numpy(w) for w in layer.weights])
+        for layer in _surgery.iterate_layers(model)
+        if not layer._layers and layer.name != "token_embedding"
+    ]
+
+
+@MATRIX
+def test_equals_the_dense_model_of_the_reconstructed_tables(architecture):
+    model, batch = architecture.make(), architecture.inputs()
+    before = outputs_of(model, batch)
+    student = compress(model, rank=4, verbose=0)
+    assert_close(outputs_of(model, batch), before, 0)  # is as it was
+    assert type(student) is type(model)
+    assert student.name == model.name
+    (factorized,) = factorized_layers(student)
+    assert factorized.name == "token_embedding"
+    assert student.count_params() < model.count_params()
+    for (name, left), (other, right) in zip(
+        weights_by_layer(model), weights_by_layer(student), strict=True
+    ):
+        assert name == other
+        for a, b in zip(left, right, strict=True):
+            np.testing.assert_array_equal(a, b)
+    shapes = [tuple(weight.shape) for weight in student.weights]
+    assert (factorized.input_dim, factorized.output_dim) not in shapes
+    assert not {id(w) for w in student.weights} & {id(w) for w in model.weights}
+
+    changed = outputs_of(student, batch)
+    assert np.abs(changed[0] - before[0]).max() > 100 * TOLERANCE
+    assign_reconstructed(model, student)
+    assert_close(outputs_of(model, batch), changed)
+
+
+@MATRIX
+def test_trains_saves_and_loads(architecture, tmp_path):
+    batch = architecture.inputs()
+    student = compress(architecture.make(), rank=4, verbose=0)
+    if architecture.task is None:
+        student.compile("adam", loss="mse")
+        targets = keras.tree.map_structure(
+            lambda x: np.zeros_like(ops.convert_to_numpy(x)), student(batch)
+        )
+    else:
+        student.compile(jit_compile=False)
+        targets = np.zeros(outputs_of(student, batch)[0].shape[:-1], "int32")
+    (factorized,) = factorized_layers(student)
+    codes = ops.convert_to_numpy(factorized.codes)
+    student.fit(batch, targets, shuffle=False, verbose=0)
+    assert np.abs(ops.convert_to_numpy(factorized.codes) - codes).max() > 1e-5
+    save_model(student, tmp_path / "student.keras")
+    loaded = load_model(tmp_path / "student.keras")
+    assert type(loaded) is type(student)
+    assert len(factorized_layers(loaded)) == 1
+    assert_close(outputs_of(loaded, batch), outputs_of(student, batch), 1e-6)
+    with pytest.raises(ValueError, match="keras_distilled_embedding.save_mod"):
+        student.save(tmp_path / "own.keras")
+    assert not (tmp_path / "own.keras").exists()
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, id=a.name) for a in ARCHITECTURES if a.generates],
+)
+def test_generates(architecture, tmp_path):
+    """The same text as the dense model, before saving and after."""
+    model = architecture.make()
+    student = compress(model, rank=4, verbose=0)
+    save_model(student, tmp_path / "student.keras")
+    assign_reconstructed(model, student)
+    expected, *found = (
+        generate(x, architecture.prompt())
+        for x in (model, student, load_model(tmp_path / "student.keras"))
+    )
+    assert len(np.unique(expected)) > 4
+    for ids in found:
+        np.testing.assert_array_equal(ids, expected)
+
+
+def generate(model, prompt):
+    model.compile(sampler="greedy", jit_compile=False)
+    # Not `generate`, which puts outputs together, where Gemma 3 has `None`.
+    outputs = model.make_generate_function()(prompt, stop_token_ids=None)
+    key = "token_ids" if "token_ids" in outputs else "decoder_token_ids"
+    return ops.convert_to_numpy(outputs[key])
+
+
+def test_the_table_in_the_documentation_is_of_this_matrix():
+    page = Path(__file__).parents[1] / "docs" / "compress-your-model.md"
+    assert supported_table() in page.read_text()

@@ -13,11 +13,20 @@ def peak_mb() -> float:
     """The most resident megabytes that this process has had."""
     # `ru_maxrss` would do, were it not inherited from the parent process.
     try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1_024 / 1e6
+        return _status_mb("VmHWM")
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / 1e6 if sys.platform == "darwin" else peak * 1_024 / 1e6
+
+
+def resident_mb() -> float:
+    """The resident megabytes of this process now; Linux only."""
+    return _status_mb("VmRSS")
+
+
+def _status_mb(name: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1_024 / 1e6
 
 
 def reset_peak() -> bool:

@@ -20,6 +20,7 @@ from keras_distilled_embedding.layers.distilled_embedding import (
 from keras_distilled_embedding.layers.distilled_embedding import (
     float_policy_name,
 )
+from keras_distilled_embedding.layers.distilled_embedding import to_numpy
 
 Layer = keras.layers.Layer
 
@@ -89,7 +90,7 @@ class Target:
     def tables(self) -> list[np.ndarray]:
         """The table, and the projection's where that is another one."""
         if self.is_head:
-            return [keras.ops.convert_to_numpy(self.layer.kernel).T]
+            return [to_numpy(self.layer.kernel).T]
         return [t for t in embedding_tables(self.layer) if t is not None]
 
     def factorized(self, **options: Any) -> DistilledEmbedding:

@@ -123,7 +123,8 @@ def load_model(
     with open(path, "rb") as file:
         _check_archive(path, file)
         try:
-            return _surgery.read_archive(file, custom_objects)
+            with _surgery.without_initial_values():
+                return _surgery.read_archive(file, custom_objects)
         except Exception as error:
             raise ValueError(
                 f"The model in {str(path)!r} cannot be loaded: "

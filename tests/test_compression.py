@@ -1,7 +1,6 @@
 """`compress`, against dense models that hold the reconstructed tables."""
 
 import contextlib
-import json
 
 import keras
 import numpy as np
@@ -393,16 +392,34 @@ def test_trainable_flags():
     assert not compress(model, 3.0, verbose=0).trainable_variables
 
 
-def test_the_copy_is_not_compiled_and_trains_alone():
+def test_the_copy_is_compiled_alike_and_trains_alone():
     model = make_model()
-    model.compile("adam", "mse")
+    assert not compress(model, 3.0, verbose=0).compiled
+    model.compile(keras.optimizers.Adam(0.25), "mse", metrics=["mae"])
+    model.fit(IDS, np.zeros((*IDS.shape, VOCABULARY)), verbose=0)
     student = compress(model, 3.0, verbose=0)
-    assert not student.compiled
+    assert student.loss == "mse"
+    assert student.optimizer is not model.optimizer
+    assert student.optimizer.learning_rate == 0.25
+    assert student.optimizer.iterations == 0
     before = weights_by_path(model)
-    student.compile("sgd", "mse")
     student.fit(IDS, np.zeros((*IDS.shape, VOCABULARY)), verbose=0)
     for path, value in weights_by_path(model).items():
         np.testing.assert_array_equal(value, before[path], err_msg=path)
+    assert "mae" in student.evaluate(
+        IDS, np.zeros((*IDS.shape, VOCABULARY)), verbose=0, return_dict=True
+    )
+
+
+def test_settings_that_cannot_be_renewed_are_dropped_with_a_warning():
+    class Metric(keras.metrics.Mean):
+        def __init__(self, needed):
+            super().__init__()
+
+    model = make_model()
+    model.compile("adam", "mse", metrics=[Metric(needed=1)])
+    with pytest.warns(UserWarning, match="not compiled as the model was"):
+        assert not compress(model, 3.0, verbose=0).compiled
 
 
 def test_lambda_layers_are_copied():
@@ -566,7 +583,7 @@ def test_verbose(capsys):
     student = compress(model, 3.0)
     shown = capsys.readouterr().out
     assert "Factorising 'tokens'" in shown
-    assert str(compression_report(student)) in shown
+    assert str(compression_report(student, model)) in shown
     assert "Left as they are" not in shown
 
 
@@ -697,28 +714,9 @@ def make_around_subclassed():
     return keras.Model(ids, make_subclassed()(ids))
 
 
-def make_backbone():
-    keras_hub = pytest.importorskip("keras_hub")
-    return keras_hub.models.BertBackbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=WIDTH,
-        intermediate_dim=WIDTH,
-        max_sequence_length=8,
-    )
-
-
 def make_without_embedding():
     x = keras.Input((4,))
     return keras.Model(x, keras.layers.Dense(2, name="classes")(x))
-
-
-def make_composite():
-    keras_hub = pytest.importorskip("keras_hub")
-    ids = keras.Input((8,), dtype="int32")
-    layer = keras_hub.layers.TokenAndPositionEmbedding(VOCABULARY, 8, WIDTH)
-    return keras.Model(ids, layer(ids))
 
 
 def make_float_input():
@@ -733,11 +731,9 @@ def make_float_input():
         (lambda: keras_embedding(), TypeError, "must be a `keras.Model`"),
         (make_unbuilt, ValueError, "`model` must be built"),
         (make_subclassed, ValueError, "'subclassed' of class Subclassed"),
-        (Subclassed, ValueError, "'subclassed' of class Subclassed"),
+        (Subclassed, ValueError, "`model` must be built.*subclassed"),
         (make_around_subclassed, ValueError, "of class Subclassed"),
-        (make_backbone, ValueError, "from_embedding.* of class BertBackbone"),
         (make_without_embedding, ValueError, r"no embedding.*'classes'\]"),
-        (make_composite, ValueError, "Layers inside other layers: .*embed"),
         (make_float_input, TypeError, r'keras\.Input.*dtype="int32"'),
     ],
 )
@@ -820,56 +816,3 @@ def test_tables_that_are_not_finite(value, reverse, no_work):
     named = f"'last': table must be finite.* 1 of its .* first of them {row}"
     with pytest.raises(ValueError, match=named):
         compress(model, 3.0, verbose=0)
-
-
-# The report
-
-
-def test_report():
-    model = make_model(keras_untied)
-    student = compress(model, rank=5, verbose=0)
-    report = compression_report(student)
-    (row,) = report.rows
-    before = 2 * VOCABULARY * WIDTH
-    after = 2 * 5 * (VOCABULARY + WIDTH)
-    expected = {
-        "layer": "tokens",
-        "shape": (VOCABULARY, WIDTH),
-        "rank": 5,
-        "parameters_before": before,
-        "parameters_after": after,
-        "bytes_before": 4 * before,
-        "bytes_after": 4 * after,
-        "ratio": before / after,
-    }
-    assert report.to_dict() == {
-        "rows": [expected],
-        "model_parameters": model.count_params() - before + after,
-    }
-    assert row.ratio == pytest.approx(find(student).compression_ratio)
-    assert json.loads(json.dumps(report.to_dict()))["rows"][0]["rank"] == 5
-    shown = str(report)
-    for text in (
-        "tokens",
-        "61 x 16",
-        f"{before:,} -> {after:,}",
-        f"{model.count_params():,} -> {student.count_params():,}",
-        f"{before / after:.2f}x",
-    ):
-        assert text in shown
-
-
-def test_report_of_half_precision_and_of_nested_models():
-    student = compress(make_nested(), rank=3, verbose=0)
-    assert len(compression_report(student).rows) == 1
-    student = compress(make_model(dtype="bfloat16"), rank=3, verbose=0)
-    (row,) = compression_report(student).rows
-    assert row.bytes_before == 2 * VOCABULARY * WIDTH
-    assert row.bytes_after == 2 * 3 * (VOCABULARY + WIDTH)
-
-
-def test_bad_report():
-    with pytest.raises(ValueError, match="compress it first.*language_model"):
-        compression_report(make_model())
-    with pytest.raises(TypeError, match="model=None"):
-        compression_report(None)

@@ -638,19 +638,19 @@ def embedding_tables(embedding: Any) -> tuple[np.ndarray, np.ndarray | None]:
         dequantized.
     """
     if not _is_layer(embedding):
-        return _to_numpy(embedding), None
+        return to_numpy(embedding), None
     untied = not getattr(embedding, "tie_weights", True)
     if getattr(embedding, "quantization_mode", None) is None:
-        reverse = _to_numpy(embedding.reverse_embeddings).T if untied else None
-        return _to_numpy(embedding.embeddings), reverse
+        reverse = to_numpy(embedding.reverse_embeddings).T if untied else None
+        return to_numpy(embedding.embeddings), reverse
     # Quantized variables mean nothing without their scales, so ask the layer
     # for what it computes. Not through `__call__`, which would record losses.
     ids = ops.arange(embedding.input_dim, dtype="int32")
-    table = _to_numpy(embedding.quantized_call(ids))
+    table = to_numpy(embedding.quantized_call(ids))
     if not untied:
         return table, None
     basis_vectors = ops.eye(embedding.output_dim, dtype=embedding.compute_dtype)
-    reverse = _to_numpy(embedding.quantized_call(basis_vectors, reverse=True)).T
+    reverse = to_numpy(embedding.quantized_call(basis_vectors, reverse=True)).T
     if embedding.logit_soft_cap is not None:
         cap = embedding.logit_soft_cap
         reverse = cap * np.arctanh(reverse / cap)
@@ -695,10 +695,15 @@ def _table_shape(embedding: Any) -> tuple[int, int]:
     return shape
 
 
-def _to_numpy(table: Any) -> np.ndarray:
-    if not isinstance(table, np.ndarray):
-        table = ops.convert_to_numpy(ops.cast(table, "float32"))
-    return table
+def to_numpy(table: Any) -> np.ndarray:
+    if isinstance(table, np.ndarray):
+        return table
+    tensor = ops.cast(table, "float32")
+    try:
+        # A view: a copy of a large table can be most of a model's memory.
+        return np.asarray(memoryview(tensor))
+    except TypeError:  # not of this backend, or not in this memory
+        return ops.convert_to_numpy(tensor)
 
 
 def _inherited_options(embedding: Any) -> dict[str, Any]:

@@ -1,0 +1,338 @@
+"""Copies of models with layers swapped, and what they rely on in Keras."""
+
+import gc
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_distilled_embedding import _surgery
+from keras_distilled_embedding import compress
+from keras_distilled_embedding.layers import DistilledEmbedding
+
+VOCABULARY, WIDTH = 61, 16
+IDS = np.array([[1, 60, 7, 3], [2, 5, 0, 0]], dtype="int32")
+
+
+def embedding(name="tokens"):
+    return keras.layers.ReversibleEmbedding(VOCABULARY, WIDTH, name=name)
+
+
+def to_numpy(x):
+    return [ops.convert_to_numpy(y) for y in keras.tree.flatten(x)]
+
+
+def randomize(model):
+    rng = np.random.default_rng(0)
+    for variable in model.weights:
+        variable.assign(rng.normal(size=variable.shape))
+    return model
+
+
+def all_of(model, kind):
+    return [x for x in _surgery.iterate_layers(model) if isinstance(x, kind)]
+
+
+def assert_equals_dense(model, student, inputs=IDS, names=None):
+    """After `model` was given the tables that `student`'s factors are."""
+    tables = {
+        layer.name: ops.convert_to_numpy(layer.embeddings)
+        for layer in all_of(student, DistilledEmbedding)
+    }
+    before = to_numpy(model(inputs))
+    changed = to_numpy(student(inputs))
+    for layer in all_of(model, keras.layers.Embedding):
+        if layer.name in tables:
+            layer.set_weights([tables.pop(layer.name)])
+    assert not tables
+    for a, b, old in zip(to_numpy(model(inputs)), changed, before):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert np.abs(old - b).max() > 1e-3
+
+
+# What is relied on
+
+
+@pytest.mark.parametrize("assumption", list(_surgery.ASSUMPTIONS))
+def test_assumption(assumption):
+    """If this fails, Keras has changed: see where the file relies on it."""
+    assert _surgery.ASSUMPTIONS[assumption]()
+
+
+@pytest.mark.parametrize(
+    ("holds", "told"),
+    [
+        (lambda: False, "grass is green"),
+        (lambda: [].pop(), "grass is green .IndexError: pop from empty list"),
+    ],
+)
+def test_another_keras_is_refused_with_the_versions_tested(
+    holds, told, monkeypatch
+):
+    monkeypatch.setitem(_surgery.ASSUMPTIONS, "grass is green", holds)
+    _surgery.check_internals.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=told) as error:
+            _surgery.copy_models([], {})
+        assert f"keras{_surgery.TESTED_KERAS}" in str(error.value)
+        assert keras.__version__ in str(error.value)
+    finally:
+        _surgery.check_internals.cache_clear()
+
+
+# Where layers are kept
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Containers(keras.Model):
+    """Keeps layers in each way that Keras tracks."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.tokens = embedding()
+        self.in_list = [self.tokens, embedding("in_list")]
+        self.in_dict = {"a": embedding("in_dict"), "b": [self.tokens]}
+        self.in_tuple = (embedding("in_tuple"), {"c": (self.tokens,)})
+
+    def call(self, ids):
+        used = [
+            self.in_list[0],
+            self.in_list[1],
+            self.in_dict["a"],
+            self.in_dict["b"][0],
+            self.in_tuple[0],
+            self.in_tuple[1]["c"][0],
+        ]
+        x = sum((i + 1) * layer(ids) for i, layer in enumerate(used))
+        return self.tokens(x, reverse=True)
+
+
+def test_subclassed_model_keeps_its_layers_in_containers():
+    model = Containers()
+    model(IDS)
+    randomize(model)
+    student = compress(model, rank=3, verbose=0)
+    assert type(student) is Containers
+    assert len(all_of(student, DistilledEmbedding)) == 4
+    assert not all_of(student, keras.layers.Embedding)
+    assert len(student.weights) == 8
+    assert student.in_dict["b"][0] is student.tokens
+    assert student.in_tuple[1]["c"][0] is student.tokens
+    names = [layer.name for layer in _surgery.iterate_layers(model)]
+    assert [x.name for x in _surgery.iterate_layers(student)] == names
+    assert_equals_dense(model, student)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Lookup(keras.layers.Layer):
+    """A layer that is given an embedding, as KerasHub's heads are."""
+
+    def __init__(self, embedding, reverse=False, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = embedding
+        self.reverse = reverse
+
+    def build(self, input_shape):
+        if not self.embedding.built:
+            self.embedding.build(input_shape)
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+
+    def call(self, x):
+        return self.scale * self.embedding(x, reverse=self.reverse)
+
+    def get_config(self):
+        config = super().get_config()
+        config["embedding"] = keras.saving.serialize_keras_object(
+            self.embedding
+        )
+        return {**config, "reverse": self.reverse}
+
+    @classmethod
+    def from_config(cls, config):
+        config["embedding"] = keras.saving.deserialize_keras_object(
+            config["embedding"]
+        )
+        return cls(**config)
+
+
+def make_composites():
+    """One table: in two layers, and in the graph between them."""
+    shared = embedding()
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    x = keras.layers.Add(name="add")([shared(ids), Lookup(shared)(ids)])
+    return randomize(keras.Model(ids, Lookup(shared, reverse=True)(x)))
+
+
+def test_a_table_shared_by_layers_and_a_graph_stays_one():
+    model = make_composites()
+    student = compress(model, rank=3, verbose=0)
+    (table,) = {id(x) for x in all_of(student, DistilledEmbedding)}
+    lookups = all_of(student, Lookup)
+    assert [id(lookup.embedding) for lookup in lookups] == [table] * 2
+    assert len(student.weights) == 4
+    assert_equals_dense(model, student)
+
+
+def test_a_composite_layer_that_is_nested():
+    """In a model in a model, and called twice."""
+    inner = make_composites()
+    left = keras.Input((None,), dtype="int32")
+    right = keras.Input((None,), dtype="int32")
+    model = keras.Model(
+        [left, right], keras.layers.Add()([inner(left), inner(right)])
+    )
+    student = compress(model, rank=3, verbose=0)
+    assert len(all_of(student, DistilledEmbedding)) == 1
+    assert_equals_dense(model, student, [IDS, IDS[::-1]])
+
+
+def test_several_models_share_a_table():
+    """Copied together, they still do, and with what is inside layers."""
+    shared = embedding()
+    ids = keras.Input((None,), dtype="int32")
+    encoder = keras.Model(ids, Lookup(shared)(ids))
+    states = keras.Input((None, WIDTH))
+    decoder = keras.Model(states, shared(states, reverse=True))
+    factors = DistilledEmbedding.from_embedding(shared, rank=3)
+    copies = _surgery.copy_models([encoder, decoder], {shared: factors})
+    for copy in copies:
+        assert all_of(copy, DistilledEmbedding) == [factors]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class LazyBlock(keras.layers.Layer):
+    """Makes its layers in `build`, and has a state of its own."""
+
+    def build(self, input_shape):
+        self.tokens = embedding("inner")
+        self.tokens.build(input_shape)
+        self.count = self.add_weight(
+            shape=(), dtype="int32", trainable=False, name="count"
+        )
+
+    def call(self, ids):
+        return self.tokens(ids)
+
+
+def test_layers_that_are_made_when_built():
+    ids = keras.Input((None,), dtype="int32")
+    model = keras.Model(ids, LazyBlock(name="block")(ids))
+    block = model.get_layer("block")
+    block.tokens.trainable = False
+    block.count.assign(7)
+    student = compress(model, rank=3, verbose=0)
+    copy = student.get_layer("block")
+    assert type(copy.tokens) is DistilledEmbedding
+    assert int(copy.count) == 7
+    assert copy.trainable
+    assert not copy.tokens.trainable_variables
+    assert_equals_dense(model, student)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Closure(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.tokens = table = embedding()
+        self.look_up = lambda ids: table(ids)
+
+    def call(self, ids):
+        return self.look_up(ids)
+
+
+def test_a_layer_that_a_function_holds_is_refused():
+    """Or it would be called on, and nobody would notice."""
+    model = Closure()
+    model(IDS)
+    with pytest.raises(ValueError, match="'tokens' cannot be replaced.*attr"):
+        compress(model, rank=3, verbose=0)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Forgetful(keras.Model):
+    """Its configuration tells less than it is."""
+
+    def __init__(self, depth=1, **kwargs):
+        super().__init__(**kwargs)
+        self.tokens = embedding()
+        self.hidden = [keras.layers.Dense(WIDTH) for _ in range(depth)]
+
+    def call(self, ids):
+        x = self.tokens(ids)
+        for layer in self.hidden:
+            x = layer(x)
+        return x
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def test_a_configuration_that_tells_less_is_refused():
+    model = Forgetful(depth=2)
+    model(IDS)
+    with pytest.raises(ValueError, match="'forgetful.*has 2 layers inside, no"):
+        compress(model, rank=3, verbose=0)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Custom(keras.layers.Embedding):
+    def call(self, ids):
+        return 2 * super().call(ids)
+
+
+def test_an_embedding_with_a_call_of_its_own_is_left_alone():
+    ids = keras.Input((None,), dtype="int32")
+    own = Custom(VOCABULARY, WIDTH, name="own")
+    model = keras.Model(ids, keras.layers.Add()([own(ids), embedding()(ids)]))
+    student = compress(model, rank=3, verbose=0)
+    assert type(student.get_layer("own")) is Custom
+    with pytest.raises(ValueError, match=r"\['tokens'\].*\['own'\]"):
+        compress(model, rank=3, layers=["own"], verbose=0)
+
+
+def test_the_tables_that_the_copy_was_made_with_are_gone():
+    """Not kept in memory by TensorFlow's tracking, or by anything else."""
+
+    def count():
+        gc.collect()
+        kind = keras.layers.ReversibleEmbedding
+        return sum(type(x) is kind for x in gc.get_objects())
+
+    model = Containers()
+    model(IDS)
+    before = count()
+    student = compress(model, rank=3, verbose=0)
+    assert count() == before
+    assert len(all_of(student, DistilledEmbedding)) == 4
+
+
+def test_weights_only_files_still_go_round(tmp_path):
+    model = Containers()
+    model(IDS)
+    student = compress(model, rank=3, verbose=0)
+    other = compress(model, rank=3, activation=None, verbose=0)
+    student.save_weights(tmp_path / "x.weights.h5")
+    for layer in all_of(other, DistilledEmbedding):
+        layer.activation = keras.activations.relu
+    other.load_weights(tmp_path / "x.weights.h5")
+    for a, b in zip(to_numpy(student(IDS)), to_numpy(other(IDS))):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_text_pipeline_keeps_its_vocabulary():
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("strings need TensorFlow")
+    import tensorflow as tf
+
+    vectorize = keras.layers.TextVectorization(
+        max_tokens=VOCABULARY, name="words"
+    )
+    vectorize.adapt(["one two three", "four five six seven"])
+    model = keras.Sequential([vectorize, embedding()])
+    text = tf.constant(["seven two", "one one"])
+    model(text)
+    student = compress(model, rank=3, verbose=0)
+    copy = student.get_layer("words")
+    assert copy.get_vocabulary() == vectorize.get_vocabulary()
+    assert_equals_dense(model, student, text)

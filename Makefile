@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # What runs on JAX too.
 JAX_TESTS := $(addprefix tests/test_, \
 	calibration.py distillation_reference.py distillation_features.py \
-	weight_schedule.py teacher_cache.py)
+	weight_schedule.py teacher_cache.py surgery.py)
 
 .PHONY: help demo test test-fast benchmark-packages lint wheel clean
 
@@ -27,6 +27,7 @@ test: $(VENV)/installed  ## Check the style and run every test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	KERAS_BACKEND=jax $(RUN) -m pytest $(JAX_TESTS) $(ARGS)
+	KERAS_BACKEND=jax $(RUN) -m pytest tests/test_kerashub.py -k dense $(ARGS)
 	$(RUN) -m pytest $(ARGS)
 
 test-fast: $(VENV)/installed  ## Run the tests that take no more than seconds

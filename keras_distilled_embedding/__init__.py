@@ -28,6 +28,8 @@ from keras_distilled_embedding.export import ExportReport
 from keras_distilled_embedding.export import export_litert
 from keras_distilled_embedding.factorization import Factorization
 from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.inspection import Inspection
+from keras_distilled_embedding.inspection import inspect_model
 from keras_distilled_embedding.report import CompressionReport
 from keras_distilled_embedding.report import compression_report
 from keras_distilled_embedding.saving import load_model
@@ -41,6 +43,7 @@ __all__ = [
     "EmbeddingDistillation",
     "ExportReport",
     "Factorization",
+    "Inspection",
     "LogitsDistillation",
     "TeacherCache",
     "__version__",
@@ -51,6 +54,7 @@ __all__ = [
     "export_litert",
     "factorize",
     "hidden_covariance",
+    "inspect_model",
     "layers",
     "load_model",
     "save_model",

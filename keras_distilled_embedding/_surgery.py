@@ -162,6 +162,23 @@ def check_copyable(model: Any) -> None:
         )
 
 
+def check_symbolic(model: Any) -> None:
+    """Refuses a model whose inputs are not known, beside `check_copyable`.
+
+    Raises:
+        TypeError: As `check_copyable`.
+        ValueError: As `check_copyable`, or if it has no symbolic inputs.
+    """
+    check_copyable(model)
+    if not isinstance(model, Functional | keras.Sequential):
+        raise ValueError(
+            "`model` must have symbolic inputs, as Functional and Sequential "
+            "models have. Wrap it: `x = keras.Input(...); "
+            "keras.Model(x, model(x))`. Received: model "
+            f"'{model.name}' of class {type(model).__name__}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerTree:
     """What a model's layers are, and which of them are one and the same.
@@ -268,7 +285,10 @@ class Rebuilder:
             if type(replacement).__name__ != tree.kind:
                 return
             layer = replacement  # what it keeps inside may be shared
-        if len(layer._layers) != len(tree.children):
+        # One that nothing tells how to build, such as a preprocessor, builds
+        # itself when it is called, and may make more layers then.
+        unfinished = not layer.built and not tree.build_config
+        if len(layer._layers) != len(tree.children) and not unfinished:
             raise _not_as_configured(
                 layer,
                 f"has {len(layer._layers)} layers inside, not "

@@ -167,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
         default="none",
         help="of the weights (none: float32)",
     )
+    export.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="the one length of sequences, for models that need one",
+    )
     return parser
 
 
@@ -222,6 +228,7 @@ def _export(options: argparse.Namespace) -> None:
             model,
             options.output,
             quantization=None if quantization == "none" else quantization,
+            sequence_length=options.sequence_length,
             verbose=False,
         )
     _print(report, options.json)

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from keras_distilled_embedding import _surgery
+from keras_distilled_embedding._arguments import as_integer
 from keras_distilled_embedding._files import write_atomically
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
@@ -70,20 +71,23 @@ def export_litert(
     *,
     quantization: str | None = None,
     signatures: Mapping[str, keras.Model] | None = None,
+    sequence_length: int | None = None,
     verbose: bool = True,
 ) -> ExportReport:
     """Exports a model to LiteRT (TFLite), with one copy of each table.
 
-    The file needs LiteRT's built-in operators only, accepts sequences and
-    batches of any length, and is written whole or not at all. ReLU is applied
-    to the codes before export, `U' = f(U)`: applied in the graph, it would
-    make the converter store them twice. (With `hidden_dim` it cannot be
-    applied before: a projection through such a layer still makes the
-    converter store `[f(U), g(U A + b)]` for all tokens, beside `U`.)
+    The file needs LiteRT's built-in operators only, accepts batches of any
+    size, sequences of any length if none is given, and is written whole or
+    not at all. ReLU is applied to the codes before export, `U' = f(U)`:
+    applied in the graph, it would make the converter store them twice. (With
+    `hidden_dim` it cannot be applied before: a projection through such a
+    layer still makes the converter store `[f(U), g(U A + b)]` for all tokens,
+    beside `U`.)
 
     Args:
-        model: A built Functional or Sequential model, compressed or not,
-            that computes in float32.
+        model: A built model with symbolic inputs, compressed or not, that
+            computes in float32: Functional, Sequential, or of a class made
+            of such, as KerasHub's are.
         filepath: The file to write. An existing file is replaced, once the
             new one is complete.
         quantization: `None`, float32.
@@ -92,6 +96,9 @@ def export_litert(
             decoder, which share its layers and so their tables. The names of
             their inputs are the names of the signatures' inputs. Not
             `"serve"`, which is Keras's own.
+        sequence_length: Integer, the one length that sequences have in the
+            file. Some models, those with rotary positions among them, can be
+            converted for a fixed length only.
         verbose: Whether to print the report.
 
     Returns:
@@ -99,9 +106,9 @@ def export_litert(
 
     Raises:
         TypeError: If `model` or a signature is not a Keras model.
-        ValueError: If `quantization` is not available, if a model is of
-            another kind or dtype, if a signature is not part of `model`, or
-            if the model needs operators that LiteRT has not.
+        ValueError: If `quantization` is not available, if a model has no
+            symbolic inputs or is of another dtype, if a signature is not part
+            of `model`, or if the model needs operators that LiteRT has not.
         FileNotFoundError: If the folder of `filepath` does not exist.
         IsADirectoryError: If `filepath` is a folder.
         ImportError: If TensorFlow or ai-edge-litert is missing.
@@ -136,11 +143,14 @@ def export_litert(
             "`filepath` must be a file. Received a folder: "
             f"filepath={str(filepath)!r}"
         )
+    sequence_length = as_integer(
+        "sequence_length", sequence_length, or_none=True
+    )
     signatures = _check_signatures(model, signatures)
     _check_float32(model)
     _import_litert()
 
-    content = _convert(_with_activations_applied(signatures))
+    content = _convert(_with_activations_applied(signatures), sequence_length)
     tables = _count_tables(content, model)
     repeated = {name: n for name, n in tables.items() if n > 1}
     if repeated:
@@ -166,7 +176,7 @@ def export_litert(
 def _check_signatures(
     model: keras.Model, signatures: Mapping[str, keras.Model] | None
 ) -> dict[str, keras.Model]:
-    _surgery.check_copyable(model)
+    _surgery.check_symbolic(model)
     if signatures is None:
         return {DEFAULT_SIGNATURE: model}
     if not isinstance(signatures, Mapping) or not signatures:
@@ -181,7 +191,7 @@ def _check_signatures(
         )
     own = {id(variable) for variable in model.variables}
     for name, part in signatures.items():
-        _surgery.check_copyable(part)
+        _surgery.check_symbolic(part)
         foreign = [v.path for v in part.variables if id(v) not in own]
         if foreign:
             raise ValueError(
@@ -233,13 +243,15 @@ def _with_activations_applied(
     return dict(zip(signatures, _surgery.copy_models(parts, applied)))
 
 
-def _convert(signatures: Mapping[str, keras.Model]) -> bytes:
+def _convert(
+    signatures: Mapping[str, keras.Model], sequence_length: int | None
+) -> bytes:
     """The LiteRT file of the models, as bytes."""
     tf, _ = _import_litert()
     archive = keras.export.ExportArchive()
     for name, part in signatures.items():
         archive.track(part)
-        archive.add_endpoint(name, *_endpoint(tf, part))
+        archive.add_endpoint(name, *_endpoint(tf, part, sequence_length))
     with tempfile.TemporaryDirectory() as folder:
         archive.write_out(folder, verbose=False)
         converter = tf.lite.TFLiteConverter.from_saved_model(
@@ -252,12 +264,14 @@ def _convert(signatures: Mapping[str, keras.Model]) -> bytes:
         except Exception as error:
             raise ValueError(
                 "`model` cannot be converted with LiteRT's built-in operators "
-                f"alone. The converter says: {error}"
+                "alone. "
+                + ("" if sequence_length else "A `sequence_length` may help. ")
+                + f"The converter says: {str(error)[:500]}"
             ) from error
 
 
 def _endpoint(
-    tf: Any, model: keras.Model
+    tf: Any, model: keras.Model, sequence_length: int | None
 ) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], list[Any]]:
     """A function of the model's inputs by name, and its input signature."""
     inputs = _surgery.input_structure(model)
@@ -268,7 +282,14 @@ def _endpoint(
         else [tensor.name for tensor in tensors]
     )
     signature = {
-        name: tf.TensorSpec(tensor.shape, tensor.dtype, name)
+        name: tf.TensorSpec(
+            [
+                sequence_length if size is None and axis > 0 else size
+                for axis, size in enumerate(tensor.shape)
+            ],
+            tensor.dtype,
+            name,
+        )
         for name, tensor in zip(names, tensors)
     }
 

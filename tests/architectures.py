@@ -39,6 +39,8 @@ class Architecture:
         task: Class of `keras_hub.models`; `None` tests the backbone alone.
         options: Arguments of the backbone.
         tables: What becomes of the tables, for the documentation.
+        exports: How it becomes a LiteRT file: for sequences of any length, of
+            one fixed length, or why not.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Architecture:
     task: str | None
     options: dict[str, Any] = field(default_factory=dict)
     tables: str = "one, tied"
+    exports: str = "any length"
 
     @property
     def generates(self) -> bool:
@@ -121,6 +124,7 @@ def _half_prompt() -> dict[str, np.ndarray]:
     return {"token_ids": ids, "padding_mask": (ids != 0).astype("int32")}
 
 
+FIXED = "fixed length"
 UNTIED = "two in one layer, look-up and projection, both factorised"
 
 ARCHITECTURES = [
@@ -151,6 +155,7 @@ ARCHITECTURES = [
         "DebertaV3Backbone",
         "DebertaV3MaskedLM",
         _HEADS | _POSITIONS | dict(bucket_size=4),
+        exports="no: its relative positions fail at run time",
     ),
     Architecture(
         "ELECTRA",
@@ -161,12 +166,19 @@ ARCHITECTURES = [
         | dict(vocabulary_size=None, vocab_size=VOCABULARY, embedding_dim=12),
         tables="one; KerasHub has no task for it",
     ),
-    Architecture("FNet", "FNetBackbone", "FNetMaskedLM", _POSITIONS),
+    Architecture(
+        "FNet",
+        "FNetBackbone",
+        "FNetMaskedLM",
+        _POSITIONS,
+        exports="no: LiteRT has no complex numbers",
+    ),
     Architecture(
         "RoFormer-v2",
         "RoformerV2Backbone",
         "RoformerV2MaskedLM",
         _HEADS | dict(head_size=8),
+        exports="no: its rotary positions fail at run time",
     ),
     Architecture("GPT-2", "GPT2Backbone", "GPT2CausalLM", _HEADS | _POSITIONS),
     Architecture("OPT", "OPTBackbone", "OPTCausalLM", _HEADS | _POSITIONS),
@@ -176,22 +188,41 @@ ARCHITECTURES = [
         "FalconBackbone",
         "FalconCausalLM",
         dict(num_attention_heads=2),
+        exports=FIXED,
     ),
     Architecture(
         "GPT-NeoX", "GPTNeoXBackbone", "GPTNeoXCausalLM", _HEADS | _POSITIONS
     ),
-    Architecture("Llama", "LlamaBackbone", "LlamaCausalLM", _GROUPED, UNTIED),
+    Architecture(
+        "Llama",
+        "LlamaBackbone",
+        "LlamaCausalLM",
+        _GROUPED,
+        UNTIED,
+        exports=FIXED,
+    ),
     Architecture(
         "Llama, tied",
         "LlamaBackbone",
         "LlamaCausalLM",
         _GROUPED | dict(tie_word_embeddings=True),
+        exports=FIXED,
     ),
     Architecture(
-        "Llama 3", "Llama3Backbone", "Llama3CausalLM", _GROUPED, UNTIED
+        "Llama 3",
+        "Llama3Backbone",
+        "Llama3CausalLM",
+        _GROUPED,
+        UNTIED,
+        exports=FIXED,
     ),
     Architecture(
-        "Mistral", "MistralBackbone", "MistralCausalLM", _GROUPED, UNTIED
+        "Mistral",
+        "MistralBackbone",
+        "MistralCausalLM",
+        _GROUPED,
+        UNTIED,
+        exports=FIXED,
     ),
     Architecture(
         "Mixtral",
@@ -199,9 +230,14 @@ ARCHITECTURES = [
         "MixtralCausalLM",
         _GROUPED | dict(num_experts=2),
         UNTIED,
+        exports=FIXED,
     ),
     Architecture(
-        "Gemma", "GemmaBackbone", "GemmaCausalLM", _GROUPED | dict(head_dim=8)
+        "Gemma",
+        "GemmaBackbone",
+        "GemmaCausalLM",
+        _GROUPED | dict(head_dim=8),
+        exports=FIXED,
     ),
     Architecture(
         "Gemma 2",
@@ -218,6 +254,7 @@ ARCHITECTURES = [
             sliding_window_size=4,
         ),
         "one, tied, with a soft cap of the logits",
+        exports=FIXED,
     ),
     Architecture(
         "Gemma 3",
@@ -225,23 +262,36 @@ ARCHITECTURES = [
         "Gemma3CausalLM",
         _GROUPED | dict(head_dim=8, image_size=16),
         "one, tied (text; without the vision encoder)",
+        exports=FIXED,
     ),
-    Architecture("Qwen 2.5", "QwenBackbone", "QwenCausalLM", _GROUPED),
+    Architecture(
+        "Qwen 2.5", "QwenBackbone", "QwenCausalLM", _GROUPED, exports=FIXED
+    ),
     Architecture(
         "Qwen 3",
         "Qwen3Backbone",
         "Qwen3CausalLM",
         _GROUPED | dict(head_dim=8),
+        exports=FIXED,
     ),
-    Architecture("Phi-3", "Phi3Backbone", "Phi3CausalLM", _GROUPED, UNTIED),
+    Architecture(
+        "Phi-3", "Phi3Backbone", "Phi3CausalLM", _GROUPED, UNTIED, exports=FIXED
+    ),
     Architecture("BART", "BartBackbone", "BartSeq2SeqLM", _HEADS | _POSITIONS),
-    Architecture("T5", "T5Backbone", "T5Seq2SeqLM", _HEADS),
+    Architecture(
+        "T5",
+        "T5Backbone",
+        "T5Seq2SeqLM",
+        _HEADS,
+        exports=FIXED,
+    ),
     Architecture(
         "T5 1.1, untied",
         "T5Backbone",
         "T5Seq2SeqLM",
         _HEADS | dict(tie_embedding_weights=False),
         UNTIED,
+        exports=FIXED,
     ),
     Architecture(
         "Whisper",
@@ -261,12 +311,12 @@ ARCHITECTURES = [
 def supported_table() -> str:
     """What is supported, in Markdown: one row for each architecture here."""
     lines = [
-        "| architecture | tested as | its tables | generates |",
-        "|---|---|---|---|",
+        "| architecture | tested as | its tables | generates | LiteRT |",
+        "|---|---|---|---|---|",
     ]
     lines += [
         f"| {a.name} | `{a.task or a.backbone}` | {a.tables} | "
-        f"{'yes' if a.generates else ''} |"
+        f"{'yes' if a.generates else ''} | {a.exports} |"
         for a in ARCHITECTURES
     ]
     return "\n".join(lines)

@@ -13,10 +13,13 @@ from keras import ops
 
 from keras_distilled_embedding import _surgery
 from keras_distilled_embedding import compress
+from keras_distilled_embedding import export_litert
 from keras_distilled_embedding import load_model
 from keras_distilled_embedding import save_model
 from keras_distilled_embedding.layers import DistilledEmbedding
 from tests.architectures import ARCHITECTURES
+from tests.architectures import FIXED
+from tests.architectures import LENGTH
 from tests.architectures import supported_table
 
 pytest.importorskip("keras_hub")
@@ -167,6 +170,41 @@ def generate(model, prompt):
     outputs = model.make_generate_function()(prompt, stop_token_ids=None)
     key = "token_ids" if "token_ids" in outputs else "decoder_token_ids"
     return ops.convert_to_numpy(outputs[key])
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, id=a.name)
+        for a in ARCHITECTURES
+        if not a.exports.startswith("no: ")
+    ],
+)
+def test_exports(architecture, tmp_path):
+    """To LiteRT, one copy of the tables, with the outputs of Keras."""
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+    student = compress(architecture.make(), rank=4, verbose=0)
+    path, batch = tmp_path / "student.tflite", architecture.inputs()
+    length = LENGTH if architecture.exports == FIXED else None
+    report = export_litert(student, path, sequence_length=length, verbose=False)
+    assert report.tables["token_embedding"] == 1
+    runner = interpreter.Interpreter(str(path)).get_signature_runner()
+    outputs = runner(**batch)
+    expected = student(batch)
+    if not isinstance(expected, dict):
+        expected = {"output_0": expected}
+    assert_close(
+        [outputs[name] for name in expected],
+        [ops.convert_to_numpy(x) for x in expected.values()],
+    )
+
+
+def test_what_needs_a_fixed_length_says_so(tmp_path):
+    architecture = next(a for a in ARCHITECTURES if a.exports == FIXED)
+    student = compress(architecture.make(), rank=4, verbose=0)
+    with pytest.raises(ValueError, match="A `sequence_length` may help"):
+        export_litert(student, tmp_path / "x.tflite", verbose=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_in_the_documentation_is_of_this_matrix():

@@ -95,6 +95,18 @@ def input_structure(model: keras.Model) -> Any:
     return model.input if isinstance(model, Functional) else model.inputs[0]
 
 
+def named_inputs(model: keras.Model) -> dict[str, keras.KerasTensor]:
+    """The symbolic inputs by name, in the order in which Keras flattens them.
+
+    Those of a dictionary by its keys.
+    """
+    inputs = input_structure(model)
+    tensors = keras.tree.flatten(inputs)
+    if isinstance(inputs, dict):
+        return dict(zip(sorted(inputs), tensors))
+    return {tensor.name: tensor for tensor in tensors}
+
+
 def keras_mask(tensor: Any) -> Any:
     """The mask that Keras has attached to a layer's output, or `None`."""
     return get_keras_mask(tensor)

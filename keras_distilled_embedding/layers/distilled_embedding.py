@@ -21,6 +21,8 @@ from keras_distilled_embedding.factorization import rank_for_error
 from keras_distilled_embedding.factorization import validate_rank
 from keras_distilled_embedding.layers._projection_cache import ProjectionCache
 from keras_distilled_embedding.layers._quantization import FactorQuantization
+from keras_distilled_embedding.rounding import check_rounding
+from keras_distilled_embedding.rounding import round_in_place
 
 # What `from_embedding` hands to `factorize`, and to nothing else.
 _FACTORIZE_OPTIONS = (
@@ -106,6 +108,10 @@ class DistilledEmbedding(
             codes adapted by a trained change of this rank, see `enable_lora`.
         lora_alpha: Float or `None`. Scales that change by
             `lora_alpha / lora_rank`; defaults to `lora_rank`.
+        rounding: `"int8"`, `"int4"` or `None`. If set, the layer computes
+            with its codes rounded as `export_litert` stores them with that
+            `quantization`, so that training takes account of it; backwards,
+            rounding is taken for the identity. Not with `hidden_dim`.
         **kwargs: Base layer arguments, such as `name`, `trainable`, `dtype`.
 
     Call arguments:
@@ -163,6 +169,7 @@ class DistilledEmbedding(
         hidden_activation: str | Callable | None = "gelu",
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
+        rounding: str | None = None,
         **kwargs: Any,
     ) -> None:
         input_dim = _check_size("input_dim", input_dim)
@@ -172,6 +179,14 @@ class DistilledEmbedding(
             hidden_dim = _check_size("hidden_dim", hidden_dim)
         if lora_rank is not None:
             lora_rank = _check_size("lora_rank", lora_rank)
+        check_rounding("rounding", rounding)
+        if rounding is not None and hidden_dim is not None:
+            raise ValueError(
+                "`rounding` is of codes that are stored after their "
+                "activation, which those of a layer with `hidden_dim` are "
+                f"not. Received: rounding={rounding!r}, "
+                f"hidden_dim={hidden_dim}"
+            )
         if logit_soft_cap is not None:
             _check_soft_cap(logit_soft_cap)
         if reverse_dtype is not None:
@@ -199,6 +214,7 @@ class DistilledEmbedding(
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
         self.lora_enabled = False
+        self.rounding = rounding
         self.supports_masking = True
         # Neither the inputs nor (in `add_weight`) the factors: `_read` casts,
         # after taking the rows, and to `reverse_dtype` where that is wanted.
@@ -321,17 +337,42 @@ class DistilledEmbedding(
             "dtype": float_policy_name(self),
             "lora_rank": None,
             "lora_alpha": None,
+            "rounding": None,
         }
         if applies:
             config["activation"] = None
         layer = type(self).from_config(config)
         layer.build()
         for name in self._factor_shapes():
-            value = self._read(name, self.variable_dtype)
             if applies and name.endswith("codes"):
-                value = self.activation(value)
+                prefix = name.removesuffix("codes")
+                value = self._features(self.variable_dtype, prefix=prefix)
+            else:
+                value = self._read(name, self.variable_dtype)
             getattr(layer, name).assign(value)
         return layer
+
+    def stored_factors(self, prefix: str = "") -> tuple[Any, Any]:
+        """Codes `f(U)` and basis `W`, unrounded, for a file of integers.
+
+        Args:
+            prefix: `"reverse_"` for the projection's own, where it has some.
+
+        Returns:
+            Float32 tensors `(input_dim, rank)` and `(rank, output_dim)`.
+
+        Raises:
+            ValueError: If the layer has a `hidden_dim`: its table is not the
+                product of two matrices.
+        """
+        if self.hidden_dim is not None:
+            raise ValueError(
+                "A layer with `hidden_dim` cannot be stored as integers. "
+                f"Received: layer '{self.name}' with "
+                f"hidden_dim={self.hidden_dim}"
+            )
+        codes = self._read(f"{prefix}codes", "float32")
+        return self.activation(codes), self._read(f"{prefix}basis", "float32")
 
     # Call
 
@@ -359,6 +400,14 @@ class DistilledEmbedding(
 
     def _features(self, dtype: str, ids: Any = None, prefix: str = "") -> Any:
         """`[f(U), g(U A + b)]` for all tokens, or for `ids`."""
+        if self.rounding is not None:
+            # Of all tokens: how one is rounded depends on the others.
+            features = round_in_place(
+                *self.stored_factors(prefix), self.rounding
+            )
+            if ids is not None:
+                features = ops.take(features, ids, axis=0)
+            return ops.cast(features, dtype)
         codes = self._read(f"{prefix}codes", dtype, ids)
         features = self.activation(codes)
         if self.hidden_dim is None:
@@ -518,6 +567,7 @@ class DistilledEmbedding(
                 ),
                 "lora_rank": self.lora_rank,
                 "lora_alpha": self.lora_alpha,
+                "rounding": self.rounding,
             }
         )
         return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import tempfile
@@ -17,52 +16,18 @@ import numpy as np
 from keras_distilled_embedding import _surgery
 from keras_distilled_embedding._arguments import as_integer
 from keras_distilled_embedding._files import write_atomically
+from keras_distilled_embedding._targets import is_embedding
+from keras_distilled_embedding.export.fidelity import measure_fidelity
+from keras_distilled_embedding.export.quantize import quantize_file
+from keras_distilled_embedding.export.quantize import stored_bytes
+from keras_distilled_embedding.export.report import ExportReport
+from keras_distilled_embedding.export.stored_table import StoredTable
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
+from keras_distilled_embedding.rounding import check_rounding
 
 DEFAULT_SIGNATURE = "serving_default"
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportReport:
-    """What `export_litert` wrote; printable.
-
-    Args:
-        filepath: The file.
-        bytes: Its size.
-        weights_bytes: Bytes of the model's weights, each counted once.
-        tables: How many copies the file holds of each embedding table (of
-            each code matrix, with or without its activation, where the table
-            is factorised), by layer name.
-        signatures: Names of the signatures.
-    """
-
-    filepath: str
-    bytes: int
-    weights_bytes: int
-    tables: dict[str, int]
-    signatures: tuple[str, ...]
-
-    @property
-    def overhead(self) -> float:
-        """Bytes of the file divided by bytes of the weights."""
-        return self.bytes / self.weights_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain, JSON-serialisable Python values."""
-        return dataclasses.asdict(self)
-
-    def __str__(self) -> str:
-        tables = ", ".join(
-            f"{name} ({count} {'copy' if count == 1 else 'copies'})"
-            for name, count in self.tables.items()
-        )
-        return (
-            f"{self.filepath}: {self.bytes:,} bytes, {self.overhead:.3f} x "
-            f"the weights' {self.weights_bytes:,}; tables: {tables or 'none'}; "
-            f"signatures: {', '.join(self.signatures)}"
-        )
 
 
 def export_litert(
@@ -72,6 +37,7 @@ def export_litert(
     quantization: str | None = None,
     signatures: Mapping[str, keras.Model] | None = None,
     sequence_length: int | None = None,
+    fidelity_inputs: Any = None,
     verbose: bool = True,
 ) -> ExportReport:
     """Exports a model to LiteRT (TFLite), with one copy of each table.
@@ -90,7 +56,11 @@ def export_litert(
             of such, as KerasHub's are.
         filepath: The file to write. An existing file is replaced, once the
             new one is complete.
-        quantization: `None`, float32.
+        quantization: `None` is float32. `"int8"` stores tables, with one
+            scale each, and other matrices, with one a row, in 8 bits;
+            `"int4"` the tables in 4 bits, with one scale for 32 numbers, and
+            the other matrices in 8. It needs no calibration. A table that was
+            trained with this `rounding` is stored as it was trained.
         signatures: Models by signature name, to put into the file in the
             place of `model` as a whole: parts of it such as an encoder and a
             decoder, which share its layers and so their tables. The names of
@@ -99,6 +69,9 @@ def export_litert(
         sequence_length: Integer, the one length that sequences have in the
             file. Some models, those with rotary positions among them, can be
             converted for a fixed length only.
+        fidelity_inputs: What the file and the Keras model are compared on,
+            batches as the model is called with them, in a list; by signature
+            name where there are several. By default two random ones.
         verbose: Whether to print the report.
 
     Returns:
@@ -128,11 +101,7 @@ def export_litert(
     ```
     """
     filepath = Path(filepath)
-    if quantization is not None:
-        raise ValueError(
-            "`quantization` must be None (float32): other kinds are not "
-            f"available yet. Received: quantization={quantization!r}"
-        )
+    check_rounding("quantization", quantization)
     if not filepath.parent.is_dir():
         raise FileNotFoundError(
             f"The folder of `filepath` does not exist: make it first. "
@@ -150,27 +119,64 @@ def export_litert(
     _check_float32(model)
     _import_litert()
 
-    content = _convert(_with_activations_applied(signatures), sequence_length)
-    tables = _count_tables(content, model)
+    stored: dict[keras.layers.Layer, StoredTable] = {}
+    if quantization is None:
+        parts = _with_activations_applied(signatures)
+    else:
+        stored = _stored_tables(signatures, quantization)
+        copies = _surgery.copy_models(list(signatures.values()), stored)
+        parts = dict(zip(signatures, copies))
+    content = _convert(parts, sequence_length)
+    if quantization is None:
+        tables = _count_tables(content, model)
+    else:
+        content, tables = quantize_file(content, list(stored.values()))
     repeated = {name: n for name, n in tables.items() if n > 1}
     if repeated:
         raise RuntimeError(
             "The converter stored tables more than once, so nothing was "
-            "written. A `DistilledEmbedding` must be a layer of the model's "
-            "graph: inside another layer, its activation cannot be applied "
-            f"beforehand. Copies by layer: {repeated}"
+            f"written. Copies by layer: {repeated}"
         )
+    fidelity = measure_fidelity(
+        content, signatures, fidelity_inputs, sequence_length
+    )
     write_atomically(filepath, lambda file: file.write(content))
     report = ExportReport(
         filepath=str(filepath),
         bytes=len(content),
-        weights_bytes=_weights_bytes(signatures.values()),
+        weights_bytes=stored_bytes(signatures.values(), stored),
         tables=tables,
         signatures=tuple(signatures),
+        quantization=quantization,
+        table_bytes={
+            table.name: table.stored_bytes for table in stored.values()
+        },
+        fidelity=fidelity,
     )
     if verbose:
         print(report)
     return report
+
+
+def _stored_tables(
+    signatures: Mapping[str, keras.Model], quantization: str
+) -> dict[keras.layers.Layer, StoredTable]:
+    """What stands for each table in the graph of a file of integers."""
+    tables = {}
+    for part in signatures.values():
+        for layer in _surgery.iterate_layers(part):
+            is_factorized = isinstance(layer, DistilledEmbedding)
+            if layer in tables or not (is_factorized or is_embedding(layer)):
+                continue
+            trained_as = getattr(layer, "rounding", None)
+            if trained_as not in (None, quantization):
+                raise ValueError(
+                    f"`quantization` must be {trained_as!r}, as layer "
+                    f"'{layer.name}' was trained. "
+                    f"Received: quantization={quantization!r}"
+                )
+            tables[layer] = StoredTable(layer, quantization)
+    return tables
 
 
 def _check_signatures(
@@ -275,12 +281,7 @@ def _endpoint(
 ) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], list[Any]]:
     """A function of the model's inputs by name, and its input signature."""
     inputs = _surgery.input_structure(model)
-    tensors = keras.tree.flatten(inputs)
-    names = (
-        sorted(inputs)  # the order of `flatten`
-        if isinstance(inputs, dict)
-        else [tensor.name for tensor in tensors]
-    )
+    tensors = _surgery.named_inputs(model)
     signature = {
         name: tf.TensorSpec(
             [
@@ -290,12 +291,12 @@ def _endpoint(
             tensor.dtype,
             name,
         )
-        for name, tensor in zip(names, tensors)
+        for name, tensor in tensors.items()
     }
 
     def endpoint(arguments: dict[str, Any]) -> dict[str, Any]:
         values = keras.tree.pack_sequence_as(
-            inputs, [arguments[name] for name in names]
+            inputs, [arguments[name] for name in tensors]
         )
         outputs = model(values, training=False)
         if isinstance(outputs, dict):
@@ -351,8 +352,3 @@ def _count_copies(content: bytes, table: np.ndarray) -> int:
             if buffer.DataLength() == len(wanted):
                 count += buffer.DataAsNumpy().tobytes() == wanted
     return count
-
-
-def _weights_bytes(models: Any) -> int:
-    weights = {id(w): w for model in models for w in model.weights}
-    return sum(w.numpy().nbytes for w in weights.values())

@@ -1,0 +1,220 @@
+"""A float LiteRT file made one of integers, each table still stored once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_distilled_embedding.export.stored_table import StoredTable
+from keras_distilled_embedding.export.stored_table import TablePart
+from keras_distilled_embedding.rounding import BLOCK
+
+
+def quantize_file(
+    content: bytes, tables: Iterable[StoredTable]
+) -> tuple[bytes, dict[str, int]]:
+    """Stores tables as their integers, and other matrices in 8 bits.
+
+    The converter and ai-edge-quantizer choose scales by operator: a table
+    that is both looked up and multiplied with gets two kinds, and is stored
+    twice. So the tables are written here, with the integers that they are
+    already rounded to; ai-edge-quantizer does the rest.
+
+    Args:
+        content: A float file, in whose graph the tables' `values` are.
+        tables: The layers that stand for them.
+
+    Returns:
+        The file, and how many buffers hold each table, by layer name.
+    """
+    parts = [(table, part) for table in tables for part in table.parts]
+    model = _Model(content)
+    names = [name for _, part in parts for name in model.readers(part)]
+    model = _Model(_quantize_the_rest(content, names))
+    counts: dict[str, int] = {}
+    for table, part in parts:
+        copies = model.store(part, table.rounding)
+        counts[table.name] = max(counts.get(table.name, 0), copies)
+    return model.pack(), counts
+
+
+def stored_bytes(
+    models: Iterable[keras.Model],
+    stored: Mapping[keras.layers.Layer, StoredTable],
+) -> int:
+    """Bytes of the models' weights, each counted once.
+
+    Args:
+        models: The Keras models of a file.
+        stored: Their tables as integers; none if the file is of floats.
+    """
+    weights = {id(w): w for model in models for w in model.weights}
+    if not stored:
+        return sum(w.numpy().nbytes for w in weights.values())
+    total = sum(table.stored_bytes for table in stored.values())
+    for layer in stored:
+        for weight in layer.weights:
+            weights.pop(id(weight), None)
+    for weight in weights.values():
+        size = int(np.prod(weight.shape))
+        total += size if len(weight.shape) > 1 else 4 * size
+    return total
+
+
+def _quantize_the_rest(content: bytes, names: list[str]) -> bytes:
+    """Dynamic-range int8 of all matrices but those of the operators named."""
+    try:
+        from ai_edge_quantizer import qtyping
+        from ai_edge_quantizer import quantizer
+        from ai_edge_quantizer.algorithm_manager import AlgorithmName
+    except ImportError as error:
+        raise ImportError(
+            f"Quantized export needs `{error.name}`: "
+            'pip install "keras-distilled-embedding[litert]"'
+        ) from error
+    work = quantizer.Quantizer(content)
+    operators = qtyping.TFLOperationName
+    for operator in (operators.FULLY_CONNECTED, operators.BATCH_MATMUL):
+        work.add_dynamic_config(".*", operator, num_bits=8)
+    for name in names:
+        work.update_quantization_recipe(
+            f"^{re.escape(name)}",
+            operators.FULLY_CONNECTED,
+            algorithm_key=AlgorithmName.NO_QUANTIZE,
+        )
+    result = work.quantize(
+        enable_progress_bar=False, enable_progress_report=False
+    )
+    return bytes(result.quantized_model)
+
+
+class _Model:
+    """A LiteRT file, taken apart."""
+
+    def __init__(self, content: bytes) -> None:
+        from ai_edge_litert import schema_py_generated as schema
+
+        self._schema = schema
+        self._model = schema.ModelT.InitFromPackedBuf(content, 0)
+        for buffer in self._model.buffers:
+            if buffer.offset > 1:  # kept behind the flatbuffer
+                end = buffer.offset + buffer.size
+                data = content[buffer.offset : end]
+                buffer.data = np.frombuffer(data, "uint8")
+                buffer.offset = buffer.size = 0
+
+    def readers(self, part: TablePart) -> list[str]:
+        """Outputs of the operators that multiply with a table."""
+        found = []
+        for graph, tensor in self._tensors_of(part):
+            for operator in graph.operators:
+                if tensor in list(operator.inputs):
+                    found += [
+                        graph.tensors[output].name.decode()
+                        for output in operator.outputs
+                    ]
+        return found
+
+    def store(self, part: TablePart, rounding: str) -> int:
+        """Puts integers in the place of a table; returns how many buffers."""
+        tensors = list(self._tensors_of(part))
+        buffers = {graph.tensors[i].buffer for graph, i in tensors}
+        for buffer in buffers:
+            self._model.buffers[buffer].data = part.packed(rounding)
+        kind = self._schema.TensorType
+        scales = None
+        for graph, i in tensors:
+            for operator in graph.operators:
+                if i in list(operator.inputs):
+                    self._take_rows(graph, operator, i)
+            tensor = graph.tensors[i]
+            tensor.type = kind.INT8 if rounding == "int8" else kind.INT4
+            tensor.quantization = self._schema.QuantizationParametersT()
+            if rounding == "int8":
+                tensor.quantization.scale = part.scales.reshape(-1)
+                tensor.quantization.zeroPoint = np.zeros(1, "int64")
+                continue
+            if scales is None:
+                scales = self._add_buffer(part.scales.astype("float16"))
+            details = self._schema.BlockwiseQuantizationT()
+            details.scales = self._add_tensor(
+                graph, tensor.name + b"_scales", part.scales.shape, scales
+            )
+            details.zeroPoints = -1
+            details.blockSize = BLOCK
+            options = self._schema.QuantizationDetails
+            tensor.quantization.detailsType = options.BlockwiseQuantization
+            tensor.quantization.details = details
+        return len(buffers)
+
+    def pack(self) -> bytes:
+        """The file."""
+        import flatbuffers
+
+        builder = flatbuffers.Builder(1 << 20)
+        builder.Finish(self._model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+    def _tensors_of(self, part: TablePart) -> Iterable[tuple[Any, int]]:
+        """Every tensor, with its graph, that is this table."""
+        wanted = part.values.tobytes()
+        same = {
+            i
+            for i, buffer in enumerate(self._model.buffers)
+            if buffer.data is not None
+            and len(buffer.data) == len(wanted)
+            and np.asarray(buffer.data, "uint8").tobytes() == wanted
+        }
+        for graph in self._model.subgraphs:
+            for i, tensor in enumerate(graph.tensors):
+                if tensor.buffer in same:
+                    yield graph, i
+
+    def _take_rows(self, graph: Any, operator: Any, table: int) -> None:
+        """`GATHER` reads floats row by row; `EMBEDDING_LOOKUP` integers too."""
+        codes = self._model.operatorCodes
+        builtin = self._schema.BuiltinOperator
+        code = codes[operator.opcodeIndex]
+        if code.builtinCode != builtin.GATHER:
+            return
+        ids = operator.inputs[1]
+        if len(graph.tensors[ids].shape) != 1:
+            raise RuntimeError("A table is looked up with ids that are not 1-D")
+        operator.inputs = np.array([ids, table], "int32")
+        operator.builtinOptions = None
+        operator.builtinOptionsType = self._schema.BuiltinOptions.NONE
+        operator.opcodeIndex = self._operator_code(builtin.EMBEDDING_LOOKUP, 4)
+
+    def _operator_code(self, builtin: int, version: int) -> int:
+        codes = self._model.operatorCodes
+        for i, code in enumerate(codes):
+            if code.builtinCode == builtin:
+                return i
+        code = self._schema.OperatorCodeT()
+        code.builtinCode = builtin
+        code.deprecatedBuiltinCode = min(builtin, 127)
+        code.version = version
+        codes.append(code)
+        return len(codes) - 1
+
+    def _add_buffer(self, values: np.ndarray) -> int:
+        buffer = self._schema.BufferT()
+        buffer.data = np.frombuffer(values.tobytes(), "uint8")
+        self._model.buffers.append(buffer)
+        return len(self._model.buffers) - 1
+
+    def _add_tensor(
+        self, graph: Any, name: bytes, shape: tuple[int, ...], buffer: int
+    ) -> int:
+        tensor = self._schema.TensorT()
+        tensor.name = name
+        tensor.shape = np.array(shape, "int32")
+        tensor.type = self._schema.TensorType.FLOAT16
+        tensor.buffer = buffer
+        graph.tensors.append(tensor)
+        return len(graph.tensors) - 1

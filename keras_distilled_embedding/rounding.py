@@ -24,7 +24,6 @@ from keras import ops
 
 ROUNDINGS = ("int8", "int4")
 BLOCK = 32
-_BITS = {"int8": 8, "int4": 4}
 # Of the largest number of a block: a smaller one clips it, and rounds the
 # others more finely.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
@@ -46,10 +45,6 @@ class RoundedCodes(NamedTuple):
     scales: Any
     basis: Any
     offset: Any
-
-    def values(self) -> Any:
-        """`C` as it is after rounding, float32 `(input_dim, k)`."""
-        return _scaled(self.integers, self.scales)
 
 
 def check_rounding(name: str, value: Any) -> None:
@@ -76,8 +71,7 @@ def round_codes(codes: Any, basis: Any, rounding: str) -> RoundedCodes:
     Returns:
         `RoundedCodes`, as tensors.
     """
-    coordinates, center, forth, back = _coordinates(codes, basis, rounding)
-    del forth
+    coordinates, center, back = _coordinates(codes, basis, rounding)
     new_basis = ops.matmul(back, basis)
     if rounding == "int4":
         padding = -coordinates.shape[1] % BLOCK
@@ -87,6 +81,24 @@ def round_codes(codes: Any, basis: Any, rounding: str) -> RoundedCodes:
     return RoundedCodes(
         integers, scales, new_basis, ops.matmul(center, basis)[0]
     )
+
+
+def round_table(table: Any, rounding: str) -> tuple[Any, Any]:
+    """Rounds a table that is stored as a whole, as it is.
+
+    Args:
+        table: `E`, float32 `(input_dim, output_dim)`.
+        rounding: `"int8"`, with one scale, or `"int4"`, with one for a block.
+
+    Returns:
+        Integers and scales, as those of `RoundedCodes`.
+    """
+    if rounding == "int8":
+        scale = ops.divide(ops.max(ops.abs(table)), 127.0)
+        scale = ops.reshape(ops.where(scale > 0.0, scale, 1.0), (1, 1))
+        return ops.round(ops.divide(table, scale)), scale
+    padding = -table.shape[1] % BLOCK
+    return _round(ops.pad(table, [[0, 0], [0, padding]]), rounding)
 
 
 def round_in_place(codes: Any, basis: Any, rounding: str) -> Any:
@@ -104,21 +116,19 @@ def round_in_place(codes: Any, basis: Any, rounding: str) -> Any:
         Float32 `(input_dim, rank)`.
     """
     fixed = ops.stop_gradient(codes)
-    coordinates, center, _, back = _coordinates(
+    coordinates, center, back = _coordinates(
         fixed, ops.stop_gradient(basis), rounding
     )
     rank = coordinates.shape[1]
     if rounding == "int4":
         coordinates = ops.pad(coordinates, [[0, 0], [0, -rank % BLOCK]])
-    rounded = _scaled(*_round(coordinates, rounding))[:, :rank]
+    rounded = dequantize(*_round(coordinates, rounding))[:, :rank]
     rounded = ops.add(ops.matmul(rounded, back), center)
     return ops.add(codes, ops.stop_gradient(ops.subtract(rounded, codes)))
 
 
-def _coordinates(
-    codes: Any, basis: Any, rounding: str
-) -> tuple[Any, Any, Any, Any]:
-    """`C = (N - 1 c) T`, `c`, `T` and its inverse."""
+def _coordinates(codes: Any, basis: Any, rounding: str) -> tuple[Any, Any, Any]:
+    """`C = (N - 1 c) T`, `c` and the inverse of `T`."""
     if rounding == "int8":
         low = ops.min(codes, axis=0, keepdims=True)
         high = ops.max(codes, axis=0, keepdims=True)
@@ -143,7 +153,7 @@ def _coordinates(
         forth = ops.transpose(triangle)
         back = ops.solve(forth, ops.eye(size, dtype="float32"))
     centred = ops.subtract(codes, center)
-    return ops.matmul(centred, forth), center, forth, back
+    return ops.matmul(centred, forth), center, back
 
 
 def _round(coordinates: Any, rounding: str) -> tuple[Any, Any]:
@@ -181,12 +191,13 @@ def _round(coordinates: Any, rounding: str) -> tuple[Any, Any]:
     return ops.reshape(best, (rows, columns)), ops.squeeze(scales, axis=-1)
 
 
-def _scaled(integers: Any, scales: Any) -> Any:
+def dequantize(integers: Any, scales: Any) -> Any:
+    """The numbers that integers stand for, float32.
+
+    Args:
+        integers: As of `RoundedCodes`.
+        scales: As of `RoundedCodes`.
+    """
     if tuple(scales.shape) == (1, 1):
         return ops.multiply(integers, scales)
     return ops.multiply(integers, ops.repeat(scales, BLOCK, axis=1))
-
-
-def bits_of(rounding: str) -> int:
-    """Bits of an integer."""
-    return _BITS[rounding]

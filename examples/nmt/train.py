@@ -173,6 +173,7 @@ def distil(
     training: tf.data.Dataset,
     validation: tf.data.Dataset,
     schedule: Recipe,
+    rounding: str | None = None,
     **options,
 ) -> keras.callbacks.History:
     """Trains `student` on the task and towards `teacher`, as `fit` does.
@@ -183,6 +184,8 @@ def distil(
         training: As in `fit`.
         validation: As in `fit`.
         schedule: The recipe. A loss of weight zero is not computed.
+        rounding: `"int8"` or `"int4"`: how the student's codes are rounded
+            while it is trained, as a file of that quantization stores them.
         **options: Those of `fit`.
     """
     import keras_distilled_embedding as kde
@@ -203,5 +206,6 @@ def distil(
             list(losses),
             distillation_loss_weights=list(losses.values()),
             student_loss_weight=schedule.student_loss_weight,
+            rounding=rounding,
         )
     return fit(model, training, validation, schedule, **options)

@@ -26,6 +26,10 @@ from keras_distilled_embedding.distillation.logits_distillation import (
 )
 from keras_distilled_embedding.distillation.teacher_cache import TeacherCache
 from keras_distilled_embedding.distillation.teacher_cache import split_inputs
+from keras_distilled_embedding.layers.distilled_embedding import (
+    DistilledEmbedding,
+)
+from keras_distilled_embedding.rounding import check_rounding
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
@@ -56,6 +60,10 @@ class Distiller(keras.Model):
             `False` switches its dropout off and leaves the statistics of its
             normalizations as they are: worth trying for a student that
             follows its teacher's predictions, see docs/distillation.md.
+        rounding: `"int8"`, `"int4"` or `None`. If given, the student is
+            trained, and left, with its codes rounded as
+            `export_litert(quantization=rounding)` stores them: the file then
+            holds the very integers it was trained with.
 
     Raises:
         TypeError: If teacher, student or a loss is of another class.
@@ -100,9 +108,11 @@ class Distiller(keras.Model):
         student_loss_weight: float = 0.5,
         name: str = "distiller",
         student_training: bool = True,
+        rounding: str | None = None,
         **kwargs: Any,
     ) -> None:
         _check_models(teacher, student)
+        check_rounding("rounding", rounding)
         losses, weights = _check_losses(
             distillation_losses, distillation_loss_weights
         )
@@ -111,6 +121,8 @@ class Distiller(keras.Model):
             # Keras's own finds layers of Functional and Sequential models.
             if type(loss) is not keras.distillation.FeatureDistillation:
                 loss.validate_model_compatibility(teacher, student)
+        if rounding is not None:
+            _set_rounding(student, rounding)
         kwargs.setdefault("dtype", student.dtype_policy)
         super().__init__(name=name, **kwargs)
         self.teacher = teacher
@@ -436,6 +448,23 @@ def _check_models(teacher: keras.Model, student: keras.Model) -> None:
             "student would change the teacher. `compress` copies them. "
             f"Received: shared variables {shared[:5]}"
         )
+
+
+def _set_rounding(student: keras.Model, rounding: str) -> None:
+    layers = [
+        layer
+        for layer in _surgery.iterate_layers(student)
+        if isinstance(layer, DistilledEmbedding)
+    ]
+    refused = [x.name for x in layers if x.hidden_dim is not None]
+    if refused or not layers:
+        raise ValueError(
+            "`rounding` needs a student with `DistilledEmbedding` layers "
+            f"without `hidden_dim`. Received: rounding={rounding!r}, student "
+            f"'{student.name}' with such layers {refused or 'missing'}"
+        )
+    for layer in layers:
+        layer.rounding = rounding
 
 
 def _check_student_loss_weight(weight: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -36,9 +37,15 @@ def quantize_file(
     model = _Model(content)
     names = [name for _, part in parts for name in model.readers(part)]
     model = _Model(_quantize_the_rest(content, names))
+    for table, part in parts:
+        model.store(part, table.rounding)
+    model.drop_names()
     counts: dict[str, int] = {}
     for table, part in parts:
-        copies = model.store(part, table.rounding)
+        # Whatever is as large, so that no copy goes unseen that the converter
+        # has put a factor into; other tables of that shape have one each.
+        alike = sum(p.values.shape == part.values.shape for _, p in parts)
+        copies = math.ceil(model.count(part.values.shape) / alike)
         counts[table.name] = max(counts.get(table.name, 0), copies)
     return model.pack(), counts
 
@@ -120,8 +127,29 @@ class _Model:
                     ]
         return found
 
-    def store(self, part: TablePart, rounding: str) -> int:
-        """Puts integers in the place of a table; returns how many buffers."""
+    def count(self, shape: tuple[int, int]) -> int:
+        """How many buffers hold a matrix of a shape, or transposed."""
+        return len(
+            {
+                tensor.buffer
+                for graph in self._model.subgraphs
+                for tensor in graph.tensors
+                if tensor.shape is not None
+                and tuple(tensor.shape) in (shape, shape[::-1])
+                and self._model.buffers[tensor.buffer].data is not None
+            }
+        )
+
+    def drop_names(self) -> None:
+        """Of tensors that no signature names: of no use, and not small."""
+        for graph in self._model.subgraphs:
+            named = {int(i) for i in (*graph.inputs, *graph.outputs)}
+            for i, tensor in enumerate(graph.tensors):
+                if i not in named:
+                    tensor.name = b""
+
+    def store(self, part: TablePart, rounding: str) -> None:
+        """Puts integers in the place of a table."""
         tensors = list(self._tensors_of(part))
         buffers = {graph.tensors[i].buffer for graph, i in tensors}
         for buffer in buffers:
@@ -150,7 +178,6 @@ class _Model:
             options = self._schema.QuantizationDetails
             tensor.quantization.detailsType = options.BlockwiseQuantization
             tensor.quantization.details = details
-        return len(buffers)
 
     def pack(self) -> bytes:
         """The file."""

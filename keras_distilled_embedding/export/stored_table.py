@@ -11,7 +11,9 @@ from keras import ops
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
+from keras_distilled_embedding.rounding import dequantize
 from keras_distilled_embedding.rounding import round_codes
+from keras_distilled_embedding.rounding import round_table
 
 
 class StoredTable(keras.layers.Layer):
@@ -22,8 +24,8 @@ class StoredTable(keras.layers.Layer):
 
     Args:
         embedding: The layer that it stands for: a `DistilledEmbedding`, or a
-            float `Embedding` or `ReversibleEmbedding`, whose own table `C`
-            then is, its columns scaled.
+            float `Embedding` or `ReversibleEmbedding`, whose own table is
+            stored, without basis and offset.
         rounding: `"int8"` or `"int4"`.
     """
 
@@ -78,22 +80,27 @@ class StoredTable(keras.layers.Layer):
 
 
 class TablePart:
-    """One table of integers; plain arrays, constants of the graph."""
+    """One table of integers; plain arrays, constants of the graph.
+
+    Args:
+        codes: What is stored as integers, float32 `(input_dim, k)`.
+        basis: What it is multiplied with, or `None` for a dense table.
+        rounding: `"int8"` or `"int4"`.
+    """
 
     def __init__(self, codes: Any, basis: Any | None, rounding: str) -> None:
-        self.is_diagonal = basis is None
-        if basis is None:
-            basis = ops.eye(codes.shape[1], dtype="float32")
-        rounded = round_codes(codes, basis, rounding)
         to_numpy = ops.convert_to_numpy
-        self.integers = to_numpy(rounded.integers).astype("int8")
-        self.scales = to_numpy(rounded.scales)
-        self.values = to_numpy(rounded.values())
-        self.basis = to_numpy(rounded.basis)
-        self.offset = to_numpy(rounded.offset)
-        # Of a dense table in int8 the basis is a scale for each column; in
-        # int4 it is the identity, padded to whole blocks.
-        self.columns = np.diagonal(self.basis).copy()
+        self.basis = self.offset = None
+        self.width = codes.shape[1]
+        if basis is None:
+            integers, scales = round_table(codes, rounding)
+        else:
+            integers, scales, *rest = round_codes(codes, basis, rounding)
+            self.basis, self.offset = map(to_numpy, rest)
+            self.width = self.basis.shape[1]
+        self.integers = to_numpy(integers).astype("int8")
+        self.scales = to_numpy(scales)
+        self.values = to_numpy(dequantize(integers, scales))
 
     def packed(self, rounding: str) -> np.ndarray:
         """The integers as bytes: two of four bits in one, the first lower."""
@@ -104,36 +111,32 @@ class TablePart:
 
     def stored_bytes(self, rounding: str) -> int:
         """Bytes in a file, the basis counted once and in 8 bits."""
-        total = len(self.packed(rounding)) + 4 * len(self.offset)
-        total += 4 * len(self.columns) if self.is_diagonal else self.basis.size
         scales = 4 if rounding == "int8" else 2 * self.scales.size
-        return total + scales
+        total = len(self.packed(rounding)) + scales
+        if self.basis is not None:
+            total += self.basis.size + 4 * self.offset.size
+        return total
 
     def look_up(self, ids: Any) -> Any:
+        """Rows of the table, `(..., width)`."""
         flat = ops.reshape(ops.cast(ids, "int32"), (-1,))
         rows = ops.take(ops.convert_to_tensor(self.values), flat, axis=0)
-        width = self.basis.shape[1]
-        if self.is_diagonal:
-            rows = ops.multiply(rows[:, :width], self.columns)
+        if self.basis is not None:
+            rows = ops.add(ops.matmul(rows, self.basis), self.offset)
         else:
-            rows = ops.matmul(rows, self.basis)
-        rows = ops.add(rows, self.offset)
-        shape = ops.shape(ids)
-        return ops.reshape(rows, (*shape, width))
+            rows = rows[:, : self.width]
+        return ops.reshape(rows, (*ops.shape(ids), self.width))
 
     def project(self, hidden: Any) -> Any:
-        if self.is_diagonal:
-            states = ops.multiply(hidden, self.columns)
-            padding = self.values.shape[1] - states.shape[-1]
+        """Products with all rows of the table."""
+        if self.basis is None:
+            padding = self.values.shape[1] - self.width
             if padding:
-                states = ops.pad(
-                    states, [[0, 0]] * (len(states.shape) - 1) + [[0, padding]]
-                )
-        else:
-            states = ops.matmul(hidden, self.basis.T)
-        logits = ops.matmul(states, self.values.T)
-        shift = ops.matmul(hidden, self.offset[:, None])
-        return ops.add(logits, shift)
+                before = [[0, 0]] * (len(hidden.shape) - 1)
+                hidden = ops.pad(hidden, [*before, [0, padding]])
+            return ops.matmul(hidden, self.values.T)
+        logits = ops.matmul(ops.matmul(hidden, self.basis.T), self.values.T)
+        return ops.add(logits, ops.matmul(hidden, self.offset[:, None]))
 
 
 def _factors(embedding: keras.layers.Layer) -> list[tuple[Any, Any | None]]:

@@ -1,21 +1,34 @@
 """One decoder step at a time, with a key/value cache, for LiteRT.
 
-A file of these signatures computes each token once, where one of
-`model.encoder` and `model.decoder` computes a whole prefix for every token.
-`runner.py` searches with it, on a device without Keras.
+Exported with these signatures, a model computes every token once, where
+`model.decoder` computes the whole prefix again for each. `runner.py` searches
+with such a file on a device without Keras; the file carries its tokenizer.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import os
+import zipfile
+from pathlib import Path
 
 import keras
 from keras import ops
 from keras_nlp.layers import CachedMultiHeadAttention
 from keras_nlp.layers import TransformerDecoder
 
+from keras_distilled_embedding._files import write_atomically
+
+from .data import BOS_ID
+from .data import EOS_ID
 from .data import PAD_ID
 from .model import decoder_layers
+
+# Names in the zip at the end of the file; `runner.py` reads them.
+VOCABULARY_MEMBER = "vocabulary.spm"
+SETTINGS_MEMBER = "translation.json"
 
 # Added to the scores of what must not be attended to.
 _EXCLUDED = -1e9
@@ -24,32 +37,36 @@ _EXCLUDED = -1e9
 def stepwise_signatures(
     model: keras.Model, max_length: int
 ) -> dict[str, keras.Model]:
-    """The two halves of `model` between which a search goes back and forth.
+    """The two parts of `model` that a search for a translation calls.
 
-    `encode` reads a sentence once: `{"source": (b, s)}` ids to what every
-    step needs of it, `"cross_key_i"` and `"cross_value_i"` for the decoder
-    layer `i` and `"cross_bias"`, which excludes padding.
+    `encode` reads a sentence once. It maps `{"source": (b, s)}` ids to what
+    every step needs of it: `"cross_key_i"` and `"cross_value_i"`, `(b, heads,
+    s, head_dim)`, for each decoder layer `i`, and `"cross_bias"`, which
+    excludes padding.
 
-    `decode` reads one token: `"token"` `(b, 1)`, its `"position"` `(1,)`, all
-    that `encode` returns, with a batch of `b` or, for the hypotheses of one
-    sentence, of 1, and the caches `"self_key_i"` and `"self_value_i"`, whose
-    length is `max_length` at every step. It returns `"logits"`
-    `(b, vocabulary_size)` of the next token, and the caches with this
-    token in them.
+    `decode` reads a token. Its inputs are `"token"` `(b, 1)`, the `"position"`
+    `(1,)` where it is, all that `encode` returns (with a batch of `b`, or of 1
+    for the hypotheses of one sentence), and the caches `"self_key_i"` and
+    `"self_value_i"`, `(b, heads, max_length, head_dim)`, which start as zeros.
+    It returns the caches with this token in them, and the `"logits"` `(b,
+    vocabulary_size)` of the next.
 
     Args:
         model: A model of `model.build_transformer`, compressed or not.
-        max_length: Positions of the caches, at most the model's longest.
+        max_length: Positions in the caches.
 
     Returns:
         Functional models by name, made of the layers of `model`, for
         `export_litert(model, path, signatures=...)`.
+
+    Raises:
+        ValueError: If the model has not that many positions.
     """
     longest = model.get_layer("target_position").sequence_length
     if not 1 <= max_length <= longest:
         raise ValueError(
-            "`max_length` must be a number of the model's positions, 1 to "
-            f"{longest}. Received: max_length={max_length}"
+            "`max_length` must be from 1 to the number of the model's "
+            f"positions, {longest}. Received: max_length={max_length}"
         )
     return {"encode": _encode(model), "decode": _decode(model, max_length)}
 
@@ -57,9 +74,8 @@ def stepwise_signatures(
 def _encode(model: keras.Model) -> keras.Model:
     source = model.get_layer("source").output
     memory = model.get_layer("memory").output
-    is_padding = ops.equal(source, PAD_ID)
-    bias = ops.where(is_padding, _EXCLUDED, 0.0)
-    # Over heads and queries.
+    bias = ops.where(ops.equal(source, PAD_ID), _EXCLUDED, 0.0)
+    # For all heads and all queries.
     bias = ops.expand_dims(ops.expand_dims(bias, 1), 1)
     outputs = {"cross_bias": bias}
     for i, layer in enumerate(decoder_layers(model)):
@@ -75,22 +91,22 @@ def _decode(model: keras.Model, max_length: int) -> keras.Model:
     bias = keras.Input((1, 1, None), name="cross_bias")
     inputs = {"token": token, "position": position, "cross_bias": bias}
     outputs = {}
-    positions = ops.arange(max_length)
-    past = ops.where(ops.less_equal(positions, position), 0.0, _EXCLUDED)
-    # Without the axis of the one position, on which matrix products of Keras
-    # would compute shapes at every step.
-    ids = ops.reshape(token, (-1,))
-    x = layer("embedding_scale")(layer("token_embedding")(ids))
+    is_past = ops.less_equal(ops.arange(max_length), position)
+    past_bias = ops.where(is_past, 0.0, _EXCLUDED)
+    # (b, d_model) from here on: with an axis for the one position, products
+    # with matrices would compute shapes at every step.
+    x = layer("token_embedding")(ops.reshape(token, (-1,)))
+    x = layer("embedding_scale")(x)
     x = ops.add(x, _row(layer("target_position"), position))
     for i, decoder in enumerate(decoder_layers(model)):
         own = [f"self_key_{i}", f"self_value_{i}"]
         cross = [f"cross_key_{i}", f"cross_value_{i}"]
         for names, length in ((own, max_length), (cross, None)):
-            for name, shape in zip(names, _cache_shapes(decoder, length)):
+            for name in names:
+                shape = _cache_shape(decoder, length)
                 inputs[name] = keras.Input(shape, name=name)
-        own_caches = [inputs[name] for name in own]
         x, *updated = _self_attention(decoder, i, max_length)(
-            [x, position, past, *own_caches]
+            [x, position, past_bias, *(inputs[name] for name in own)]
         )
         outputs |= dict(zip(own, updated))
         x = _cross_attention(decoder, i)(
@@ -102,39 +118,41 @@ def _decode(model: keras.Model, max_length: int) -> keras.Model:
     return keras.Model(inputs, outputs, name="decode")
 
 
-# The blocks of a decoder layer: models, since the names of the layers inside
-# are unique in each of them only.
+# The blocks of a decoder layer. They are models, since the names of the layers
+# inside are unique within each block only.
 
 
 def _cross_projections(decoder: TransformerDecoder, i: int) -> keras.Model:
-    """The memory `(b, s, d_model)` to what cross-attention reads of it."""
+    """Of the memory `(b, s, d_model)`, the keys and values."""
     attention = decoder._cross_attention_layer
     memory = keras.Input((None, _width(decoder)))
-    # Of (b, s, heads, head_dim).
-    key = ops.transpose(attention._key_dense(memory), (0, 2, 1, 3))
-    value = ops.transpose(attention._value_dense(memory), (0, 2, 3, 1))
-    return keras.Model(memory, [key, value], name=f"cross_projections_{i}")
+    outputs = [
+        ops.transpose(project(memory), (0, 2, 1, 3))
+        for project in (attention._key_dense, attention._value_dense)
+    ]
+    return keras.Model(memory, outputs, name=f"cross_projections_{i}")
 
 
 def _self_attention(
     decoder: TransformerDecoder, i: int, max_length: int
 ) -> keras.Model:
     attention = decoder._self_attention_layer
-    heads, size = _heads(decoder)
     x = keras.Input((_width(decoder),))
     position = keras.Input(batch_shape=(1,), dtype="int32")
-    past = keras.Input(batch_shape=(max_length,))
-    keys, values = map(keras.Input, _cache_shapes(decoder, max_length))
+    bias = keras.Input(batch_shape=(max_length,))
+    shape = _cache_shape(decoder, max_length)
+    caches = [keras.Input(shape), keras.Input(shape)]
     y = _sequence(decoder._self_attention_layer_norm(x))
-    key = ops.reshape(attention._key_dense(y), (-1, heads, 1, size))
-    value = ops.reshape(attention._value_dense(y), (-1, heads, size, 1))
-    at = ops.reshape(position, ())
-    new_keys = ops.slice_update(keys, [0, 0, at, 0], key)
-    new_values = ops.slice_update(values, [0, 0, 0, at], value)
-    y = _attend(attention, y, new_keys, new_values, past)
+    start = [0, 0, ops.reshape(position, ()), 0]
+    projections = (attention._key_dense, attention._value_dense)
+    updated = [
+        ops.slice_update(cache, start, _by_head(project(y), decoder))
+        for cache, project in zip(caches, projections)
+    ]
+    y = _attend(attention, y, *updated, bias)
     return keras.Model(
-        [x, position, past, keys, values],
-        [ops.add(x, y), new_keys, new_values],
+        [x, position, bias, *caches],
+        [ops.add(x, y), *updated],
         name=f"self_attention_{i}",
     )
 
@@ -142,7 +160,8 @@ def _self_attention(
 def _cross_attention(decoder: TransformerDecoder, i: int) -> keras.Model:
     x = keras.Input((_width(decoder),))
     bias = keras.Input((1, 1, None))
-    keys, values = map(keras.Input, _cache_shapes(decoder, None))
+    shape = _cache_shape(decoder, None)
+    keys, values = keras.Input(shape), keras.Input(shape)
     y = _sequence(decoder._cross_attention_layer_norm(x))
     y = _attend(decoder._cross_attention_layer, y, keys, values, bias)
     return keras.Model(
@@ -165,43 +184,39 @@ def _attend(
     values: keras.KerasTensor,
     bias: keras.KerasTensor,
 ) -> keras.KerasTensor:
-    """What one query `(b, 1, d_model)` attends to.
-
-    Keys are `(b, heads, n, head_dim)` and values `(b, heads, head_dim, n)`:
-    both are multiplied along their last axis, as LiteRT wants them.
-    """
-    heads, size = attention._num_heads, attention._key_dim
+    """What the one query in `x` `(b, 1, d_model)` finds, `(b, d_model)`."""
+    heads, size = attention.num_heads, attention.key_dim
     query = ops.reshape(attention._query_dense(x), (-1, heads, 1, size))
     query = ops.multiply(query, 1 / math.sqrt(size))
     scores = ops.matmul(query, ops.transpose(keys, (0, 1, 3, 2)))
     weights = ops.softmax(ops.add(scores, bias))
-    context = ops.matmul(weights, ops.transpose(values, (0, 1, 3, 2)))
-    context = ops.reshape(context, (-1, 1, heads, size))
-    y = attention._output_dense(context)
+    found = ops.reshape(ops.matmul(weights, values), (-1, 1, heads, size))
+    y = attention._output_dense(found)
     return ops.reshape(y, (-1, y.shape[-1]))
 
 
 def _sequence(x: keras.KerasTensor) -> keras.KerasTensor:
-    """`(b, d_model)` to sequences of one."""
+    """`(b, d_model)` as sequences of one, which attention takes."""
     return ops.expand_dims(x, 1)
 
 
-def _heads(decoder: TransformerDecoder) -> tuple[int, int]:
-    """How many attention heads there are, and how wide each is."""
+def _by_head(
+    x: keras.KerasTensor, decoder: TransformerDecoder
+) -> keras.KerasTensor:
+    """`(b, 1, heads, head_dim)` as `(b, heads, 1, head_dim)`."""
+    return ops.reshape(x, (-1, *_cache_shape(decoder, 1)))
+
+
+def _cache_shape(
+    decoder: TransformerDecoder, length: int | None
+) -> tuple[int, int | None, int]:
+    """Of keys or values, without the batch."""
     attention = decoder._self_attention_layer
-    return attention._num_heads, attention._key_dim
+    return attention.num_heads, length, attention.key_dim
 
 
 def _width(decoder: TransformerDecoder) -> int:
     return decoder._feedforward_output_dense.units
-
-
-def _cache_shapes(
-    decoder: TransformerDecoder, length: int | None
-) -> tuple[tuple, tuple]:
-    """Of the keys and of the values, without the batch."""
-    heads, size = _heads(decoder)
-    return (heads, length, size), (heads, size, length)
 
 
 def _row(
@@ -211,3 +226,56 @@ def _row(
     width = layer.position_embeddings.shape[-1]
     row = layer(ops.zeros((1, 1, width)), positions=position)
     return ops.reshape(row, (1, width))
+
+
+# The tokenizer in the file
+
+
+def embed_vocabulary(
+    model_path: str | os.PathLike, vocabulary_path: str | os.PathLike
+) -> None:
+    """Puts the tokenizer into a file of `stepwise_signatures`.
+
+    It is appended as a zip of associated files, as TFLite Metadata does: the
+    model stays as valid as it is. Beside it is a JSON object with the ids of
+    the special pieces and the longest sequence. What an earlier call has
+    put there is replaced, other associated files stay.
+
+    Args:
+        model_path: The LiteRT file; replaced by the new one once that is
+            complete.
+        vocabulary_path: The SentencePiece model.
+
+    Raises:
+        FileNotFoundError: If one of the files does not exist.
+        ValueError: If one of them is not what it should be, or if the
+            tokenizer has not as many pieces as the model has logits.
+    """
+    # It says what is wrong with files as well on a device as here.
+    from .runner import LiteRTRunner
+
+    model_path, vocabulary_path = Path(model_path), Path(vocabulary_path)
+    runner = LiteRTRunner(model_path, vocabulary_path)
+    settings = {
+        "pad_id": PAD_ID,
+        "bos_id": BOS_ID,
+        "eos_id": EOS_ID,
+        "max_length": runner.max_length,
+    }
+    members = {
+        VOCABULARY_MEMBER: vocabulary_path.read_bytes(),
+        SETTINGS_MEMBER: json.dumps(settings).encode(),
+    }
+    content = model_path.read_bytes()
+    if zipfile.is_zipfile(model_path):
+        with zipfile.ZipFile(model_path) as archive:
+            infos = archive.infolist()
+            members = {i.filename: archive.read(i) for i in infos} | members
+        content = content[: min(info.header_offset for info in infos)]
+    buffer = io.BytesIO(content)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        for name, member in members.items():
+            # Not compressed, so that a device can map them; without a date,
+            # so that the same files make the same file.
+            archive.writestr(zipfile.ZipInfo(name), member)
+    write_atomically(model_path, lambda file: file.write(buffer.getbuffer()))

@@ -1,0 +1,264 @@
+"""LiteRT files of integers: what is stored, how often, and what it computes."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_distilled_embedding import compress
+from keras_distilled_embedding import export_litert
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.rounding import round_codes
+
+pytest.importorskip("tensorflow")
+interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+pytest.importorskip("ai_edge_quantizer")
+
+VOCABULARY, WIDTH, RANK = 500, 64, 9
+QUANTIZATION = pytest.mark.parametrize("quantization", ["int8", "int4"])
+IDS = np.array([[1, 60, 7, 499], [2, 5, 0, 0]], dtype="int32")
+
+
+def dense(**options):
+    return keras.layers.ReversibleEmbedding(
+        VOCABULARY, WIDTH, name="tokens", **options
+    )
+
+
+def factorized(**options):
+    return DistilledEmbedding(VOCABULARY, WIDTH, RANK, name="tokens", **options)
+
+
+EMBEDDINGS = pytest.mark.parametrize("make_embedding", [dense, factorized])
+
+
+def make_model(make_embedding=factorized, **options):
+    keras.utils.set_random_seed(0)
+    embedding = make_embedding(**options)
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    x = keras.layers.Dense(WIDTH, "tanh", name="hidden")(embedding(ids))
+    return keras.Model(ids, embedding(x, reverse=True))
+
+
+def read(path):
+    return schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+
+
+def run(path, **inputs):
+    outputs = interpreter.Interpreter(str(path)).get_signature_runner()(
+        **inputs
+    )
+    return outputs["output_0"]
+
+
+def tables_in(path, size):
+    """Buffers of that many bytes."""
+    return [
+        bytes(buffer.data)
+        for buffer in read(path).buffers
+        if buffer.data is not None and len(buffer.data) == size
+    ]
+
+
+def operators_in(path):
+    model = read(path)
+    return {code.builtinCode for code in model.operatorCodes}
+
+
+@EMBEDDINGS
+@QUANTIZATION
+def test_one_copy_that_computes_what_keras_does(
+    make_embedding, quantization, tmp_path
+):
+    model, path = make_model(make_embedding), tmp_path / "model.tflite"
+    report = export_litert(
+        model, path, quantization=quantization, verbose=False
+    )
+    assert report.tables == {"tokens": 1}
+    columns = WIDTH if make_embedding is dense else RANK
+    if quantization == "int4":
+        columns = -(-columns // 32) * 32 // 2
+    assert len(tables_in(path, VOCABULARY * columns)) == 1
+    assert schema.BuiltinOperator.EMBEDDING_LOOKUP in operators_in(path)
+    assert report.bytes == path.stat().st_size
+    found, expected = run(path, ids=IDS), ops.convert_to_numpy(model(IDS))
+    assert found.shape == expected.shape
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < {"int8": 0.03, "int4": 0.15}[quantization]
+    # Any batch, any length.
+    for shape in ((1, 1), (3, 11)):
+        ids = np.ones(shape, "int32")
+        assert run(path, ids=ids).shape == (*shape, VOCABULARY)
+
+
+@QUANTIZATION
+def test_the_integers_are_those_that_were_trained(quantization, tmp_path):
+    """And the file computes what the rounded Keras model does."""
+    model = make_model(rounding=quantization)
+    path = tmp_path / "model.tflite"
+    report = export_litert(
+        model, path, quantization=quantization, verbose=False
+    )
+    layer = model.get_layer("tokens")
+    codes = np.maximum(ops.convert_to_numpy(layer.codes), 0)
+    integers = ops.convert_to_numpy(
+        round_codes(codes, layer.basis, quantization).integers
+    ).astype("int8")
+    if quantization == "int8":
+        wanted = integers.tobytes()
+    else:
+        nibbles = (integers.reshape(-1, 2) & 15).astype("uint8")
+        wanted = (nibbles[:, 0] + 16 * nibbles[:, 1]).astype("uint8").tobytes()
+    (stored,) = tables_in(path, len(wanted))
+    assert stored == wanted
+    # What is left is int8 of hidden states and of the other matrices.
+    assert report.fidelity.relative_rms_error < 0.02
+    with pytest.raises(ValueError, match=f"'{quantization}', as.*'tokens' was"):
+        other = {"int8": "int4", "int4": "int8"}[quantization]
+        export_litert(model, path, quantization=other, verbose=False)
+
+
+@QUANTIZATION
+def test_untied(quantization, tmp_path):
+    """Look-up and projection each have their own table, once."""
+    model, path = make_model(tie_weights=False), tmp_path / "model.tflite"
+    report = export_litert(
+        model, path, quantization=quantization, verbose=False
+    )
+    assert report.tables == {"tokens": 1}
+    size = VOCABULARY * (RANK if quantization == "int8" else 16)
+    assert len(tables_in(path, size)) == 2
+    found, expected = run(path, ids=IDS), ops.convert_to_numpy(model(IDS))
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < 0.15
+
+
+@QUANTIZATION
+def test_signatures_share_the_table(quantization, tmp_path):
+    model, path = make_model(), tmp_path / "model.tflite"
+    embedding = model.get_layer("tokens")
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    states = keras.Input((None, WIDTH), name="states")
+    signatures = {
+        "encode": keras.Model(ids, model.get_layer("hidden")(embedding(ids))),
+        "decode": keras.Model(states, embedding(states, reverse=True)),
+    }
+    report = export_litert(
+        model,
+        path,
+        quantization=quantization,
+        signatures=signatures,
+        verbose=False,
+    )
+    assert report.tables == {"tokens": 1}
+    assert set(report.signatures) == {"encode", "decode"}
+    litert = interpreter.Interpreter(str(path))
+    encoded = litert.get_signature_runner("encode")(ids=IDS)["output_0"]
+    logits = litert.get_signature_runner("decode")(states=encoded)["output_0"]
+    expected = ops.convert_to_numpy(model(IDS))
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    assert error < 0.15
+
+
+def test_soft_cap_and_masks(tmp_path):
+    keras.utils.set_random_seed(0)
+    embedding = factorized(mask_zero=True, logit_soft_cap=0.5)
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    pooled = keras.layers.GlobalAveragePooling1D()(embedding(ids))
+    model = keras.Model(ids, embedding(pooled, reverse=True))
+    embedding.basis.assign(20 * embedding.basis)
+    path = tmp_path / "model.tflite"
+    export_litert(model, path, quantization="int8", verbose=False)
+    found, expected = run(path, ids=IDS), ops.convert_to_numpy(model(IDS))
+    assert np.abs(found).max() <= 0.5
+    np.testing.assert_allclose(found, expected, atol=0.1)
+
+
+def test_a_layer_quantized_by_keras_is_exported(tmp_path):
+    """Whose own int8 does not survive the converter."""
+    model, path = make_model(), tmp_path / "model.tflite"
+    expected = ops.convert_to_numpy(model(IDS))
+    model.get_layer("tokens").quantize("int8")
+    export_litert(model, path, quantization="int8", verbose=False)
+    found = run(path, ids=IDS)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < 0.03
+
+
+def test_sizes(tmp_path):
+    """Of a vocabulary that is large enough for the file's own overhead."""
+    keras.utils.set_random_seed(0)
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    embedding = DistilledEmbedding(20_000, 256, 31, name="tokens")
+    x = keras.layers.Dense(256, name="hidden")(embedding(ids))
+    model = keras.Model(ids, embedding(x, reverse=True))
+    table = 4 * 20_000 * 256
+    for quantization, overhead, ratio in (
+        (None, 1.03, 8),
+        ("int8", 1.04, 30),
+        ("int4", 1.06, 50),
+    ):
+        report = export_litert(
+            model,
+            tmp_path / "model.tflite",
+            quantization=quantization,
+            verbose=False,
+        )
+        assert 1 <= report.overhead < overhead
+        if quantization:
+            assert table / report.table_bytes["tokens"] > ratio
+
+
+def test_fidelity_on_given_inputs(tmp_path):
+    model, path = make_model(), tmp_path / "model.tflite"
+    report = export_litert(
+        model, path, quantization="int8", fidelity_inputs=[IDS], verbose=False
+    )
+    found, expected = run(path, ids=IDS), ops.convert_to_numpy(model(IDS))
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    same = (found.argmax(-1) == expected.argmax(-1)).mean()
+    assert report.fidelity.num_inputs == 1
+    assert report.fidelity.relative_rms_error == pytest.approx(error, rel=1e-4)
+    assert report.fidelity.top1_agreement == pytest.approx(same)
+    assert f"{error:.2%}" in str(report)
+    with pytest.raises(ValueError, match="idz"):
+        export_litert(
+            model, path, fidelity_inputs=[{"idz": IDS}], verbose=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (make_model, {"quantization": "int2"}, "quantization='int2'"),
+        (
+            lambda: make_model(hidden_dim=8),
+            {"quantization": "int8"},
+            "cannot be stored as integers.*'tokens' with hidden_dim=8",
+        ),
+    ],
+)
+def test_refused(make, options, message, tmp_path):
+    path = tmp_path / "model.tflite"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match=message):
+        export_litert(make(), path, verbose=False, **options)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_compressed_model_of_kerashub(tmp_path):
+    """Tables inside layers, too."""
+    pytest.importorskip("keras_hub")
+    from tests.architectures import ARCHITECTURES
+
+    architecture = next(a for a in ARCHITECTURES if a.name == "OPT")
+    student = compress(architecture.make(), rank=4, verbose=0)
+    path, batch = tmp_path / "model.tflite", architecture.inputs()
+    report = export_litert(student, path, quantization="int8", verbose=False)
+    assert report.tables == {"token_embedding": 1}
+    found = run(path, **batch)
+    expected = ops.convert_to_numpy(student(batch))
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterable
@@ -14,6 +15,9 @@ import numpy as np
 from keras_distilled_embedding.export.stored_table import StoredTable
 from keras_distilled_embedding.export.stored_table import TablePart
 from keras_distilled_embedding.rounding import BLOCK
+
+# Bytes from which a matrix is worth storing in 8 bits.
+_LARGE = 4_096
 
 
 def quantize_file(
@@ -39,6 +43,7 @@ def quantize_file(
     model = _Model(_quantize_the_rest(content, names))
     for table, part in parts:
         model.store(part, table.rounding)
+    model.store_what_is_read_by_rows()
     model.drop_names()
     counts: dict[str, int] = {}
     for table, part in parts:
@@ -139,6 +144,76 @@ class _Model:
                 and self._model.buffers[tensor.buffer].data is not None
             }
         )
+
+    def store_what_is_read_by_rows(self) -> None:
+        """Stores tables of positions and the like in 8 bits.
+
+        ai-edge-quantizer leaves them, since nothing multiplies with them:
+        rows are taken of the integers, and made floats.
+        """
+        for graph in self._model.subgraphs:
+            for i in range(len(graph.tensors)):
+                readers = [o for o in graph.operators if i in list(o.inputs)]
+                if self._is_read_by_rows(graph.tensors[i], readers):
+                    self._store_in_8_bits(graph, i, readers)
+
+    def _is_read_by_rows(self, tensor: Any, readers: list[Any]) -> bool:
+        data = self._model.buffers[tensor.buffer].data
+        builtin = self._schema.BuiltinOperator
+        return (
+            tensor.type == self._schema.TensorType.FLOAT32
+            and data is not None
+            and len(data) >= _LARGE
+            and tensor.shape is not None
+            and len(tensor.shape) == 2
+            and bool(readers)
+            and all(
+                self._model.operatorCodes[reader.opcodeIndex].builtinCode
+                in (builtin.GATHER, builtin.SLICE, builtin.STRIDED_SLICE)
+                for reader in readers
+            )
+            # Not what another graph reads otherwise.
+            and sum(
+                other.buffer == tensor.buffer
+                for graph in self._model.subgraphs
+                for other in graph.tensors
+            )
+            == 1
+        )
+
+    def _store_in_8_bits(self, graph: Any, i: int, readers: list[Any]) -> None:
+        tensor = graph.tensors[i]
+        buffer = self._model.buffers[tensor.buffer]
+        values = np.asarray(buffer.data, "uint8").view("float32")
+        scale = max(float(np.abs(values).max()) / 127.0, 1e-30)
+        integers = np.round(values / scale).astype("int8")
+        buffer.data = integers.view("uint8")
+        quantization = self._schema.QuantizationParametersT()
+        quantization.scale = np.array([scale], "float32")
+        quantization.zeroPoint = np.zeros(1, "int64")
+        tensor.type = self._schema.TensorType.INT8
+        tensor.quantization = quantization
+        codes = self._model.operatorCodes
+        for reader in readers:
+            code = codes[reader.opcodeIndex]
+            code.version = max(code.version, 2)  # that of integers
+            (output,) = reader.outputs
+            rows = copy.copy(graph.tensors[output])
+            rows.type = self._schema.TensorType.INT8
+            rows.quantization = quantization
+            rows.buffer = 0
+            graph.tensors.append(rows)
+            reader.outputs = np.array([len(graph.tensors) - 1], "int32")
+            dequantize = self._schema.OperatorT()
+            dequantize.opcodeIndex = self._operator_code(
+                self._schema.BuiltinOperator.DEQUANTIZE, 2
+            )
+            dequantize.inputs = reader.outputs
+            dequantize.outputs = np.array([output], "int32")
+            place = next(
+                k for k, o in enumerate(graph.operators) if o is reader
+            )
+            graph.operators.insert(place + 1, dequantize)
 
     def drop_names(self) -> None:
         """Of tensors that no signature names: of no use, and not small."""

@@ -471,9 +471,7 @@ def no_work(monkeypatch):
     def work(*args, **kwargs):
         raise AssertionError("the model was converted")
 
-    monkeypatch.setattr(
-        "keras_distilled_embedding.export.litert._convert", work
-    )
+    monkeypatch.setattr("keras_distilled_embedding.export.litert.convert", work)
 
 
 class Subclassed(keras.Model):

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def export_litert(
         stored = _stored_tables(signatures, quantization)
         copies = _surgery.copy_models(list(signatures.values()), stored)
         parts = dict(zip(signatures, copies))
-    content = _convert(parts, sequence_length)
+    content = convert(parts, sequence_length)
     if quantization is None:
         tables = _count_tables(content, model)
     else:
@@ -249,10 +250,21 @@ def _with_activations_applied(
     return dict(zip(signatures, _surgery.copy_models(parts, applied)))
 
 
-def _convert(
-    signatures: Mapping[str, keras.Model], sequence_length: int | None
+def convert(
+    signatures: Mapping[str, keras.Model],
+    sequence_length: int | None = None,
+    optimizations: Sequence[Any] = (),
 ) -> bytes:
-    """The LiteRT file of the models, as bytes."""
+    """The LiteRT file that TensorFlow's converter makes, as bytes.
+
+    Args:
+        signatures: Models by signature name.
+        sequence_length: As of `export_litert`.
+        optimizations: The converter's own, of `tf.lite.Optimize`.
+
+    Raises:
+        ValueError: If the models need operators that LiteRT has not.
+    """
     tf, _ = _import_litert()
     archive = keras.export.ExportArchive()
     for name, part in signatures.items():
@@ -265,6 +277,7 @@ def _convert(
         )
         # Fails here rather than on the device, where Flex operators would.
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        converter.optimizations = list(optimizations)
         try:
             return converter.convert()
         except Exception as error:

@@ -94,7 +94,7 @@ class LiteRTRunner:
                 shape[1] for shape in self._cache_shapes.values()
             ),
         }
-        settings |= json.loads(members.get("translation.json", b"{}"))
+        settings |= json.loads(members.get("translation.json", "{}"))
         self._pad_id = settings["pad_id"]
         self._bos_id = settings["bos_id"]
         self._eos_id = settings["eos_id"]
@@ -109,9 +109,16 @@ class LiteRTRunner:
                 and the likeliest is the translation.
 
         Raises:
-            ValueError: If the sentence is longer than the model's longest.
+            TypeError: If `sentence` is not a string.
+            ValueError: If it is longer than the model's longest, or if
+                `num_beams` is not a positive integer.
         """
         num_beams = _at_least_one("num_beams", num_beams)
+        if not isinstance(sentence, str):
+            raise TypeError(
+                "`sentence` must be one string. "
+                f"Received: sentence={sentence!r}"
+            )
         source = self._pieces.encode(sentence)
         if not source:
             return ""
@@ -308,8 +315,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8")
+    sys.stdout.reconfigure(encoding="utf-8")
+    if not options.sentence:
+        sys.stdin.reconfigure(encoding="utf-8")
     status = 0
     for number, sentence in enumerate(options.sentence or sys.stdin, 1):
         try:

@@ -94,6 +94,8 @@ def _random_inputs(
                 shape[0] = _BATCH
             if "mask" in name or tensor.dtype == "bool":
                 values = np.ones(shape)
+            elif len(tensor.shape) < 2:  # where something is, not what
+                values = np.zeros(shape)
             elif keras.backend.is_int_dtype(tensor.dtype):
                 values = rng.integers(min(rows, default=2), size=shape)
             else:

@@ -34,6 +34,7 @@ TESTED_KERAS = ">=3.15,<3.16"
 try:
     from keras.src.backend import get_keras_mask
     from keras.src.models.functional import Functional
+    from keras.src.ops.function import map_graph
     from keras.src.ops.node import KerasHistory
     from keras.src.saving import saving_lib
     from keras.src.saving.serialization_lib import ObjectSharingScope
@@ -204,6 +205,9 @@ class LayerTree:
         name: Of the layer.
         kind: Name of its class.
         build_config: What `build_from_config` takes, or `None`.
+        trainable: Its own flag.
+        variables_trainable: The flags of its own variables.
+        dtype_policy: Of a model, whose configuration can leave it out.
         children: Trees of the layers that it keeps.
     """
 
@@ -211,6 +215,9 @@ class LayerTree:
     name: str
     kind: str
     build_config: dict[str, Any] | None
+    trainable: bool
+    variables_trainable: tuple[bool, ...]
+    dtype_policy: Any
     children: tuple[LayerTree, ...]
 
     @classmethod
@@ -228,6 +235,13 @@ class LayerTree:
             name=layer.name,
             kind=type(layer).__name__,
             build_config=layer.get_build_config() if layer.built else None,
+            trainable=layer._trainable,
+            variables_trainable=tuple(
+                variable.trainable for variable in _own_variables(layer)
+            ),
+            dtype_policy=(
+                layer.dtype_policy if isinstance(layer, keras.Model) else None
+            ),
             children=tuple(cls.of(child, numbers) for child in layer._layers),
         )
 
@@ -239,6 +253,11 @@ class LayerTree:
             "kind": self.kind,
             "build_config": keras.saving.serialize_keras_object(
                 self.build_config
+            ),
+            "trainable": self.trainable,
+            "variables_trainable": list(self.variables_trainable),
+            "dtype_policy": keras.saving.serialize_keras_object(
+                self.dtype_policy
             ),
             "children": [child.to_dict() for child in self.children],
         }
@@ -252,6 +271,11 @@ class LayerTree:
             kind=values["kind"],
             build_config=keras.saving.deserialize_keras_object(
                 values["build_config"]
+            ),
+            trainable=values["trainable"],
+            variables_trainable=tuple(values["variables_trainable"]),
+            dtype_policy=keras.saving.deserialize_keras_object(
+                values["dtype_policy"]
             ),
             children=tuple(map(cls.from_dict, values["children"])),
         )
@@ -311,14 +335,28 @@ class Rebuilder:
         if tree.build_config and by_parts:
             layer.built = True
             layer._build_shapes_dict = _shapes(tree.build_config)
+        self._set_flags(tree, layer)
 
-    def finish(self, roots: Sequence[keras.layers.Layer]) -> None:
-        """Swaps in, wherever `roots` keep them, replacements and shared layers.
+    def _set_flags(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
+        # Not `trainable`, which sets that of the layers inside as well.
+        layer._trainable = tree.trainable
+        variables = _own_variables(layer)
+        if len(variables) == len(tree.variables_trainable):
+            for variable, flag in zip(variables, tree.variables_trainable):
+                variable.trainable = flag
+        if tree.dtype_policy is not None:
+            layer.dtype_policy = tree.dtype_policy
+
+    def swap(self, roots: Sequence[keras.layers.Layer]) -> None:
+        """Puts replacements and shared layers wherever `roots` keep others."""
+        swap_layers(roots, self._to_swap)
+
+    def check_swapped(self) -> None:
+        """Refuses to go on where something else keeps what was swapped out.
 
         Raises:
-            ValueError: If something else keeps a layer that is not to be kept.
+            ValueError: Naming the layer.
         """
-        swap_layers(roots, self._to_swap)
         strays = [weakref.ref(stray) for stray, _ in self._to_swap]
         self._to_swap.clear()
         if any(stray() is not None for stray in strays):
@@ -438,6 +476,7 @@ class _Copier:
                 f"must make it anew. It says: {error}"
             ) from error
         self._rebuilder.match(LayerTree.of(layer, self._numbers), copy)
+        _copy_assets(layer, copy)
 
     # Not `keras.models.clone_model`, which compiles the copy of a compiled
     # model, optimizer state and all, and drops the model's dtype policy.
@@ -454,7 +493,8 @@ class _Copier:
 
     def finish(self, copies: Sequence[keras.Model]) -> None:
         """What can be done once all layers are there."""
-        self._rebuilder.finish(copies)
+        self._rebuilder.swap(copies)
+        self._rebuilder.check_swapped()
         for original in list(self._originals.values()):
             number = self._numbers[id(original)]
             copy = self._rebuilder.layers.get(number)
@@ -478,11 +518,22 @@ def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     for variable, copy in zip(variables, copies):
         copy.assign(variable)
         copy.trainable = variable.trainable
-    if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
-        # Vocabularies, which configurations leave out.
-        with tempfile.TemporaryDirectory() as folder:
-            old.save_assets(folder)
-            new.load_assets(folder)
+    if variables and hasattr(new, "finalize_state"):
+        # One that was adapted computes from copies of its weights.
+        new.finalize_state()
+
+
+def _copy_assets(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Vocabularies, which configurations leave out, and calls need."""
+    for source, copy in zip(old._flatten_layers(), new._flatten_layers()):
+        if hasattr(source, "save_assets") and hasattr(copy, "load_assets"):
+            # What belongs to a vocabulary, such as its weights, goes first.
+            own: dict[str, Any] = {}
+            source.save_own_variables(own)
+            copy.load_own_variables(own)
+            with tempfile.TemporaryDirectory() as folder:
+                source.save_assets(folder)
+                copy.load_assets(folder)
 
 
 def _own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
@@ -572,6 +623,11 @@ def swap_layers(
     with DotNotTrackScope():
         for owner in owners.values():
             _swap_in_attributes(owner, by_id)
+            if isinstance(owner, Functional):
+                # It knows its nodes by their operations' ids.
+                graph = map_graph(owner._inputs, owner._outputs)
+                owner._nodes, owner._nodes_by_depth = graph[:2]
+                owner._operations, owner._operations_by_depth = graph[2:]
 
 
 def _swap_in_attributes(
@@ -590,6 +646,8 @@ def _swap_in_attributes(
             setattr(owner, name, swapped)
         else:
             object.__setattr__(owner, name, swapped)
+    for _, store in owner._tracker.config.values():
+        _swap_in(store, by_id)  # a Sequential model lists its layers anew
     for ids in owner._tracker.stored_ids.values():
         for stray in ids & by_id.keys():
             ids.remove(stray)
@@ -669,7 +727,8 @@ def compile_alike(copy: keras.Model, model: keras.Model) -> None:
 
     def renew(value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return type(value)(renew(item) for item in value)
+            items = [renew(item) for item in value]
+            return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, dict):
             return {key: renew(item) for key, item in value.items()}
         if hasattr(value, "get_config") and hasattr(value, "from_config"):
@@ -746,13 +805,19 @@ def refuse_unrecorded_configs(
         kind: The class of layers that were swapped in.
         instead: What to do instead, a sentence for the error.
     """
-    for owner in model._flatten_layers():
+    owners = {id(owner): owner for owner in model._flatten_layers()}
+    forgetful = set()
+    for owner in owners.values():
         names = {
             inner.name
             for inner in owner._flatten_layers(include_self=False)
             if isinstance(inner, kind)
         }
         if names and not names <= _names_in_config(owner, kind):
+            forgetful.add(id(owner))
+    for owner in owners.values():
+        # One that holds such a layer would be refused its configuration.
+        if forgetful & set(map(id, owner._flatten_layers())):
             _refuse_config(owner, instead)
 
 

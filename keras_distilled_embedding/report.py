@@ -247,7 +247,9 @@ def _named_targets(
     """What can be factorised, by name and how many had that name before."""
     counts: collections.Counter[str] = collections.Counter()
     for layer in _surgery.iterate_layers(model):
-        if is_embedding(layer) or isinstance(layer, keras.layers.Dense):
+        if is_embedding(layer) or isinstance(
+            layer, keras.layers.Dense | DistilledEmbedding
+        ):
             yield (layer.name, counts[layer.name]), Target(layer)
             counts[layer.name] += 1
 

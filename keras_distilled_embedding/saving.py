@@ -124,12 +124,18 @@ def load_model(
         _check_archive(path, file)
         try:
             with _surgery.without_initial_values():
-                return _surgery.read_archive(file, custom_objects)
+                model = _surgery.read_archive(file, custom_objects)
         except Exception as error:
             raise ValueError(
                 f"The model in {str(path)!r} cannot be loaded: "
                 f"{_first_cause(error)}"
             ) from error
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"{str(path)!r} is not a saved model: it holds a "
+            f"{type(model).__name__}."
+        )
+    return model
 
 
 def _first_cause(error: BaseException) -> str:
@@ -254,7 +260,9 @@ class Recipe:
             layer = rebuilder.layers[number]
             if not layer.built:
                 layer.build()
-        rebuilder.finish([model])
+        # Not checked: Keras itself keeps what it makes until it is done, and
+        # `compress` has refused what would fail.
+        rebuilder.swap([model])
         refuse_to_forget(model)
         if config["compile"] is not None:
             _compile(model, config["compile"])

@@ -82,7 +82,8 @@ def _namespace():
 
 def _public_objects():
     objects = {name: getattr(kde, name) for name in NAMES if name != "layers"}
-    objects["DistilledEmbedding"] = kde.layers.DistilledEmbedding
+    for name in kde.layers.__all__:
+        objects[name] = getattr(kde.layers, name)
     objects["from_embedding"] = kde.layers.DistilledEmbedding.from_embedding
     return objects
 

@@ -21,6 +21,7 @@ from keras_distilled_embedding import load_model
 from keras_distilled_embedding import save_model
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.layers import VocabularyProjection
+from tests.containers import Containers
 from tests.test_compression import IDS
 from tests.test_compression import VOCABULARY
 from tests.test_compression import WIDTH
@@ -31,7 +32,6 @@ from tests.test_compression import make_model
 from tests.test_compression import make_nested
 from tests.test_compression import make_sequential
 from tests.test_compression import randomize
-from tests.test_surgery import Containers
 
 # Keras's own, whenever it copies a variable to NumPy, as saving does.
 pytestmark = pytest.mark.filterwarnings(

@@ -10,13 +10,12 @@ from keras import ops
 from keras_distilled_embedding import _surgery
 from keras_distilled_embedding import compress
 from keras_distilled_embedding.layers import DistilledEmbedding
+from tests.containers import VOCABULARY
+from tests.containers import WIDTH
+from tests.containers import Containers
+from tests.containers import embedding
 
-VOCABULARY, WIDTH = 61, 16
 IDS = np.array([[1, 60, 7, 3], [2, 5, 0, 0]], dtype="int32")
-
-
-def embedding(name="tokens"):
-    return keras.layers.ReversibleEmbedding(VOCABULARY, WIDTH, name=name)
 
 
 def to_numpy(x):
@@ -82,30 +81,6 @@ def test_another_keras_is_refused_with_the_versions_tested(
 
 
 # Where layers are kept
-
-
-@keras.saving.register_keras_serializable(package="tests")
-class Containers(keras.Model):
-    """Keeps layers in each way that Keras tracks."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.tokens = embedding()
-        self.in_list = [self.tokens, embedding("in_list")]
-        self.in_dict = {"a": embedding("in_dict"), "b": [self.tokens]}
-        self.in_tuple = (embedding("in_tuple"), {"c": (self.tokens,)})
-
-    def call(self, ids):
-        used = [
-            self.in_list[0],
-            self.in_list[1],
-            self.in_dict["a"],
-            self.in_dict["b"][0],
-            self.in_tuple[0],
-            self.in_tuple[1]["c"][0],
-        ]
-        x = sum((i + 1) * layer(ids) for i, layer in enumerate(used))
-        return self.tokens(x, reverse=True)
 
 
 def test_subclassed_model_keeps_its_layers_in_containers():

@@ -27,6 +27,7 @@ from keras_distilled_embedding.layers import DistilledEmbedding
 from tests.test_compression import IDS
 from tests.test_compression import VOCABULARY
 from tests.test_compression import WIDTH
+from tests.test_compression import make_two_of_one_name
 
 # Keras's own, whenever it copies a variable to NumPy, as saving does.
 pytestmark = pytest.mark.filterwarnings(
@@ -305,6 +306,17 @@ def test_compress_what_is_compressed(run, files, tmp_path):
     np.testing.assert_allclose(
         outputs_of(student), outputs_of(expected), rtol=1e-6, atol=1e-6
     )
+
+
+def test_compress_tables_of_one_name(run, tmp_path):
+    """Of which the first is too small to be compressed."""
+    path, out = tmp_path / "model.keras", tmp_path / "out.keras"
+    make_two_of_one_name((2, VOCABULARY)).save(path)
+    shown = run("compress", path, "-o", out, "--compression", 3, "--json")
+    assert shown.status == 0, shown.err
+    (row,) = json.loads(shown.out)["rows"]
+    assert row["shape"] == [VOCABULARY, WIDTH]
+    assert 0 < row["error"] < 1
 
 
 def test_compress_in_place(run, files, tmp_path):

@@ -1159,13 +1159,14 @@ def test_tasks_generate_in_another_process(tmp_path):
     expected = {}
     for name, (make, prompt) in TASKS.items():
         task = make_task(make)
+        dense = task.generate(prompt, **GENERATE)  # before it is copied, too
         student = factorized(task)
         assert type(student) is type(task)
         assert student.preprocessor is not task.preprocessor
         text = student.generate(prompt, **GENERATE)
         assert text.startswith(prompt)
         assert len(set(text[len(prompt) :])) > 1, text
-        assert text != task.generate(prompt, **GENERATE)
+        assert text != dense
         assign_reconstructed(task, student, "token_embedding")
         assert task.generate(prompt, **GENERATE) == text
         save_model(student, tmp_path / f"{name}.keras")
@@ -1192,20 +1193,26 @@ print(json.dumps(found))
     assert run_python(code, *sum(arguments, ())) == expected
 
 
-def test_a_task_comes_back_with_its_tokenizer(path):
-    """Its settings and its text, in this process."""
+@pytest.mark.parametrize("used", [False, True])
+def test_a_task_comes_back_with_its_tokenizer(used, path):
+    """And its sampler; whether or not it has made all of its layers yet."""
     hub = pytest.importorskip("keras_hub")
-    student = factorized(make_task(make_gpt2))
+    task = make_task(make_gpt2)
+    if used:
+        task.preprocessor.generate_preprocess(["ab cd"])
+    student = factorized(task)
     student.compile(
         sampler=hub.samplers.TopKSampler(k=3, seed=1), jit_compile=False
     )
     loaded = save_and_load(student, path)
     assert loaded.sampler.get_config() == student.sampler.get_config()
-    tokenizer = loaded.preprocessor.tokenizer
-    assert tokenizer.get_vocabulary() == (
-        student.preprocessor.tokenizer.get_vocabulary()
-    )
-    assert tokenizer.merges == student.preprocessor.tokenizer.merges
+    tokenizer = task.preprocessor.tokenizer
+    for copied in (student, loaded):
+        own = copied.preprocessor.tokenizer
+        assert own is not tokenizer
+        assert own.get_vocabulary() == tokenizer.get_vocabulary()
+        assert own.merges == tokenizer.merges
+        assert list(own("ab cd")) == [12, 11, 13]
     table = loaded.backbone.token_embedding
     assert isinstance(table, DistilledEmbedding)
     assert loaded.get_layer("token_embedding") is table

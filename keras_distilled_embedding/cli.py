@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 
 PROGRAM = "keras-distilled-embedding"
 BAD_USE = 2
+# EOFError is NumPy's, of an empty file.
+_BAD_USES = (
+    EOFError,
+    ImportError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             options.run(options)
-    except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
+    except _BAD_USES as error:
         line = " ".join(str(error).split())
         print(f"{PROGRAM} {options.command}: error: {line}", file=sys.stderr)
         return BAD_USE

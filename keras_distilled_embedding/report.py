@@ -214,11 +214,11 @@ def compression_report(
             raise TypeError(
                 f"`{name}` must be a `keras.Model`. Received: {name}={value!r}"
             )
-    layers = [
-        layer
-        for layer in _surgery.iterate_layers(model)
-        if isinstance(layer, DistilledEmbedding)
-    ]
+    layers = {
+        key: target.layer
+        for key, target in _named_targets(model)
+        if isinstance(target.layer, DistilledEmbedding)
+    }
     if not layers:
         raise ValueError(
             "`model` has no `DistilledEmbedding` layer: compress it first. "
@@ -226,10 +226,7 @@ def compression_report(
         )
     originals = {} if original is None else dict(_named_targets(original))
     rows = []
-    counts: collections.Counter[str] = collections.Counter()
-    for layer in layers:
-        key = layer.name, counts[layer.name]
-        counts[layer.name] += 1
+    for key, layer in layers.items():
         error = None
         if original is not None:
             error = _lost(layer, originals.get(key))
@@ -244,7 +241,7 @@ def compression_report(
 def _named_targets(
     model: keras.Model,
 ) -> Iterator[tuple[tuple[str, int], Target]]:
-    """What can be factorised, by name and how many had that name before."""
+    """Tables and factors, by name and how many had that name before."""
     counts: collections.Counter[str] = collections.Counter()
     for layer in _surgery.iterate_layers(model):
         if is_embedding(layer) or isinstance(

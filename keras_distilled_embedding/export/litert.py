@@ -131,7 +131,12 @@ def export_litert(
     if quantization is None:
         tables = _count_tables(content, model)
     else:
-        content, tables = quantize_file(content, list(stored.values()))
+        replaced = {id(w) for layer in stored for w in layer.weights}
+        content, tables = quantize_file(
+            content,
+            list(stored.values()),
+            [tuple(w.shape) for w in model.weights if id(w) not in replaced],
+        )
     repeated = {name: n for name, n in tables.items() if n > 1}
     if repeated:
         raise RuntimeError(

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -21,7 +22,9 @@ _LARGE = 4_096
 
 
 def quantize_file(
-    content: bytes, tables: Iterable[StoredTable]
+    content: bytes,
+    tables: Iterable[StoredTable],
+    other_shapes: Sequence[tuple[int, ...]] = (),
 ) -> tuple[bytes, dict[str, int]]:
     """Stores tables as their integers, and other matrices in 8 bits.
 
@@ -33,6 +36,7 @@ def quantize_file(
     Args:
         content: A float file, in whose graph the tables' `values` are.
         tables: The layers that stand for them.
+        other_shapes: Those of the model's other weights.
 
     Returns:
         The file, and how many buffers hold each table, by layer name.
@@ -48,9 +52,11 @@ def quantize_file(
     counts: dict[str, int] = {}
     for table, part in parts:
         # Whatever is as large, so that no copy goes unseen that the converter
-        # has put a factor into; other tables of that shape have one each.
-        alike = sum(p.values.shape == part.values.shape for _, p in parts)
-        copies = math.ceil(model.count(part.values.shape) / alike)
+        # has put a factor into; other weights of that shape have one each.
+        shape = part.values.shape
+        shapes = [p.values.shape for _, p in parts] + list(other_shapes)
+        alike = sum(s in (shape, shape[::-1]) for s in shapes)
+        copies = math.ceil(model.count(shape) / alike)
         counts[table.name] = max(counts.get(table.name, 0), copies)
     return model.pack(), counts
 

@@ -917,6 +917,22 @@ def _assumptions() -> dict[str, Callable[[], bool]]:
             .shape
             == model().output.shape
         ),
+        "`map_graph` finds the nodes that a Functional model knows": lambda: (
+            map_graph(model()._inputs, model()._outputs)[0] == model()._nodes
+        ),
+        "a tracker's `config` has the lists that it fills": lambda: (
+            model()._tracker.config["layers"][1] is model()._layers
+        ),
+        "a file is written by stores and `_save_state`": lambda: (
+            list(inspect.signature(saving_lib._save_state).parameters)
+            == [
+                "saveable",
+                "weights_store",
+                "assets_store",
+                "inner_path",
+                "visited_saveables",
+            ]
+        ),
         "a default `build` is marked": lambda: (
             _is_default(keras.layers.Layer.build)
             and not _is_default(keras.layers.Dense.build)

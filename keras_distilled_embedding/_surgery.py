@@ -516,7 +516,8 @@ def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
             f"{[v.shape for v in variables]}",
         )
     for variable, copy in zip(variables, copies):
-        copy.assign(variable)
+        # On JAX what is assigned is kept, and a step may give it away.
+        copy.assign(ops.copy(variable))
         copy.trainable = variable.trainable
     if variables and hasattr(new, "finalize_state"):
         # One that was adapted computes from copies of its weights.

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_distilled_embedding
 from keras_distilled_embedding import __version__
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import compression_report
@@ -276,14 +277,19 @@ def test_compress_for_people(run, files, tmp_path):
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_compress_learned(run, tmp_path):
-    path = tmp_path / "out.keras"
-    shown = run(
-        *("compress", "own.keras", "-o", path, "--rank", 2, "--json"),
-        *("--method", "learned", "--layer", "segments"),
-    )
-    assert shown.status == 0
-    assert json.loads(shown.out)["rows"][0]["rank"] == 2
+@pytest.mark.parametrize("method", ["learned", "exact"])
+def test_compress_by_a_method(method, run, monkeypatch):
+    """It is passed on; to learn takes seconds."""
+    given = {}
+
+    def refuse(model, compression, **options):
+        given.update(options)
+        raise ValueError("no time")
+
+    monkeypatch.setattr(keras_distilled_embedding, "compress", refuse)
+    shown = run("compress", "own.keras", "-o", "x.keras", "--method", method)
+    assert_bad_use(shown, "compress", "no time")
+    assert given["method"] == method
 
 
 def test_compress_what_is_compressed(run, files, tmp_path):

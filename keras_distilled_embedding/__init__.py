@@ -11,7 +11,7 @@ from pathlib import Path
 
 if Path(sys.argv[0]).stem == "keras-distilled-embedding":
     # The command line: its one line of an error would be lost among the notes
-    # with which TensorFlow starts.
+    # with which TensorFlow starts, of which some remain.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from keras_distilled_embedding import layers

@@ -476,7 +476,11 @@ class _Copier:
                 f"must make it anew. It says: {error}"
             ) from error
         self._rebuilder.match(LayerTree.of(layer, self._numbers), copy)
-        _copy_assets(layer, copy)
+        for inner in layer._flatten_layers():
+            # One that the copy has not made yet is made when it is called.
+            made = self._rebuilder.layers.get(self._numbers[id(inner)])
+            if made is not None:
+                _copy_assets(inner, made)
 
     # Not `keras.models.clone_model`, which compiles the copy of a compiled
     # model, optimizer state and all, and drops the model's dtype policy.
@@ -526,15 +530,14 @@ def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
 
 def _copy_assets(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     """Vocabularies, which configurations leave out, and calls need."""
-    for source, copy in zip(old._flatten_layers(), new._flatten_layers()):
-        if hasattr(source, "save_assets") and hasattr(copy, "load_assets"):
-            # What belongs to a vocabulary, such as its weights, goes first.
-            own: dict[str, Any] = {}
-            source.save_own_variables(own)
-            copy.load_own_variables(own)
-            with tempfile.TemporaryDirectory() as folder:
-                source.save_assets(folder)
-                copy.load_assets(folder)
+    if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
+        # What belongs to a vocabulary, such as its weights, goes first.
+        own: dict[str, Any] = {}
+        old.save_own_variables(own)
+        new.load_own_variables(own)
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
 
 
 def _own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
@@ -727,6 +730,9 @@ def compile_alike(copy: keras.Model, model: keras.Model) -> None:
     """Compiles a copy as the original, with fresh optimizer and metrics."""
 
     def renew(value: Any) -> Any:
+        # Losses have no state, and not all of them a full configuration.
+        if isinstance(value, keras.losses.Loss):
+            return value
         if isinstance(value, list | tuple):
             items = [renew(item) for item in value]
             return tuple(items) if isinstance(value, tuple) else items

@@ -160,7 +160,9 @@ def choose_targets(
     return targets
 
 
-def heads_of(model: keras.Model, targets: Iterable[Target]) -> list[Layer]:
+def heads_of(
+    model: keras.Model, targets: Iterable[Target | DistilledEmbedding]
+) -> list[Layer]:
     """The dense layers that project to a vocabulary of the targets."""
     vocabularies = {target.input_dim for target in targets}
     return [

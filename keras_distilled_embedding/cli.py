@@ -50,12 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         for module in options.imports:
-            importlib.import_module(module)
+            _import(module)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             options.run(options)
     except _BAD_USES as error:
         line = " ".join(str(error).split())
+        line = line.replace(
+            "Or give them as `custom_objects`",
+            "Name their module with --import",
+        )
         print(f"{PROGRAM} {options.command}: error: {line}", file=sys.stderr)
         return BAD_USE
     return 0
@@ -251,6 +255,15 @@ def _load(path: str) -> keras.Model:
         import keras_distilled_embedding as kde
 
         return kde.load_model(path)
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever the module does
+        raise ImportError(
+            f"--import {module}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_output(path: str) -> None:

@@ -109,7 +109,10 @@ def inspect_model(model: keras.Model, compression: float = 8.0) -> Inspection:
     """
     found = list(_surgery.iterate_layers(model))
     targets = [Target(layer) for layer in found if is_embedding(layer)]
-    targets += [Target(head) for head in heads_of(model, targets)]
+    factorized = [x for x in found if isinstance(x, DistilledEmbedding)]
+    targets += [
+        Target(head) for head in heads_of(model, [*targets, *factorized])
+    ]
     rows = [
         _row(
             layer,
@@ -117,8 +120,7 @@ def inspect_model(model: keras.Model, compression: float = 8.0) -> Inspection:
             layer.rank,
             factorized=True,
         )
-        for layer in found
-        if isinstance(layer, DistilledEmbedding)
+        for layer in factorized
     ]
     for target in targets:
         shape = (target.input_dim, target.output_dim)

@@ -143,6 +143,8 @@ def _first_cause(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     message = str(error).split("Full object config")[0].strip()
+    if isinstance(error, LookupError):  # whose message is a key alone
+        message = f"{type(error).__name__}: {message}"
     if "Could not locate" in message:
         message += " Or give them as `custom_objects`."
     return message

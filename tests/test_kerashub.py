@@ -124,12 +124,12 @@ def test_trains_saves_and_loads(architecture, tmp_path):
     batch = architecture.inputs()
     student = compress(architecture.make(), rank=4, verbose=0)
     if architecture.task is None:
-        student.compile("adam", loss="mse")
+        student.compile("adam", loss="mse", run_eagerly=True)
         targets = keras.tree.map_structure(
             lambda x: np.zeros_like(ops.convert_to_numpy(x)), student(batch)
         )
     else:
-        student.compile(jit_compile=False)
+        student.compile(run_eagerly=True)
         targets = np.zeros(outputs_of(student, batch)[0].shape[:-1], "int32")
     (factorized,) = factorized_layers(student)
     codes = ops.convert_to_numpy(factorized.codes)
@@ -165,7 +165,8 @@ def test_generates(architecture, tmp_path):
 
 
 def generate(model, prompt):
-    model.compile(sampler="greedy", jit_compile=False)
+    # Eagerly: to trace it takes longer than to run it once.
+    model.compile(sampler="greedy", run_eagerly=True)
     # Not `generate`, which puts outputs together, where Gemma 3 has `None`.
     outputs = model.make_generate_function()(prompt, stop_token_ids=None)
     key = "token_ids" if "token_ids" in outputs else "decoder_token_ids"

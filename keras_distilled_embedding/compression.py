@@ -255,7 +255,8 @@ def _replacements(
         )
         replacements[head].build()
         if head.use_bias:
-            replacements[head].bias.assign(head.bias)
+            # A copy: on JAX what is assigned is kept.
+            replacements[head].bias.assign(keras.ops.copy(head.bias))
     return replacements
 
 

@@ -72,14 +72,14 @@ def round_codes(codes: Any, basis: Any, rounding: str) -> RoundedCodes:
         `RoundedCodes`, as tensors.
     """
     coordinates, center, back = _coordinates(codes, basis, rounding)
-    new_basis = ops.matmul(back, basis)
-    if rounding == "int4":
-        padding = -coordinates.shape[1] % BLOCK
-        coordinates = ops.pad(coordinates, [[0, 0], [0, padding]])
-        new_basis = ops.pad(new_basis, [[0, padding], [0, 0]])
     integers, scales = _round(coordinates, rounding)
+    new_basis = ops.matmul(back, basis)
+    padding = integers.shape[1] - new_basis.shape[0]
     return RoundedCodes(
-        integers, scales, new_basis, ops.matmul(center, basis)[0]
+        integers,
+        scales,
+        ops.pad(new_basis, [[0, padding], [0, 0]]),
+        ops.matmul(center, basis)[0],
     )
 
 
@@ -97,8 +97,7 @@ def round_table(table: Any, rounding: str) -> tuple[Any, Any]:
         scale = ops.divide(ops.max(ops.abs(table)), 127.0)
         scale = ops.reshape(ops.where(scale > 0.0, scale, 1.0), (1, 1))
         return ops.round(ops.divide(table, scale)), scale
-    padding = -table.shape[1] % BLOCK
-    return _round(ops.pad(table, [[0, 0], [0, padding]]), rounding)
+    return _round(table, rounding)
 
 
 def round_in_place(codes: Any, basis: Any, rounding: str) -> Any:
@@ -119,10 +118,8 @@ def round_in_place(codes: Any, basis: Any, rounding: str) -> Any:
     coordinates, center, back = _coordinates(
         fixed, ops.stop_gradient(basis), rounding
     )
-    rank = coordinates.shape[1]
-    if rounding == "int4":
-        coordinates = ops.pad(coordinates, [[0, 0], [0, -rank % BLOCK]])
-    rounded = dequantize(*_round(coordinates, rounding))[:, :rank]
+    rounded = dequantize(*_round(coordinates, rounding))
+    rounded = rounded[:, : coordinates.shape[1]]
     rounded = ops.add(ops.matmul(rounded, back), center)
     return ops.add(codes, ops.stop_gradient(ops.subtract(rounded, codes)))
 
@@ -157,7 +154,7 @@ def _coordinates(codes: Any, basis: Any, rounding: str) -> tuple[Any, Any, Any]:
 
 
 def _round(coordinates: Any, rounding: str) -> tuple[Any, Any]:
-    """Integers, and the scales of their blocks."""
+    """Integers, and the scales of their blocks, which zeros fill up."""
     if rounding == "int8":
         # In [-1, 1] by construction.
         integers = ops.round(ops.multiply(127.0, coordinates))
@@ -165,6 +162,8 @@ def _round(coordinates: Any, rounding: str) -> tuple[Any, Any]:
             ops.clip(integers, -127.0, 127.0),
             ops.full((1, 1), 1 / 127.0, "float32"),
         )
+    padding = -coordinates.shape[1] % BLOCK
+    coordinates = ops.pad(coordinates, [[0, 0], [0, padding]])
     rows, columns = coordinates.shape
     blocks = ops.reshape(coordinates, (rows, columns // BLOCK, BLOCK))
     largest = ops.max(ops.abs(blocks), axis=-1, keepdims=True)

@@ -108,6 +108,7 @@ def test_factorized_head(use_bias):
     assert np.square(table_of(head) - kernel.T).sum() < np.square(kernel).sum()
     if use_bias:
         np.testing.assert_array_equal(to_numpy(head.bias), to_numpy(old.bias))
+        assert head.bias.value is not old.bias.value
     model.get_layer("tokens").set_weights(
         [table_of(student.get_layer("tokens"))]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,18 +13,27 @@ PACKAGES = (
     "keras",
     "keras-hub",
     "tensorflow",
+    "jax",
     "numpy",
 )
 
 
 def environment() -> str:
     """The versions and the machine behind a number, on one line."""
-    versions = [f"{package} {version(package)}" for package in PACKAGES]
+    versions = [text for text in map(_with_version, PACKAGES) if text]
     return (
         f"Python {platform.python_version()}, {', '.join(versions)}; "
         f"{len(os.sched_getaffinity(0))} cores, {_processor()}, "
         f"{_memory_gib():.0f} GiB"
     )
+
+
+def _with_version(package: str) -> str:
+    """The package and its version; nothing where it is not installed."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return ""
 
 
 def write_text(path: Path, text: str) -> None:

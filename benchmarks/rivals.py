@@ -32,11 +32,13 @@ class Approximation:
         values: Float32, of the table's shape.
         num_bytes: What must be stored.
         details: For the report.
+        parts: The arrays that are stored, for those who train them on.
     """
 
     values: np.ndarray
     num_bytes: int
     details: dict[str, object] = field(default_factory=dict)
+    parts: dict[str, object] = field(default_factory=dict)
 
 
 def truncated_svd(table: np.ndarray, rank: int) -> Approximation:
@@ -79,12 +81,18 @@ def group_reduce(
         num_bytes = FLOAT * size + len(table)  # a byte names the group
         error = weights @ np.square(table - values).sum(axis=1)
         if num_bytes <= budget and (best is None or error < best[0]):
-            best = error, values, num_bytes
+            best = error, values, num_bytes, groups, bases
         lost = [np.square(table - p).sum(axis=1) for p in projections]
         # A move to a higher rank costs bytes: only as many as there is room.
         groups = _reassign(groups, np.array(lost), ranks, weights, budget, size)
-    _, values, num_bytes = best
-    return Approximation(values, num_bytes, {"ranks": ranks})
+    _, values, num_bytes, groups, bases = best
+    codes = [table[groups == g] @ basis for g, basis in enumerate(bases)]
+    return Approximation(
+        values,
+        num_bytes,
+        {"ranks": ranks},
+        {"groups": groups, "codes": codes, "bases": [b.T for b in bases]},
+    )
 
 
 def _group_ranks(
@@ -196,14 +204,15 @@ def tensor_train(
     core = first[:, :rank].T @ tensor.reshape(sizes[0], -1)
     core = core.reshape(rank * sizes[1], sizes[2])
     directions = _left_vectors(core.T)[0][:, :second]
-    core = (core @ directions @ directions.T).reshape(rank, -1)
-    tensor = (first[:, :rank] @ core).reshape(
-        [n for pair in zip(row_factors, column_factors) for n in pair]
-    )
-    values = tensor.transpose(0, 2, 4, 1, 3, 5).reshape(padded.shape)
-    size = sizes[0] * rank + rank * sizes[1] * second + second * sizes[2]
+    cores = [first[:, :rank], core @ directions, directions.T]
+    tensor = cores[0] @ (cores[1] @ cores[2]).reshape(rank, -1)
+    dims = [n for pair in zip(row_factors, column_factors) for n in pair]
+    values = tensor.reshape(dims).transpose(0, 2, 4, 1, 3, 5)
     return Approximation(
-        values[: len(table)], FLOAT * size, {"ranks": [rank, second]}
+        values.reshape(padded.shape)[: len(table)],
+        FLOAT * sum(core.size for core in cores),
+        {"ranks": [rank, second]},
+        {"cores": cores, "dims": dims},
     )
 
 
@@ -246,7 +255,7 @@ def product_quantization(
     if not fitting:
         return None
     parts = fitting[-1]
-    values = []
+    codes, codebooks_of = [], []
     for columns in np.split(table, parts, axis=1):
         means = MiniBatchKMeans(
             NUM_CENTROIDS,
@@ -255,11 +264,14 @@ def product_quantization(
             n_init=1,
             random_state=0,
         ).fit(columns)
-        values.append(means.cluster_centers_[means.predict(columns)])
+        codes.append(means.predict(columns))
+        codebooks_of.append(means.cluster_centers_.astype(np.float32))
+    values = [book[code] for book, code in zip(codebooks_of, codes)]
     return Approximation(
-        np.concatenate(values, axis=1).astype(np.float32),
+        np.concatenate(values, axis=1),
         num_rows * parts + codebooks,
         {"parts": parts},
+        {"codes": codes, "codebooks": codebooks_of},
     )
 
 

@@ -3,6 +3,7 @@
 Modules, from the data up:
 
 - `cldr`: an English-German corpus generated from Unicode CLDR data.
+- `tokens`: the ids of the special pieces.
 - `data`: corpora, the SentencePiece vocabulary, length-bucketed batches.
 - `model`: the Transformer, one table for source, target and output.
 - `train`: the teacher's training and the student's distillation.

@@ -14,8 +14,9 @@ import tensorflow as tf
 from keras_nlp.tokenizers import SentencePieceTokenizer
 from keras_nlp.tokenizers import compute_sentence_piece_proto
 
-# The ids `compute_sentence_piece_proto` gives the special pieces.
-PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
+from .tokens import BOS_ID
+from .tokens import EOS_ID
+from .tokens import PAD_ID
 
 MULTI30K_URL = (
     "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"

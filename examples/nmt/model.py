@@ -7,7 +7,7 @@ from keras_nlp.layers import PositionEmbedding
 from keras_nlp.layers import TransformerDecoder
 from keras_nlp.layers import TransformerEncoder
 
-from .data import PAD_ID
+from .tokens import PAD_ID
 
 
 def build_transformer(
@@ -19,6 +19,7 @@ def build_transformer(
     feed_forward_dim: int = 512,
     dropout: float = 0.2,
     seed: int = 0,
+    embedding: keras.layers.Layer | None = None,
 ) -> keras.Model:
     """Builds an encoder-decoder Transformer (pre-layer-normalised).
 
@@ -35,6 +36,8 @@ def build_transformer(
         feed_forward_dim: Hidden units of the feed-forward blocks.
         dropout: Share of units dropped in training.
         seed: Seed of the initial weights.
+        embedding: The table, called as a `keras.layers.ReversibleEmbedding`
+            is and named `"token_embedding"`; by default a new one.
 
     Returns:
         A Functional model of `{"source": (b, s), "target": (b, t)}` int32 ids
@@ -43,7 +46,7 @@ def build_transformer(
     keras.utils.set_random_seed(seed)
     source = keras.Input((None,), dtype="int32", name="source")
     target = keras.Input((None,), dtype="int32", name="target")
-    embedding = keras.layers.ReversibleEmbedding(
+    embedding = embedding or keras.layers.ReversibleEmbedding(
         vocabulary_size,
         d_model,
         # Rows of unit norm in expectation: logits start of order one.

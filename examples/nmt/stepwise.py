@@ -21,10 +21,10 @@ from keras_nlp.layers import TransformerDecoder
 
 from keras_distilled_embedding._files import write_atomically
 
-from .data import BOS_ID
-from .data import EOS_ID
-from .data import PAD_ID
 from .model import decoder_layers
+from .tokens import BOS_ID
+from .tokens import EOS_ID
+from .tokens import PAD_ID
 
 # Names in the zip at the end of the file; `runner.py` reads them.
 VOCABULARY_MEMBER = "vocabulary.spm"

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import keras
-import tensorflow as tf
 from keras import ops
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    Batches = tf.data.Dataset | keras.utils.PyDataset
 
 
 @keras.saving.register_keras_serializable(package="examples.nmt")
@@ -113,8 +118,8 @@ class Recipe(Schedule):
 
 def fit(
     model: keras.Model,
-    training: tf.data.Dataset,
-    validation: tf.data.Dataset,
+    training: Batches,
+    validation: Batches,
     schedule: Schedule,
     backup_dir: Path | None = None,
     jit_compile: bool = True,
@@ -138,7 +143,7 @@ def fit(
     Returns:
         The `History` of the epochs run by this call.
     """
-    steps_per_epoch = int(training.cardinality())
+    steps_per_epoch = len(training)
     if steps_per_epoch == 0:
         raise ValueError(
             "`training` has no complete batch: give it more sentence pairs, "
@@ -170,8 +175,8 @@ def fit(
 def distil(
     teacher: keras.Model,
     student: keras.Model,
-    training: tf.data.Dataset,
-    validation: tf.data.Dataset,
+    training: Batches,
+    validation: Batches,
     schedule: Recipe,
     rounding: str | None = None,
     **options,

@@ -14,14 +14,14 @@ import tensorflow as tf
 from keras import ops
 from rich.progress import track
 
-from .data import BOS_ID
-from .data import EOS_ID
-from .data import PAD_ID
 from .data import Batching
 from .data import Vocabulary
 from .data import sentence_batches
 from .model import decoder_layers
 from .model import encoder
+from .tokens import BOS_ID
+from .tokens import EOS_ID
+from .tokens import PAD_ID
 
 
 def _progress(items: list, description: str) -> Iterable:

@@ -1,0 +1,387 @@
+"""A translation task as arrays of ids: batches, and greedy search.
+
+`prepare` tokenises once, with what `examples.nmt` has for it; everything else
+reads arrays, and runs on any backend.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from benchmarks._report import write_text
+from examples.nmt.model import build_transformer
+from examples.nmt.stepwise import stepwise_signatures
+from examples.nmt.tokens import BOS_ID
+from examples.nmt.tokens import EOS_ID
+from examples.nmt.tokens import PAD_ID
+from examples.nmt.train import Recipe
+from examples.nmt.train import Schedule
+
+SPLITS = ("train", "validation", "test")
+# Rows that are translated together.
+SEARCH_BATCH = 125
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything that decides a model and its batches.
+
+    Args:
+        d_model: Width of the Transformer and of its table.
+        num_layers: Encoder layers; as many decoder layers.
+        num_heads: Attention heads a layer.
+        feed_forward_dim: Hidden units of the feed-forward blocks.
+        dropout: Share of units dropped in the teacher's training.
+        widths: Sequence lengths to pad to, ascending.
+        tokens: Target positions a batch.
+    """
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    feed_forward_dim: int
+    dropout: float
+    widths: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task's models and budgets.
+
+    Args:
+        shape: Of the teacher.
+        teacher: The teacher's training.
+        student: Every student's fine-tuning.
+        control: The same budget for the teacher itself.
+        vocabulary_size: Joint SentencePiece pieces.
+        max_pairs: Training pairs to use, all by default.
+        max_sentences: Validation and test pairs to use, all by default.
+    """
+
+    shape: Shape
+    teacher: Schedule
+    student: Recipe
+    control: Schedule
+    vocabulary_size: int
+    max_pairs: int | None = None
+    max_sentences: int | None = None
+
+
+SETTINGS = {
+    "multi30k": Setting(
+        Shape(256, 2, 8, 512, 0.2, (12, 14, 16, 18, 20, 24, 30, 40), 1_024),
+        Schedule(epochs=9, peak_learning_rate=1.2e-3),
+        Recipe(),
+        # Of two rates tried (benchmarks.recipe) the better one.
+        Schedule(epochs=4, peak_learning_rate=3e-4, warmup=0.05),
+        vocabulary_size=8_000,
+    ),
+    "cldr": Setting(
+        Shape(192, 1, 4, 256, 0.05, (12, 20, 44), 2_048),
+        Schedule(epochs=4, peak_learning_rate=3e-3),
+        Recipe(epochs=1, peak_learning_rate=3e-3, warmup=0.1),
+        Schedule(epochs=1, peak_learning_rate=3e-4, warmup=0.1),
+        vocabulary_size=1_000,
+    ),
+    # Every stage in seconds, none of the quality.
+    "quick": Setting(
+        Shape(32, 1, 2, 32, 0.0, (16,), 512),
+        Schedule(epochs=1, peak_learning_rate=3e-3),
+        Recipe(epochs=1, peak_learning_rate=3e-3),
+        Schedule(epochs=1, peak_learning_rate=3e-4),
+        vocabulary_size=500,
+        max_pairs=640,
+        max_sentences=16,
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Sentence pairs as ids, each side ending with EOS."""
+
+    source: list[np.ndarray]
+    target: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Of the longer side of each pair."""
+        return np.array(
+            [max(map(len, pair)) for pair in zip(self.source, self.target)]
+        )
+
+
+def prepare(name: str, folder: Path, data_dir: str | None) -> None:
+    """Tokenises a corpus into `folder`; needs TensorFlow, unlike the rest."""
+    from examples.nmt.data import Vocabulary
+    from examples.nmt.data import load_corpus
+
+    path = folder / "arrays.npz"
+    if path.exists():
+        return
+    setting = SETTINGS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = load_corpus("cldr" if name == "quick" else name, data_dir)
+    train = corpus.train[: setting.max_pairs]
+    vocabulary_path = folder / "vocabulary.spm"
+    if not vocabulary_path.exists():
+        vocabulary = Vocabulary.train(train, setting.vocabulary_size)
+        vocabulary_path.write_bytes(vocabulary.proto)
+    vocabulary = Vocabulary(vocabulary_path.read_bytes())
+    few = slice(setting.max_sentences)
+    texts = train, corpus.validation[few], corpus.test[few]
+    arrays = {"token_frequencies": vocabulary.token_frequencies(train)}
+    for split, text in zip(SPLITS, texts):
+        for side in ("source", "target"):
+            rows = vocabulary.encode(getattr(text, side))
+            arrays[f"{split}_{side}"] = rows.flat_values.numpy()
+            arrays[f"{split}_{side}_lengths"] = rows.row_lengths().numpy()
+    test = {"source": texts[2].source, "target": texts[2].target}
+    write_text(folder / "test.json", json.dumps(test, ensure_ascii=False))
+    part = path.with_name("part_arrays.npz")
+    np.savez_compressed(part, **arrays)
+    part.replace(path)
+
+
+class Task:
+    """A prepared task and its teacher.
+
+    Args:
+        name: One of `SETTINGS`.
+        folder: What `prepare` wrote; the teacher is kept there too.
+        seed: Of the teacher.
+    """
+
+    def __init__(self, name: str, folder: Path, seed: int = 0) -> None:
+        self.name = name
+        self.setting = SETTINGS[name]
+        self.seed = seed
+        self.folder = folder
+        if not (folder / "arrays.npz").exists():
+            raise FileNotFoundError(
+                f"`folder` must hold a prepared task: run `prepare --task "
+                f"{name}` first. Received: folder={folder}"
+            )
+        self._arrays = np.load(folder / "arrays.npz")
+
+    @property
+    def token_frequencies(self) -> np.ndarray:
+        return self._arrays["token_frequencies"]
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.token_frequencies)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the full table, float32."""
+        return 4 * self.vocabulary_size * self.setting.shape.d_model
+
+    @property
+    def max_length(self) -> int:
+        return self.setting.shape.widths[-1]
+
+    def pairs(self, split: str) -> Pairs:
+        """The pairs of a split."""
+        sides = []
+        for side in ("source", "target"):
+            flat = self._arrays[f"{split}_{side}"].astype("int32")
+            ends = np.cumsum(self._arrays[f"{split}_{side}_lengths"])
+            sides.append(np.split(flat, ends[:-1]))
+        return Pairs(*sides)
+
+    def batches(self, split: str, seed: int | None = None) -> PairBatches:
+        """See `PairBatches`; with a seed for training."""
+        shape = self.setting.shape
+        return PairBatches(self.pairs(split), shape.widths, shape.tokens, seed)
+
+    def build(
+        self,
+        dropout: float = 0.0,
+        embedding: keras.layers.Layer | None = None,
+        seed: int = 0,
+        **changes: int,
+    ) -> keras.Model:
+        """A new model of the teacher's shape, but for the `changes`."""
+        options = asdict(self.setting.shape) | changes
+        del options["widths"], options["tokens"]
+        return build_transformer(
+            self.vocabulary_size,
+            self.max_length,
+            **options | {"dropout": dropout},
+            seed=seed,
+            embedding=embedding,
+        )
+
+    @property
+    def teacher_path(self) -> Path:
+        return self.folder / f"teacher_{self.seed}.keras"
+
+    def teacher(self, dropout: float = 0.0) -> keras.Model:
+        """The trained teacher, rebuilt with this dropout."""
+        model = self.build(dropout)
+        trained = keras.saving.load_model(self.teacher_path, compile=False)
+        model.set_weights(trained.get_weights())
+        return model
+
+    def with_table(
+        self,
+        embedding: keras.layers.Layer,
+        source: keras.Model | None = None,
+        dropout: float = 0.0,
+    ) -> keras.Model:
+        """The teacher (or `source`) with another table, used as it is."""
+        source = source or self.teacher()
+        model = self.build(dropout, embedding)
+        for layer in model.layers:
+            if layer is not embedding:
+                weights = source.get_layer(layer.name).get_weights()
+                layer.set_weights(weights)
+        return model
+
+    @property
+    def fingerprint(self) -> int:
+        """Tells teachers, so that rows of different ones are not mixed."""
+        weights = self.teacher().get_weights()
+        return zlib.crc32(b"".join(w.tobytes() for w in weights))
+
+
+class PairBatches(keras.utils.PyDataset):
+    """Batches of a few fixed shapes, for `fit`.
+
+    A pair goes to the narrowest width that holds both its sides; batches of a
+    width hold `tokens // width` pairs, so that few programs are compiled.
+
+    Args:
+        pairs: The sentence pairs. Those longer than the widest width are left
+            out.
+        widths: Sequence lengths to pad to, ascending.
+        tokens: Target positions a batch, padding included.
+        seed: For training. Which pairs share a batch is drawn once, and what
+            does not fill a batch is left out; the batches' order is drawn
+            anew in each epoch. By default everything stays in order, and
+            the last batch of a width is filled up with empty rows.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        widths: tuple[int, ...],
+        tokens: int,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._pairs = pairs
+        self._random = None if seed is None else np.random.default_rng(seed)
+        order = np.arange(len(pairs))
+        if self._random is not None:
+            self._random.shuffle(order)
+        bucket = np.searchsorted(widths, pairs.lengths[order])
+        self._batches = []
+        for index, width in enumerate(widths):
+            rows = order[bucket == index]
+            size = tokens // width
+            for start in range(0, len(rows), size):
+                chosen = rows[start : start + size]
+                if seed is None or len(chosen) == size:
+                    self._batches.append((width, size, chosen))
+        self.on_epoch_end()
+
+    def on_epoch_end(self) -> None:
+        """Draws the order of the next epoch."""
+        if self._random is not None:
+            self._random.shuffle(self._batches)
+        # From the first two batches Keras concludes which dimensions vary.
+        first = self._batches[0][0]
+        widths = np.array([width for width, _, _ in self._batches])
+        for other in np.flatnonzero(widths != first)[:1]:
+            batches = self._batches
+            batches[1], batches[other] = batches[other], batches[1]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> tuple:
+        """`({"source": (b, w), "target": (b, w)}, labels, weights)`."""
+        width, size, rows = self._batches[index]
+        source = _padded([self._pairs.source[i] for i in rows], size, width)
+        labels = _padded([self._pairs.target[i] for i in rows], size, width)
+        # The decoder reads the labels shifted right by one, after BOS.
+        target = np.roll(labels, 1, axis=1)
+        target[:, 0] = BOS_ID
+        inputs = {"source": source, "target": target}
+        return inputs, labels, (labels != PAD_ID).astype("float32")
+
+
+def _padded(rows: list[np.ndarray], size: int, width: int) -> np.ndarray:
+    batch = np.full((size, width), PAD_ID, "int32")
+    for row, ids in zip(batch, rows):
+        row[: len(ids)] = ids
+    return batch
+
+
+def translate(model: keras.Model, task: Task, split: str) -> list[np.ndarray]:
+    """Translates the sources of a split, greedily, token by token.
+
+    Returns:
+        For each sentence its ids, without BOS, EOS and what follows it.
+    """
+    parts = stepwise_signatures(model, task.max_length)
+    encode, decode = parts["encode"], parts["decode"]
+    shapes = {
+        tensor.name: tensor.shape[1:]
+        for tensor in decode.inputs
+        if tensor.name.startswith("self_")
+    }
+    sources = [ids[: task.max_length] for ids in task.pairs(split).source]
+    bucket = np.searchsorted(task.setting.shape.widths, [*map(len, sources)])
+    translations: list[np.ndarray] = [np.empty(0, "int32")] * len(sources)
+    for index, width in enumerate(task.setting.shape.widths):
+        rows = np.flatnonzero(bucket == index)
+        for start in range(0, len(rows), SEARCH_BATCH):
+            chosen = rows[start : start + SEARCH_BATCH]
+            source = _padded([sources[i] for i in chosen], SEARCH_BATCH, width)
+            ids = _search(encode, decode, shapes, source, task.max_length)
+            for row, found in zip(chosen, ids):
+                ends = np.flatnonzero(found == EOS_ID)
+                translations[row] = found[: ends[0]] if len(ends) else found
+    return translations
+
+
+def _search(
+    encode: keras.Model,
+    decode: keras.Model,
+    shapes: dict[str, tuple],
+    source: np.ndarray,
+    max_length: int,
+) -> np.ndarray:
+    """Source ids `(b, s)` to target ids `(b, t)`."""
+    size = len(source)
+    state = encode.predict_on_batch({"source": source})
+    state |= {n: np.zeros((size, *s), "float32") for n, s in shapes.items()}
+    token = np.full((size, 1), BOS_ID, "int32")
+    finished = ~(source != PAD_ID).any(axis=1)
+    found = []
+    for position in range(max_length - 1):
+        state["token"] = token
+        state["position"] = np.array([position], "int32")
+        outputs = decode.predict_on_batch(state)
+        token = outputs.pop("logits").argmax(axis=-1).astype("int32")[:, None]
+        state |= outputs
+        found.append(token[:, 0])
+        finished |= token[:, 0] == EOS_ID
+        if finished.all():
+            break
+    return np.stack(found, axis=1)

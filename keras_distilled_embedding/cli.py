@@ -130,6 +130,18 @@ def _parser() -> argparse.ArgumentParser:
         help="share of its energy that a table may lose, instead",
     )
     compress.add_argument(
+        "--quantization",
+        choices=["int8", "int4", "auto"],
+        help="how the file of `export` is to store the factors; auto: as "
+        "--max-bytes is used best",
+    )
+    compress.add_argument(
+        "--min-speedup",
+        type=float,
+        metavar="TIMES",
+        help="fewer multiplications for the projection, at least",
+    )
+    compress.add_argument(
         "--activation",
         choices=["relu", "none"],
         default="relu",
@@ -177,8 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--quantization",
         choices=["none", "int8", "int4"],
-        default="none",
-        help="of the weights (none: float32)",
+        help="of the weights (as the model was compressed for; none: float32)",
     )
     export.add_argument(
         "--sequence-length",
@@ -220,6 +231,8 @@ def _compress(options: argparse.Namespace) -> None:
             min_parameters=options.min_parameters,
             heads=options.heads,
             token_frequencies=frequencies,
+            quantization=options.quantization,
+            min_speedup=options.min_speedup,
             verbose=0,
         )
     report = kde.compression_report(student, model)
@@ -235,12 +248,14 @@ def _export(options: argparse.Namespace) -> None:
 
     _check_output(options.output)
     quantization = options.quantization
+    if quantization == "none":
+        quantization = "float32"
     model = _load(options.model)
     with _doing(f"Writing {options.output}"):
         report = kde.export_litert(
             model,
             options.output,
-            quantization=None if quantization == "none" else quantization,
+            quantization=quantization,
             sequence_length=options.sequence_length,
             verbose=False,
         )

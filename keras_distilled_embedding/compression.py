@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_distilled_embedding import _surgery
 from keras_distilled_embedding._arguments import as_integer
@@ -17,22 +16,18 @@ from keras_distilled_embedding._targets import Target
 from keras_distilled_embedding._targets import choose_targets
 from keras_distilled_embedding._targets import embedding_of
 from keras_distilled_embedding._targets import heads_of
-from keras_distilled_embedding.factorization import Table
-from keras_distilled_embedding.factorization import as_metric
-from keras_distilled_embedding.factorization import check_finite_rows
+from keras_distilled_embedding._weights import TableWeights
+from keras_distilled_embedding._weights import check_finite
 from keras_distilled_embedding.factorization import factorize
-from keras_distilled_embedding.factorization import is_lifted
-from keras_distilled_embedding.factorization import largest_useful_rank
-from keras_distilled_embedding.factorization import rank_for_error
-from keras_distilled_embedding.factorization import spread_ranks
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 from keras_distilled_embedding.layers.vocabulary_projection import (
     VocabularyProjection,
 )
+from keras_distilled_embedding.planning import Wanted
+from keras_distilled_embedding.planning import plan
 from keras_distilled_embedding.report import compression_report
-from keras_distilled_embedding.report import dtype_bytes
 from keras_distilled_embedding.saving import refuse_to_forget
 
 Layer = keras.layers.Layer
@@ -55,6 +50,8 @@ def compress(
     max_error: float | None = None,
     hidden_covariances: Any = None,
     hidden_activation: str | Callable | None = "gelu",
+    quantization: str | None = None,
+    min_speedup: float | None = None,
 ) -> keras.Model:
     """Returns a copy of a model with its embedding tables factorised.
 
@@ -105,16 +102,32 @@ def compress(
             the kernel's own values are lost, and distillation has to teach
             them anew. By default they are left as they are.
         max_bytes: Integer, what the factors of all tables may take together,
-            instead of `compression`. The budget is spread over them by their
-            spectra: each unit of rank goes where it saves most of a table's
-            energy for its bytes.
+            instead of `compression`, as numbers of the model's dtype or, with
+            `quantization`, as the file of `export_litert` stores them. The
+            budget is spread over them by their spectra: each unit of rank
+            (for int4, each 32 of them, which take the bytes of one) goes
+            where it saves most of a table's energy for its bytes.
         max_error: Float in (0, 1), the share of its energy that each table
             may lose, instead of `compression`. The smallest rank is taken.
+            Rounding is not counted.
         hidden_covariances: Array `(output_dim, output_dim)`, the second
             moment of the hidden states that multiply the table, from
             `hidden_covariance`: the logits' error then counts, not the
             entries'. A dictionary by layer name where tables differ.
         hidden_activation: `g` of the funnel, see `layers.DistilledEmbedding`.
+        quantization: How `export_litert` is to store the factors of all
+            tables: `"int8"`, `"int4"`, or `None` for floats. The new layers
+            have this `rounding`: they are trained as they will be stored.
+            `"auto"`, with `max_bytes`, takes of floats, int8 and int4 what is
+            expected to lose the least of the tables' energy: with the ranks
+            that fit, each table is factorised in closed form and rounded, and
+            the shares that are lost are summed up. Not with `hidden_dim`.
+        min_speedup: Float of at least 1, how many times fewer multiplications
+            a projection through the factors takes at least than one with the
+            table, `r (V + d)` instead of `V d`. It limits the ranks, however
+            they are chosen: with `max_error`, more may be lost then. A file
+            in int4 multiplies with `r` rounded up to a multiple of 32, and so
+            is counted. Not with `hidden_dim`.
 
     Returns:
         A new, built model of the same class.
@@ -126,8 +139,8 @@ def compress(
         ValueError: If `model` is not built, or cannot be copied from its
             configuration, if it has no (chosen) embedding, if a size would
             not make a table smaller or is out of reach, if a table is not
-            finite, or if `token_frequencies`, `hidden_covariances` or `heads`
-            do not fit.
+            finite, if arguments exclude each other, or if
+            `token_frequencies`, `hidden_covariances` or `heads` do not fit.
 
     Example:
 
@@ -146,13 +159,16 @@ def compress(
     - [Lioutas et al., 2019](https://arxiv.org/abs/1910.06720)
     """
     _surgery.check_copyable(model)
-    sizes = {"rank": rank, "max_bytes": max_bytes, "max_error": max_error}
-    sizes = {name: size for name, size in sizes.items() if size is not None}
-    if len(sizes) > 1:
-        raise ValueError(
-            "Give at most one of `rank`, `max_bytes` and `max_error`. "
-            f"Received: {sizes}"
-        )
+    wanted = Wanted(
+        compression,
+        rank=rank,
+        max_bytes=max_bytes,
+        max_error=max_error,
+        quantization=quantization,
+        min_speedup=min_speedup,
+        activation=activation,
+        hidden_dim=hidden_dim,
+    )
     options = {
         "activation": activation,
         "hidden_dim": hidden_dim,
@@ -169,16 +185,12 @@ def compress(
         heads,
         as_integer("min_parameters", min_parameters, minimum=0),
     )
-    weights = _Weights(token_frequencies, hidden_covariances)
-    if max_bytes is not None or max_error is not None:
-        ranks = _plan_ranks(
-            targets, weights, max_bytes, max_error, activation, hidden_dim
-        )
-        sizes = {target: {"rank": rank} for target, rank in ranks.items()}
-    else:
-        size = sizes or {"compression": compression}
-        sizes = dict.fromkeys(targets, size)
-    chosen = _build_factors(sizes, options, optional=layers is None)
+    weights = TableWeights(token_frequencies, hidden_covariances)
+    ranks, rounding = plan(targets, wanted, weights, optional=layers is None)
+    chosen = {
+        target: target.factorized(rank=rank, rounding=rounding, **options)
+        for target, rank in ranks.items()
+    }
     weights.check(chosen)
     tied = heads_of(model, chosen) if heads == "tie" else []
     replacements = _replacements(chosen, tied)
@@ -186,7 +198,7 @@ def compress(
     # Graphs first, factors later: what can fail fails before it costs time.
     (student,) = _surgery.copy_models([model], replacements)
     for target in chosen:  # the last table, too, before the first is factorised
-        _check_finite(target)
+        check_finite(target)
     for target, new in chosen.items():
         if verbose:
             print(f"Factorising '{target.name}'")
@@ -208,29 +220,6 @@ def compress(
         print(compression_report(student, model))
         _print_what_is_left(student, chosen)
     return student
-
-
-def _build_factors(
-    sizes: dict[Target, dict[str, Any]],
-    options: dict[str, Any],
-    optional: bool,
-) -> dict[Target, DistilledEmbedding]:
-    """The factors of each table, still random.
-
-    A table of a few rows, segments say, may be left as it is; one that was
-    asked for (not `optional`) may not.
-    """
-    chosen, refused = {}, None
-    for target, size in sizes.items():
-        try:
-            chosen[target] = target.factorized(**size, **options)
-        except ValueError as error:
-            refused = ValueError(f"Layer '{target.name}': {error}")
-            if not optional:
-                raise refused from error
-    if not chosen:
-        raise refused
-    return chosen
 
 
 def _replacements(
@@ -286,148 +275,3 @@ def _print_what_is_left(student: keras.Model, chosen: Iterable[Target]) -> None:
             f'{", ".join(heads)}. `heads="factorize"` or `heads="tie"` '
             "replaces it, too."
         )
-
-
-def _plan_ranks(
-    targets: list[Target],
-    weights: _Weights,
-    max_bytes: int | None,
-    max_error: float | None,
-    activation: str | Callable | None,
-    hidden_dim: int | None,
-) -> dict[Target, int]:
-    """Ranks from the spectra of the tables; small tables have none."""
-    hidden_dim = as_integer("hidden_dim", hidden_dim, or_none=True)
-    large_enough = [
-        target
-        for target in targets
-        if largest_useful_rank(target.input_dim, target.output_dim, hidden_dim)
-    ]
-    weights.check(large_enough)
-    for target in large_enough:
-        _check_finite(target)
-    groups = {
-        target: [
-            Table.of(table, **weights.of(target)) for table in target.tables()
-        ]
-        for target in large_enough
-    }
-    if not groups:
-        raise ValueError(
-            "No rank makes a table smaller. Received: tables of shapes "
-            f"{[(t.input_dim, t.output_dim) for t in targets]}"
-        )
-    lifted = is_lifted(activation)
-    if max_error is not None:
-        return {
-            target: max(rank_for_error(t, max_error, lifted) for t in tables)
-            for target, tables in groups.items()
-        }
-    max_bytes = as_integer("max_bytes", max_bytes)
-    # Of mixed dtypes the widest, so that the budget holds.
-    itemsize = max(dtype_bytes(target.variable_dtype) for target in groups)
-    try:
-        ranks = spread_ranks(
-            list(groups.values()), max_bytes / itemsize, lifted, hidden_dim
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"`max_bytes` is too small, at {itemsize} bytes a parameter: "
-            f"{error}. Received: max_bytes={max_bytes}"
-        ) from error
-    return dict(zip(groups, ranks))
-
-
-class _Weights:
-    """The weights of rows and columns.
-
-    Args:
-        token_frequencies: As of `compress`.
-        hidden_covariances: As of `compress`.
-    """
-
-    def __init__(self, token_frequencies: Any, hidden_covariances: Any) -> None:
-        self._given = {
-            "token_frequencies": token_frequencies,
-            "hidden_covariances": hidden_covariances,
-        }
-        self._rows: dict[Target, Any] = {}
-        self._columns: dict[Target, Any] = {}
-
-    def check(self, targets: Iterable[Target]) -> None:
-        """Refuses what does not fit the layers to compress."""
-        self._rows, self._columns = (
-            _by_layer(targets, values, name)
-            for name, values in self._given.items()
-        )
-        for target, frequencies in self._rows.items():
-            self._rows[target] = _checked_frequencies(target, frequencies)
-        for target, covariance in self._columns.items():
-            _check_covariance(target, covariance)
-
-    def of(self, target: Target) -> dict[str, Any]:
-        """Arguments of `factorize` and of `Table.of`."""
-        return {
-            "row_weights": self._rows.get(target),
-            "column_weights": self._columns.get(target),
-        }
-
-
-def _by_layer(
-    targets: Iterable[Target], values: Any, name: str
-) -> dict[Target, Any]:
-    """One value for all targets, or a dictionary by their names."""
-    if values is None:
-        return {}
-    names = [target.name for target in targets]
-    if not isinstance(values, Mapping):
-        values = dict.fromkeys(names, values)
-    if not set(values) <= set(names):
-        raise ValueError(
-            f"`{name}` must be by names of compressed layers, of {names}. "
-            f"Received: {list(values)}"
-        )
-    return {
-        target: values[target.name]
-        for target in targets
-        if target.name in values
-    }
-
-
-def _checked_frequencies(target: Target, frequencies: Any) -> np.ndarray:
-    frequencies = np.asarray(frequencies)
-    wanted = f"`token_frequencies` of layer '{target.name}' must "
-    if frequencies.shape != (target.input_dim,):
-        raise ValueError(
-            f"{wanted}have shape ({target.input_dim},), one number a token. "
-            f"Received: shape {frequencies.shape}"
-        )
-    if frequencies.dtype.kind not in "iuf":
-        raise ValueError(
-            f"{wanted}be numbers. Received: dtype {frequencies.dtype}"
-        )
-    if not (np.isfinite(frequencies) & (frequencies >= 0)).all():
-        raise ValueError(
-            f"{wanted}be finite and not negative. Received: numbers from "
-            f"{frequencies.min()} to {frequencies.max()}"
-        )
-    if not frequencies.any():
-        raise ValueError(f"{wanted}not all be 0. Received: only zeros")
-    return frequencies
-
-
-def _check_covariance(target: Target, covariance: Any) -> None:
-    try:
-        as_metric(covariance, target.output_dim)
-    except ValueError as error:
-        raise ValueError(
-            f"`hidden_covariances` of layer '{target.name}': {error}"
-        ) from error
-
-
-def _check_finite(target: Target) -> None:
-    for table in target.tables():
-        try:
-            check_finite_rows(table)
-        except ValueError as error:
-            raise ValueError(f"Layer '{target.name}': {error}") from error

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import io
 import os
+from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from typing import Any
@@ -17,6 +18,7 @@ from keras_distilled_embedding import _surgery
 from keras_distilled_embedding._targets import Target
 from keras_distilled_embedding._targets import is_embedding
 from keras_distilled_embedding.factorization import Table
+from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.factorization.table import lost_energy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
@@ -37,10 +39,13 @@ class CompressedTable:
         parameters_before: Parameters of the table (of both, if untied).
         parameters_after: Parameters of the factors.
         bytes_before: Bytes of the table, in the layer's variable dtype.
-        bytes_after: Bytes of the factors as they are stored.
+        bytes_after: Bytes of the factors as they are stored: with a
+            `rounding`, in a file of `export_litert`.
         error: The share of the table's energy that the factors lose,
             `||E - E~||^2 / ||E||^2` (over both, if untied), or `None` where
-            there is no original to compare with.
+            there is no original to compare with. With a `rounding`, those
+            of the rounded factors.
+        rounding: `"int8"`, `"int4"`, or `None` for floats.
     """
 
     layer: str
@@ -51,6 +56,7 @@ class CompressedTable:
     bytes_before: int
     bytes_after: int
     error: float | None = None
+    rounding: str | None = None
 
     @property
     def ratio(self) -> float:
@@ -65,7 +71,7 @@ class CompressionReport:
     Args:
         rows: A `CompressedTable` for each factorised table.
         model_parameters: Parameters of the whole compressed model.
-        model_bytes: Bytes of its weights.
+        model_bytes: Bytes of its weights, the factors' as they are stored.
     """
 
     rows: tuple[CompressedTable, ...]
@@ -117,6 +123,9 @@ class CompressionReport:
             ("error", ""),
         ):
             table.add_column(heading, footer=footer, justify="right")
+        any_rounded = any(row.rounding is not None for row in self.rows)
+        if any_rounded:
+            table.add_column("stored as")
         for row in self.rows:
             table.add_row(
                 row.layer,
@@ -126,6 +135,7 @@ class CompressionReport:
                 f"{row.bytes_before:,} -> {row.bytes_after:,}",
                 f"{row.ratio:.2f}x",
                 "" if row.error is None else f"{row.error:.3f}",
+                *([row.rounding or "floats"] if any_rounded else []),
             )
         return render(table)
 
@@ -231,10 +241,13 @@ def compression_report(
         if original is not None:
             error = _lost(layer, originals.get(key))
         rows.append(_report_row(layer, error))
+    factors = [weight for layer in layers.values() for weight in layer.weights]
     return CompressionReport(
         rows=tuple(rows),
         model_parameters=model.count_params(),
-        model_bytes=sum(weight_bytes(weight) for weight in model.weights),
+        model_bytes=_bytes_of(model.weights)
+        - _bytes_of(factors)
+        + sum(row.bytes_after for row in rows),
     )
 
 
@@ -285,9 +298,22 @@ def _report_row(
         parameters_before=before,
         parameters_after=sum(int(np.prod(w.shape)) for w in layer.weights),
         bytes_before=before * dtype_bytes(layer.variable_dtype),
-        bytes_after=sum(weight_bytes(weight) for weight in layer.weights),
+        bytes_after=_stored_bytes(layer, tables),
         error=error,
+        rounding=layer.rounding,
     )
+
+
+def _stored_bytes(layer: DistilledEmbedding, num_tables: int) -> int:
+    if layer.rounding is None:
+        return _bytes_of(layer.weights)
+    return num_tables * factor_bytes(
+        layer.rank, layer.input_dim, layer.output_dim, layer.rounding
+    )
+
+
+def _bytes_of(weights: Iterable[keras.Variable]) -> int:
+    return sum(weight_bytes(weight) for weight in weights)
 
 
 def weight_bytes(weight: keras.Variable) -> int:

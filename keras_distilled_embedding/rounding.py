@@ -60,6 +60,19 @@ def check_rounding(name: str, value: Any) -> None:
         )
 
 
+def stored_columns(columns: int, rounding: str | None) -> int:
+    """Columns that a matrix has where it is stored: int4 fills up blocks."""
+    return -(-columns // BLOCK) * BLOCK if rounding == "int4" else columns
+
+
+def integer_bytes(rows: int, columns: int, rounding: str) -> int:
+    """Bytes of a matrix of integers, with its scales."""
+    if rounding == "int8":
+        return rows * columns + 4  # one scale, float32
+    columns = stored_columns(columns, rounding)
+    return rows * (columns // 2 + 2 * columns // BLOCK)  # scales of 2 bytes
+
+
 def round_codes(codes: Any, basis: Any, rounding: str) -> RoundedCodes:
     """Rounds the codes of a table.
 
@@ -162,9 +175,9 @@ def _round(coordinates: Any, rounding: str) -> tuple[Any, Any]:
             ops.clip(integers, -127.0, 127.0),
             ops.full((1, 1), 1 / 127.0, "float32"),
         )
-    padding = -coordinates.shape[1] % BLOCK
-    coordinates = ops.pad(coordinates, [[0, 0], [0, padding]])
-    rows, columns = coordinates.shape
+    rows, rank = coordinates.shape
+    columns = stored_columns(rank, rounding)
+    coordinates = ops.pad(coordinates, [[0, 0], [0, columns - rank]])
     blocks = ops.reshape(coordinates, (rows, columns // BLOCK, BLOCK))
     largest = ops.max(ops.abs(blocks), axis=-1, keepdims=True)
     best, scales, least = None, None, None

@@ -185,6 +185,18 @@ OPTIONS = {
     "rank": (["--rank", 3], dict(rank=3)),
     "bytes": (["--max-bytes", 2500], dict(max_bytes=2500)),
     "error": (["--max-error", 0.3], dict(max_error=0.3)),
+    "int8": (
+        ["--max-bytes", 1000, "--quantization", "int8"],
+        dict(max_bytes=1000, quantization="int8"),
+    ),
+    "auto": (
+        ["--max-bytes", 1300, "--quantization", "auto"],
+        dict(max_bytes=1300, quantization="auto"),
+    ),
+    "speedup": (
+        ["--max-bytes", 2500, "--min-speedup", 5],
+        dict(max_bytes=2500, min_speedup=5.0),
+    ),
     "layer": (
         ["--rank", 2, "--layer", "segments"],
         dict(rank=2, layers=["segments"]),
@@ -402,6 +414,33 @@ def test_export_quantized(name, run, files, tmp_path):
     assert np.abs(outputs - expected).max() < 0.2 * expected.std()
 
 
+@EXPORTS
+@pytest.mark.parametrize("asked", [None, "none"])
+def test_export_follows_the_model(asked, run, tmp_path):
+    """Unless it is told otherwise."""
+    saved, path = tmp_path / "student.keras", tmp_path / "model.tflite"
+    shown = run(
+        *("compress", "own.keras", "-o", saved, "--max-bytes", 1300),
+        *("--quantization", "int8", "--json"),
+    )
+    assert shown.status == 0, shown.err
+    rows = json.loads(shown.out)["rows"]
+    assert {row["rounding"] for row in rows} == {"int8"}
+    how = ["--quantization", asked] if asked else []
+    shown = run("export", saved, "-o", path, "--json", *how)
+    assert shown.status == 0, shown.err
+    report = json.loads(shown.out)
+    if asked == "none":
+        assert report["quantization"] is None
+        assert report["table_bytes"] == {}
+        return
+    assert report["quantization"] == "int8"
+    assert report["table_bytes"] == {
+        row["layer"]: row["bytes_after"] for row in rows
+    }
+    assert sum(report["table_bytes"].values()) <= 1300
+
+
 # Bad use
 
 BAD = {
@@ -452,6 +491,23 @@ BAD = {
         "max_error=2.0",
     ),
     "rank": (["compress", "own.keras", "-o", "OUT", "--rank", "0"], "rank=0"),
+    "auto without a budget": (
+        ["compress", "own.keras", "-o", "OUT", "--quantization", "auto"],
+        "needs `max_bytes`",
+    ),
+    "bits": (
+        ["compress", "own.keras", "-o", "OUT", "--quantization", "int2"],
+        "argument --quantization: invalid choice: 'int2'",
+    ),
+    "slow": (
+        ["compress", "own.keras", "-o", "OUT", "--min-speedup", "0.5"],
+        "min_speedup=0.5",
+    ),
+    "too slow": (
+        ["compress", "own.keras", "-o", "OUT", "--rank", "5"]
+        + ["--min-speedup", "4"],
+        "at most 3 for `min_speedup`",
+    ),
     "two sizes": (
         ["compress", "own.keras", "-o", "OUT", "--rank", "2"]
         + ["--max-bytes", "5000"],

@@ -756,7 +756,7 @@ def test_bad_models(make, error, message, no_work):
         ({"compression": 1.0}, "compression=1.0"),
         ({"compression": 0.5}, "compression=0.5"),
         ({"compression": "8"}, "compression='8'"),
-        ({"compression": None}, "exactly one of `rank` and `compression`"),
+        ({"compression": None}, "Give one of `compression`, `rank`"),
         ({"compression": 100.0}, "out of reach .* rank 1"),
         ({"hidden_dim": 400}, "hidden_dim=400: rank 1"),
         ({"activation": "relux"}, "relux"),

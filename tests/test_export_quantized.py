@@ -6,7 +6,9 @@ import pytest
 from keras import ops
 
 from keras_distilled_embedding import compress
+from keras_distilled_embedding import compression_report
 from keras_distilled_embedding import export_litert
+from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.rounding import round_codes
 
@@ -208,6 +210,121 @@ def test_sizes(tmp_path):
         assert 1 <= report.overhead < overhead
         if quantization:
             assert table / report.table_bytes["tokens"] > ratio
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("rank", [9, 32, 40])
+def test_planned_bytes_are_those_of_the_file(quantization, rank, tmp_path):
+    """Of a model that looks up, whose file holds each factor once."""
+    embedding = DistilledEmbedding(VOCABULARY, WIDTH, rank, name="tokens")
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    pooled = keras.layers.GlobalAveragePooling1D()(embedding(ids))
+    model, path = keras.Model(ids, pooled), tmp_path / "model.tflite"
+    report = export_litert(
+        model, path, quantization=quantization, verbose=False
+    )
+    planned = factor_bytes(rank, VOCABULARY, WIDTH, quantization)
+    if quantization is None:
+        # A report of floats tells no bytes of tables; here they are all.
+        assert report.weights_bytes == planned
+    else:
+        assert report.table_bytes == {"tokens": planned}
+    file, sizes = read(path), {}
+    for graph in file.subgraphs:
+        for tensor in graph.tensors:
+            data = file.buffers[tensor.buffer].data
+            if data is not None and tensor.type != schema.TensorType.INT32:
+                sizes[tensor.buffer] = len(data)
+    # The one scale of int8 is not in a buffer.
+    scale = 4 if quantization == "int8" else 0
+    assert sum(sizes.values()) + scale == planned
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@QUANTIZATION
+def test_planned_bytes_are_those_reported(quantization, untied, tmp_path):
+    """Of tables that are multiplied with, too, and of two."""
+    model, path = make_model(tie_weights=not untied), tmp_path / "model.tflite"
+    report = export_litert(
+        model, path, quantization=quantization, verbose=False
+    )
+    planned = factor_bytes(RANK, VOCABULARY, WIDTH, quantization)
+    assert report.table_bytes == {"tokens": (1 + untied) * planned}
+
+
+# What the layers are rounded to decides
+
+
+@QUANTIZATION
+def test_the_model_says_how_it_is_stored(quantization, tmp_path):
+    model = make_model(rounding=quantization)
+    default, asked = tmp_path / "default.tflite", tmp_path / "asked.tflite"
+    report = export_litert(model, default, verbose=False)
+    assert report.quantization == quantization
+    export_litert(model, asked, quantization=quantization, verbose=False)
+    assert default.read_bytes() == asked.read_bytes()
+    # As floats, on demand: those of the rounded codes.
+    report = export_litert(model, asked, quantization="float32", verbose=False)
+    assert report.quantization is None
+    assert report.weights_bytes == 4 * model.count_params()
+    np.testing.assert_allclose(
+        run(asked, ids=IDS), ops.convert_to_numpy(model(IDS)), atol=1e-5
+    )
+
+
+def test_a_layer_without_rounding_follows_the_others(tmp_path):
+    model = make_two(None, "int8")
+    path = tmp_path / "model.tflite"
+    report = export_litert(model, path, verbose=False)
+    assert report.quantization == "int8"
+    assert set(report.table_bytes) == {"a", "b"}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_layers_of_different_roundings(quantization, tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_distilled_embedding.export.litert.convert", None)
+    path = tmp_path / "model.tflite"
+    with pytest.raises(
+        ValueError, match="one `rounding`.*'a': 'int8', 'b': 'int4'"
+    ):
+        export_litert(
+            make_two("int8", "int4"),
+            path,
+            quantization=quantization,
+            verbose=False,
+        )
+    assert not path.exists()
+
+
+def make_two(*roundings):
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    tables = [
+        DistilledEmbedding(VOCABULARY, WIDTH, RANK, name=name, rounding=r)(ids)
+        for name, r in zip("ab", roundings)
+    ]
+    return keras.Model(ids, keras.layers.Add()(tables))
+
+
+@pytest.mark.parametrize("min_speedup", [None, 1.5])
+def test_a_plan_is_what_is_written(min_speedup, tmp_path):
+    """From a budget of bytes to a file: the same bytes, the same numbers."""
+    model, path = make_model(dense), tmp_path / "model.tflite"
+    student = compress(
+        model,
+        max_bytes=12_000,
+        quantization="auto",
+        min_speedup=min_speedup,
+        verbose=0,
+    )
+    (row,) = compression_report(student).rows
+    report = export_litert(student, path, verbose=False)
+    assert row.rounding is not None
+    assert report.quantization == row.rounding
+    assert report.table_bytes == {"tokens": row.bytes_after}
+    assert 10_000 < row.bytes_after <= 12_000
+    # Not the rounding of the codes, which Keras computes too: int8 of hidden
+    # states and of the other matrices.
+    assert report.fidelity.relative_rms_error < 0.02
 
 
 def test_fidelity_on_given_inputs(tmp_path):

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from keras_distilled_embedding import factorize
 from keras_distilled_embedding.factorization import Table
+from keras_distilled_embedding.factorization import energy_shares
 from keras_distilled_embedding.factorization import largest_useful_rank
 from keras_distilled_embedding.factorization import rank_for_compression
 from keras_distilled_embedding.factorization import rank_for_error
+from keras_distilled_embedding.factorization import rank_for_speedup
 from keras_distilled_embedding.factorization import spread_ranks
+from keras_distilled_embedding.factorization import useful_ranks
 from keras_distilled_embedding.factorization import validate_rank
 from keras_distilled_embedding.factorization.ranks import num_parameters
 
@@ -147,6 +150,42 @@ def test_largest_useful_rank(rows, columns, hidden):
         validate_rank(rank + 1, rows, columns, hidden or None)
 
 
+# By multiplications.
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 10**6),
+    st.integers(1, 2_000),
+    st.floats(1.0, 300.0),
+    st.sampled_from([None, "int8", "int4"]),
+)
+def test_rank_for_speedup_is_the_largest(rows, columns, ratio, rounding):
+    def reached(rank):
+        # int4 multiplies with whole blocks of 32.
+        width = -(-rank // 32) * 32 if rounding == "int4" else rank
+        return rows * columns / (width * (rows + columns))
+
+    if reached(1) < ratio:
+        with pytest.raises(ValueError, match=f"{reached(1)!r} times fewer"):
+            rank_for_speedup(rows, columns, ratio, rounding)
+        return
+    rank = rank_for_speedup(rows, columns, ratio, rounding)
+    assert reached(rank) >= ratio > reached(rank + 1)
+
+
+def test_speedup_is_exact_where_a_rank_gives_it():
+    ratio = 30522 * 384 / (47 * (30522 + 384))
+    assert rank_for_speedup(30522, 384, ratio) == 47
+    assert rank_for_speedup(30522, 384, np.nextafter(ratio, np.inf)) == 46
+
+
+@pytest.mark.parametrize("ratio", [0.99, 0, -2, np.nan, np.inf, "2", True])
+def test_bad_speedup(ratio):
+    with pytest.raises(ValueError, match="at least 1. Received: min_speedup="):
+        rank_for_speedup(1000, 64, ratio)
+
+
 # By error.
 
 
@@ -201,10 +240,17 @@ def test_the_spread_is_the_best_there_is(lifted, hidden_dim):
     def error(ranks):
         return sum(e[r - lifted :].sum() for r, e in zip(ranks, energies))
 
-    groups = [[Table.of(t)] for t in tables]
+    shares = [energy_shares([Table.of(t)]) for t in tables]
     limits = [largest_useful_rank(*t.shape, hidden_dim) for t in tables]
+    costs = [
+        {
+            rank: num_parameters(rank, *t.shape, hidden_dim)
+            for rank in useful_ranks(limit, None)
+        }
+        for t, limit in zip(tables, limits)
+    ]
     for budget in range(cost((1, 1)), cost(limits) + 50, 37):
-        ranks = spread_ranks(groups, budget, lifted, hidden_dim)
+        ranks = spread_ranks(shares, costs, budget, lifted)
         assert cost(ranks) <= budget
         assert all(1 <= r <= limit for r, limit in zip(ranks, limits))
         # Greedy is exact up to the last unit that does not fit.
@@ -225,15 +271,19 @@ def test_the_spread_is_the_best_there_is(lifted, hidden_dim):
 def test_the_spread_follows_the_spectra():
     flat = Table.of(table_with_spectrum(100, np.ones(16), seed=1))
     steep = Table.of(table_with_spectrum(100, 0.1 ** np.arange(16), seed=2))
-    flat_rank, steep_rank = spread_ranks([[flat], [steep]], 10 * 116, False)
+    once = {rank: rank * 116 for rank in range(1, 14)}
+    twice = {rank: 2 * cost for rank, cost in once.items()}
+    shares = [energy_shares([flat]), energy_shares([steep])]
+    flat_rank, steep_rank = spread_ranks(shares, [once, once], 1160, False)
     assert steep_rank <= 3
     assert flat_rank + steep_rank == 10
     # Untied tables of one layer have one rank, and cost twice.
-    ranks = spread_ranks([[flat, flat], [steep]], 10 * 116, False)
+    shares[0] = energy_shares([flat, flat])
+    ranks = spread_ranks(shares, [twice, once], 1160, False)
     assert 2 * ranks[0] + ranks[1] in (9, 10)
 
 
 def test_a_budget_that_is_too_small():
-    table = Table.of(np.ones((9, 3)))
-    with pytest.raises(ValueError, match="rank 1 of every table takes 24"):
-        spread_ranks([[table], [table]], 23, False)
+    shares = energy_shares([Table.of(np.ones((9, 3)))])
+    with pytest.raises(ValueError, match="23 is too small.* ranks .*take 24"):
+        spread_ranks([shares, shares], [{1: 12}, {1: 12}], 23, False)

@@ -37,6 +37,7 @@ def test_report():
         "bytes_after": 4 * after,
         "ratio": before / after,
         "error": None,
+        "rounding": None,
     }
     assert report.to_dict() == {
         "rows": [expected],
@@ -56,6 +57,40 @@ def test_report():
         f"{before / after:.2f}x",
     ):
         assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("rounding", "after"),
+    [
+        ("int8", 5 * VOCABULARY + 4 + 5 * WIDTH + 4 * WIDTH),
+        ("int4", (16 + 2) * VOCABULARY + 32 * WIDTH + 4 * WIDTH),
+    ],
+)
+def test_report_of_what_is_rounded(rounding, after):
+    """The bytes are those of a file of integers, the error is as computed."""
+    model = make_model(keras_untied)
+    student = compress(model, rank=5, quantization=rounding, verbose=0)
+    report = compression_report(student, model)
+    (row,) = report.to_dict()["rows"]
+    assert (row["rounding"], row["bytes_after"]) == (rounding, 2 * after)
+    assert row["parameters_after"] == 2 * 5 * (VOCABULARY + WIDTH)
+    rest = 4 * (model.count_params() - 2 * VOCABULARY * WIDTH)
+    assert report.model_bytes == rest + 2 * after
+    assert report.model_bytes_before == 4 * model.count_params()
+    floats = compression_report(compress(model, rank=5, verbose=0), model)
+    assert row["error"] > floats.rows[0].error
+    shown = str(report)
+    assert f"-> {2 * after:,}" in shown
+    assert "stored as" in shown and rounding in shown
+    assert "stored as" not in str(floats)
+
+
+def test_some_tables_are_rounded():
+    student = compress(make_two_of_one_name(), rank=3, verbose=0)
+    layer = next(x for x in student._flatten_layers() if x.name == "tokens")
+    layer.rounding = "int8"
+    shown = str(compression_report(student))
+    assert "int8" in shown and "floats" in shown
 
 
 def test_report_of_half_precision_and_of_nested_models():

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -236,13 +240,38 @@ def test_paired_test_finds_what_is_the_same():
     assert found[entries[2]].p_value > 0.5
 
 
+# A machine without TensorFlow, and without what reads and judges text.
+WITHOUT_TENSORFLOW = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in ("tensorflow", "tensorflow_text", "sentencepiece",
+                   "sacrebleu"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+from benchmarks.translation.__main__ import main
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 def test_rows_files_and_report(tmp_path, capsys):
     work = ["--work-dir", str(tmp_path / "work")]
     quick = [*work, "--task", "quick"]
-    chosen = ["--methods", grid.CONTROL, grid.OURS, "GroupReduce"]
-    chosen += ["--sizes", "1", "8", "--losses", "logits"]
+    chosen = ["--sizes", "1", "8", "--losses", "logits", "--methods"]
+    chosen += [grid.CONTROL, grid.OURS, "GroupReduce"]
     command.main(["prepare", *quick])
+    # The teacher and one row on JAX alone, the others here.
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORFLOW, "run"]
+        + [*quick, *chosen[:-2], grid.CONTROL],
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        cwd=Path(__file__).parents[1],
+        check=True,
+    )
     command.main(["run", *quick, *chosen])
     capsys.readouterr()
     command.main(["run", *quick, *chosen])  # all is there
@@ -267,6 +296,8 @@ def test_rows_files_and_report(tmp_path, capsys):
         "GroupReduce",
         "GroupReduce, int8",
     }
+    control = entries[grid.CONTROL]["environment"]
+    assert control.endswith("Keras on jax")
     text = (output / "report.md").read_text()
     assert all(f"| {name} |" in text for name in entries)
     assert (output / "quick_bytes.png").read_bytes().startswith(b"\x89PNG")

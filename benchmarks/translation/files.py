@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from functools import cached_property
 from pathlib import Path
 
 import keras
+import numpy as np
+import sentencepiece
 
 import keras_distilled_embedding as kde
 from benchmarks._report import write_text
@@ -92,15 +95,27 @@ class Files:
         return {
             "bytes": path.stat().st_size,
             "table_bytes": report.table_bytes.get("token_embedding"),
-            "translations": [self._translate(runner, s) for s in self._sources],
+            "translations": [*map(runner.translate, self._cut_sources)],
         }
 
-    def _translate(self, runner: LiteRTRunner, sentence: str) -> str:
-        try:
-            return runner.translate(sentence)
-        except ValueError:  # longer than the model's longest
-            words = sentence.split()
-            return self._translate(runner, " ".join(words[:-1]))
+    @cached_property
+    def _ids(self) -> list[np.ndarray]:
+        return self.task.pairs("test").source
+
+    @cached_property
+    def _cut_sources(self) -> list[str]:
+        """Without the last words of what is too long for the model."""
+        pieces = sentencepiece.SentencePieceProcessor(
+            model_proto=(self.task.folder / "vocabulary.spm").read_bytes()
+        )
+        longest = self.task.max_length - 1  # and its end
+
+        def cut(sentence: str) -> str:
+            while len(pieces.encode(sentence)) > longest:
+                sentence = sentence.rpartition(" ")[0]
+            return sentence
+
+        return [*map(cut, self._sources)]
 
     def path(self, row: Row, storage: str) -> Path:
         return self.results.path(row, f".{storage}.tflite")
@@ -113,8 +128,11 @@ class Files:
             for storage in ("float32", "int8", "int4")
             if (path := self.path(row, storage)).exists()
         }
-        sentences = [s for s in self._sources if len(s) < 100]
-        sentences = sentences[:TIMED_SENTENCES]
+        sentences = [
+            sentence
+            for sentence, ids in zip(self._sources, self._ids)
+            if len(ids) <= self.task.max_length
+        ][:TIMED_SENTENCES]
         samples: dict[str, list[float]] = {name: [] for name in runners}
         for _ in range(rounds):
             for name, runner in runners.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -86,10 +87,7 @@ class Entry:
     @property
     def label(self) -> str:
         """The name with the form in which it is stored."""
-        storage = self.storage
-        if storage == "float32" or storage in self.name:
-            return self.name
-        return f"{self.name}, {storage}"
+        return label(self.record())
 
     def record(self) -> dict:
         """As the committed results keep it."""
@@ -370,7 +368,7 @@ def _sections(task: str, entries: list[dict]) -> list[str]:
 
 
 def _cells(entries: list[dict], everything: list[dict]) -> list[list[str]]:
-    control = {e["seed"]: e["bleu"] for e in everything if e["name"] == CONTROL}
+    control = {e["seed"]: e["bleu"] for e in everything if label(e) == CONTROL}
     cells = [
         [
             "method",
@@ -431,13 +429,11 @@ def _duel_cells(duels: list[dict]) -> list[list[str]]:
 
 
 def label(record: dict) -> str:
-    """As `Entry.label`, of what is committed."""
+    """The name of a committed entry, with the form in which it is stored."""
     storage, name = record["storage"], record["name"]
-    return (
-        name
-        if storage in ("float32", *name.split())
-        else (f"{name}, {storage}")
-    )
+    if storage in ("float32", *re.findall("int[48]", name)):
+        return name
+    return f"{'full table' if name == CONTROL else name}, {storage}"
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -460,8 +456,8 @@ COLOURS = {
     "smaller model, logits": "black",
     SCRATCH: "grey",
     "ours, funnel": "pink",
-    "int8 table": "navy",
-    "int4 table": "teal",
+    "full table, int8": "navy",
+    "full table, int4": "teal",
 }
 
 
@@ -482,7 +478,7 @@ def _plot(
 
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    control = [e["bleu"] for e in entries if e["name"] == CONTROL]
+    control = [e["bleu"] for e in entries if label(e) == CONTROL]
     if control:
         axes.axhline(
             statistics.mean(control),

@@ -26,9 +26,10 @@ from keras_distilled_embedding.export.stored_table import StoredTable
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
-from keras_distilled_embedding.rounding import check_rounding
+from keras_distilled_embedding.rounding import ROUNDINGS
 
 DEFAULT_SIGNATURE = "serving_default"
+FLOAT32 = "float32"
 
 
 def export_litert(
@@ -57,11 +58,12 @@ def export_litert(
             of such, as KerasHub's are.
         filepath: The file to write. An existing file is replaced, once the
             new one is complete.
-        quantization: `None` is float32. `"int8"` stores tables, with one
-            scale each, and other matrices, with one a row, in 8 bits;
-            `"int4"` the tables in 4 bits, with one scale for 32 numbers, and
-            the other matrices in 8. It needs no calibration. A table that was
-            trained with this `rounding` is stored as it was trained.
+        quantization: `"int8"` stores tables, with one scale each, and other
+            matrices, with one a row, in 8 bits; `"int4"` the tables in 4
+            bits, with one scale for 32 numbers, and the other matrices in 8;
+            `"float32"` nothing. It needs no calibration. By default it is the
+            `rounding` of the model's factorised tables, which are then stored
+            as they were trained, and float32 where none has one.
         signatures: Models by signature name, to put into the file in the
             place of `model` as a whole: parts of it such as an encoder and a
             decoder, which share its layers and so their tables. The names of
@@ -80,9 +82,11 @@ def export_litert(
 
     Raises:
         TypeError: If `model` or a signature is not a Keras model.
-        ValueError: If `quantization` is not available, if a model has no
-            symbolic inputs or is of another dtype, if a signature is not part
-            of `model`, or if the model needs operators that LiteRT has not.
+        ValueError: If `quantization` is not available, or not the one that a
+            table was trained for, if tables were trained for different ones,
+            if a model has no symbolic inputs or is of another dtype, if a
+            signature is not part of `model`, or if the model needs operators
+            that LiteRT has not.
         FileNotFoundError: If the folder of `filepath` does not exist.
         IsADirectoryError: If `filepath` is a folder.
         ImportError: If TensorFlow or ai-edge-litert is missing.
@@ -102,7 +106,11 @@ def export_litert(
     ```
     """
     filepath = Path(filepath)
-    check_rounding("quantization", quantization)
+    if quantization not in (None, FLOAT32, *ROUNDINGS):
+        raise ValueError(
+            "`quantization` must be None or one of "
+            f"{(FLOAT32, *ROUNDINGS)}. Received: quantization={quantization!r}"
+        )
     if not filepath.parent.is_dir():
         raise FileNotFoundError(
             f"The folder of `filepath` does not exist: make it first. "
@@ -118,6 +126,7 @@ def export_litert(
     )
     signatures = _check_signatures(model, signatures)
     _check_float32(model)
+    quantization = _choose_quantization(signatures, quantization)
     _import_litert()
 
     stored: dict[keras.layers.Layer, StoredTable] = {}
@@ -164,6 +173,39 @@ def export_litert(
     return report
 
 
+def _choose_quantization(
+    signatures: Mapping[str, keras.Model], quantization: str | None
+) -> str | None:
+    """The integers to store, `None` for floats.
+
+    Raises:
+        ValueError: If layers were trained for others.
+    """
+    if quantization == FLOAT32:
+        return None
+    trained_as = {
+        layer.name: layer.rounding
+        for part in signatures.values()
+        for layer in _surgery.iterate_layers(part)
+        if isinstance(layer, DistilledEmbedding) and layer.rounding is not None
+    }
+    roundings = set(trained_as.values())
+    if len(roundings) > 1:
+        raise ValueError(
+            "`model` must have layers of one `rounding`, since a file has one "
+            f"quantization. Received: {trained_as}"
+        )
+    if quantization is None:
+        return next(iter(roundings), None)
+    if not roundings <= {quantization}:
+        name, rounding = next(iter(trained_as.items()))
+        raise ValueError(
+            f"`quantization` must be {rounding!r}, as layer '{name}' was "
+            f"trained. Received: quantization={quantization!r}"
+        )
+    return quantization
+
+
 def _stored_tables(
     signatures: Mapping[str, keras.Model], quantization: str
 ) -> dict[keras.layers.Layer, StoredTable]:
@@ -174,13 +216,6 @@ def _stored_tables(
             is_factorized = isinstance(layer, DistilledEmbedding)
             if layer in tables or not (is_factorized or is_embedding(layer)):
                 continue
-            trained_as = getattr(layer, "rounding", None)
-            if trained_as not in (None, quantization):
-                raise ValueError(
-                    f"`quantization` must be {trained_as!r}, as layer "
-                    f"'{layer.name}' was trained. "
-                    f"Received: quantization={quantization!r}"
-                )
             tables[layer] = StoredTable(layer, quantization)
     return tables
 

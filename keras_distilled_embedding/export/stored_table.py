@@ -8,10 +8,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 from keras_distilled_embedding.rounding import dequantize
+from keras_distilled_embedding.rounding import integer_bytes
 from keras_distilled_embedding.rounding import round_codes
 from keras_distilled_embedding.rounding import round_table
 
@@ -111,11 +113,10 @@ class TablePart:
 
     def stored_bytes(self, rounding: str) -> int:
         """Bytes in a file, the basis counted once and in 8 bits."""
-        scales = 4 if rounding == "int8" else 2 * self.scales.size
-        total = len(self.packed(rounding)) + scales
-        if self.basis is not None:
-            total += self.basis.size + 4 * self.offset.size
-        return total
+        rows = len(self.integers)
+        if self.basis is None:
+            return integer_bytes(rows, self.width, rounding)
+        return factor_bytes(len(self.basis), rows, self.width, rounding)
 
     def look_up(self, ids: Any) -> Any:
         """Rows of the table, `(..., width)`."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +17,8 @@ from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.spectrum import Spectrum
 from keras_distilled_embedding.factorization.spectrum import spectrum_of
 from keras_distilled_embedding.factorization.table import Table
+from keras_distilled_embedding.rounding import integer_bytes
+from keras_distilled_embedding.rounding import stored_columns
 
 
 def num_parameters(
@@ -39,6 +44,50 @@ def num_parameters(
     return rank * (input_dim + output_dim + hidden_dim) + hidden_dim * (
         output_dim + 1
     )
+
+
+def factor_bytes(
+    rank: int,
+    input_dim: int,
+    output_dim: int,
+    rounding: str | None = None,
+    hidden_dim: int | None = None,
+    itemsize: int = 4,
+) -> int:
+    """Bytes of the factors of a table, as `export_litert` stores them.
+
+    As integers, the codes with their scales, the basis in 8 bits and the
+    offset in float32. (A file that both looks rows up and projects holds the
+    small basis once more, transposed; that is not counted.)
+
+    Args:
+        rank: Integer `r`.
+        input_dim: Integer, the number of rows `V`.
+        output_dim: Integer, the number of columns `d`.
+        rounding: `"int8"`, `"int4"`, or `None` for floats.
+        hidden_dim: Integer, the width of the funnel, or `None`. Of floats.
+        itemsize: Integer, bytes of one float.
+
+    Returns:
+        Floats: `itemsize` times their number. int8: `r V + 4 + r d + 4 d`.
+        int4, with `k` the rank rounded up to a multiple of 32:
+        `k / 2 V + k / 16 V + k d + 4 d`.
+
+    Example:
+
+    >>> factor_bytes(47, 30522, 384)
+    5810328
+    >>> factor_bytes(47, 30522, 384, "int8")
+    1454122
+    >>> factor_bytes(47, 30522, 384, "int4")
+    1124904
+    """
+    if rounding is None:
+        return itemsize * num_parameters(
+            rank, input_dim, output_dim, hidden_dim
+        )
+    basis = stored_columns(rank, rounding) * output_dim
+    return integer_bytes(input_dim, rank, rounding) + basis + 4 * output_dim
 
 
 def rank_for_compression(
@@ -91,6 +140,73 @@ def rank_for_compression(
     while _compression_ratio(rank, *sizes) < compression:
         rank -= 1
     return rank
+
+
+def rank_for_speedup(
+    input_dim: int,
+    output_dim: int,
+    min_speedup: float,
+    rounding: str | None = None,
+) -> int:
+    """Returns the largest rank whose projection is so much cheaper.
+
+    Counted are the multiplications for one hidden state: `V d` with the
+    table, `r (V + d)` with its factors. A file in int4 multiplies with whole
+    blocks of codes, so there `r` is rounded up to a multiple of 32.
+
+    Args:
+        input_dim: Positive integer, the number of rows `V`.
+        output_dim: Positive integer, the number of columns `d`.
+        min_speedup: Float of at least 1.
+        rounding: `"int8"`, `"int4"`, or `None` for floats.
+
+    Returns:
+        The rank, a positive integer.
+
+    Raises:
+        ValueError: If `min_speedup` is below 1, or more than any rank gives.
+
+    Example:
+
+    >>> rank_for_speedup(30522, 384, 8.0)
+    47
+    >>> rank_for_speedup(30522, 384, 8.0, "int4")
+    32
+    """
+    input_dim, output_dim, _ = _as_sizes(input_dim, output_dim, None)
+    check_speedup(min_speedup)
+    # Ranks within a block cost the same: the last of them stands for all.
+    block = stored_columns(1, rounding)
+    ranks = range(block, output_dim + 1, block)
+
+    def speedup(rank: int) -> float:
+        return _compression_ratio(rank, input_dim, output_dim, None)
+
+    fast = [rank for rank in ranks if speedup(rank) >= min_speedup]
+    if fast:
+        return fast[-1]
+    raise ValueError(
+        f"min_speedup={min_speedup!r} is out of reach for a table of shape "
+        f"({input_dim}, {output_dim}): rank 1"
+        + (f", which int4 stores as {block}," if block > 1 else "")
+        + f" takes {speedup(block)!r} times fewer multiplications, the most "
+        "there is"
+    )
+
+
+def check_speedup(min_speedup: float) -> None:
+    """Refuses what is no number of at least 1.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    is_number = isinstance(min_speedup, numbers.Real)
+    is_number = is_number and not isinstance(min_speedup, bool)
+    if not is_number or not 1 <= min_speedup < float("inf"):
+        raise ValueError(
+            "`min_speedup` must be a number of at least 1. "
+            f"Received: min_speedup={min_speedup!r}"
+        )
 
 
 def validate_rank(
@@ -181,55 +297,72 @@ def rank_for_error(table: Table, max_error: float, lifted: bool) -> int:
     return max(1, smallest(spectrum_of(table, smallest)) + lifted)
 
 
-def spread_ranks(
-    groups: Sequence[Sequence[Table]],
-    max_parameters: Sequence[float] | float,
-    lifted: bool,
-    hidden_dim: int | None = None,
-) -> list[int]:
-    """Spends a budget of parameters on several tables, where it helps most.
-
-    Every unit of rank goes to the table that loses the largest further share
-    of its (weighted) energy for each parameter: at the end the marginal gains
-    of all tables are equal, and the sum of their relative errors is the least
-    for the budget.
+def useful_ranks(largest: int, rounding: str | None) -> list[int]:
+    """The ranks up to the largest that no other of the same bytes betters.
 
     Args:
-        groups: For each layer its tables, one or (untied) two of one shape,
-            which have one rank.
-        max_parameters: Of the factors of all tables together.
-        lifted: Whether the form is ReLU's, which has one rank more than the
-            singular value decomposition that it is equal to.
-        hidden_dim: Integer `h`, the width of every funnel, or `None`.
+        largest: Positive integer.
+        rounding: `"int8"`, `"int4"`, or `None` for floats.
 
     Returns:
-        A rank for each group.
+        All of them, for int4 the last of each block.
+    """
+    block = stored_columns(1, rounding)
+    return [*range(block, largest, block), largest]
+
+
+def energy_shares(tables: Iterable[Table]) -> np.ndarray:
+    """What each further rank keeps of the tables' energies, summed up."""
+    return sum(_shares(spectrum_of(table, 1)) for table in tables)
+
+
+def spread_ranks(
+    shares: Sequence[np.ndarray],
+    costs: Sequence[Mapping[int, float]],
+    budget: float,
+    lifted: bool,
+) -> list[int]:
+    """Spends a budget on several tables, where it helps most.
+
+    Every step to a larger rank is taken by the table that loses the largest
+    further share of its (weighted) energy for its cost: at the end the
+    marginal gains of all tables are equal, and the sum of their relative
+    errors is the least for the budget, up to a last step that does not fit.
+
+    Args:
+        shares: For each layer the `energy_shares` of its tables.
+        costs: For each layer the ranks to choose from, ascending, and what
+            each costs; every step costs as much.
+        budget: For all layers together.
+        lifted: Whether the form is ReLU's, which has one rank more than the
+            singular value decomposition that it is equal to.
+
+    Returns:
+        A rank for each layer.
 
     Raises:
-        ValueError: If not even rank 1 of every table fits.
+        ValueError: If not even the smallest ranks fit.
     """
-    ranks, spent, offers = [], 0, []
-    for index, tables in enumerate(groups):
-        sizes = (*tables[0].shape, hidden_dim)
-        ranks.append(1)
-        spent += len(tables) * num_parameters(1, *sizes)
-        cost = len(tables) * _parameters_of_one_rank(*sizes)
-        energies = sum(_shares(spectrum_of(table, 1)) for table in tables)
-        # What each unit of rank beyond the first gains.
-        gains = energies[0 if lifted else 1 :]
-        gains = gains[: max(0, largest_useful_rank(*sizes) - 1)]
-        offers += [(gain / cost, index, cost) for gain in gains]
-    if spent > max_parameters:
+    ranks = [list(prices) for prices in costs]
+    spent, offers = 0, []
+    for index, (energies, prices) in enumerate(zip(shares, costs)):
+        spent += prices[ranks[index][0]]
+        for smaller, larger in itertools.pairwise(prices):
+            cost = prices[larger] - prices[smaller]
+            gain = energies[smaller - lifted : larger - lifted].sum()
+            offers.append((gain / cost, index, cost))
+    if spent > budget:
         raise ValueError(
-            f"a budget of {max_parameters:.0f} parameters is too small: rank "
-            f"1 of every table takes {spent}"
+            f"a budget of {budget:.0f} is too small: the smallest ranks of "
+            f"all tables take {spent}"
         )
-    # Of one table the gains fall, so its units are bought in their order.
+    taken = [0] * len(ranks)
+    # Of one table the gains fall, so its steps are bought in their order.
     for _, index, cost in sorted(offers, key=lambda offer: -offer[0]):
-        if spent + cost <= max_parameters:
-            ranks[index] += 1
+        if spent + cost <= budget:
+            taken[index] += 1
             spent += cost
-    return ranks
+    return [options[step] for options, step in zip(ranks, taken)]
 
 
 def _shares(spectrum: Spectrum) -> np.ndarray:

@@ -292,10 +292,8 @@ def test_rows_files_and_report(tmp_path, capsys):
     assert entries["ours, int8"]["ratio"] > 25
     assert entries["ours, int8"]["file_bytes"] < entries["ours"]["file_bytes"]
     assert entries["ours"]["ms"] > 0
-    assert {d["rival"] for d in record["duels"]["quick, seed 0"]} == {
-        "GroupReduce",
-        "GroupReduce, int8",
-    }
+    rivals_met = {d["rival"] for d in record["duels"]["quick, seed 0"]}
+    assert {"GroupReduce", "GroupReduce, int8"} <= rivals_met
     control = entries[grid.CONTROL]["environment"]
     assert control.endswith("Keras on jax")
     text = (output / "report.md").read_text()

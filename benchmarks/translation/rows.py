@@ -44,6 +44,7 @@ def train_teacher(task: Task) -> None:
             task.batches("validation"),
             task.setting.teacher,
             backup_dir=task.folder / f"teacher_{task.seed}_backup",
+            jit_compile=task.setting.jit_compile,
             verbose=2,
         )
         part = task.folder / "part_teacher.keras"
@@ -135,6 +136,7 @@ class Results:
         arguments = dict(
             validation=task.batches("validation"),
             schedule=schedule,
+            jit_compile=task.setting.jit_compile,
             verbose=2,
         )
         keras.utils.set_random_seed(task.seed + STUDENT_SEED)

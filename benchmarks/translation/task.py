@@ -65,6 +65,7 @@ class Setting:
         vocabulary_size: Joint SentencePiece pieces.
         max_pairs: Training pairs to use, all by default.
         max_sentences: Validation and test pairs to use, all by default.
+        jit_compile: Whether XLA compiles the training step.
     """
 
     shape: Shape
@@ -74,6 +75,7 @@ class Setting:
     vocabulary_size: int
     max_pairs: int | None = None
     max_sentences: int | None = None
+    jit_compile: bool = True
 
 
 SETTINGS = {
@@ -101,6 +103,7 @@ SETTINGS = {
         vocabulary_size=500,
         max_pairs=640,
         max_sentences=16,
+        jit_compile=False,
     ),
 }
 

@@ -117,7 +117,7 @@ def test_the_control_is_the_rate_that_validation_prefers():
         {"row": row, "validation_nll": [1.0, nll]}
         for row, nll in (
             ("teacher", 1.0),
-            ("control, rate 3e-04", 3.0),
+            ("control, rate 2e-03", 3.0),
             ("control, rate 1e-03", 2.0),
         )
     ]

@@ -49,6 +49,7 @@ import keras_distilled_embedding as kde
 from benchmarks._report import environment
 from benchmarks._report import write_bytes
 from benchmarks._report import write_text
+from benchmarks._threads import limit_threads
 from examples.nmt.data import Vocabulary
 from examples.nmt.evaluate import markdown_table
 from examples.nmt.tokens import EOS_ID
@@ -57,8 +58,10 @@ from examples.nmt.train import Recipe
 from examples.nmt.train import Schedule
 from examples.nmt.train import distil
 from examples.nmt.train import fit
+from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.rounding import dequantize
+from keras_distilled_embedding.rounding import integer_bytes
 from keras_distilled_embedding.rounding import round_table
 
 OUTPUT = Path(__file__).parent / "results" / "language_model"
@@ -368,13 +371,13 @@ def table_of(model: keras.Model) -> keras.layers.Layer:
 def table_bytes(model: keras.Model, storage: str) -> int:
     """What a file has to hold of it, in float32 or in int8."""
     table = table_of(model)
-    entries = sum(int(np.prod(weight.shape)) for weight in table.weights)
-    if storage == "float32":
-        return 4 * entries
-    if not isinstance(table, DistilledEmbedding):
-        return entries + 4  # one scale
-    # A scale of the codes, one for each row of the basis, the offset.
-    return entries + 4 * (1 + table.rank + table.output_dim)
+    shape = table.input_dim, table.output_dim
+    rounding = None if storage == "float32" else storage
+    if isinstance(table, DistilledEmbedding):
+        return factor_bytes(table.rank, *shape, rounding)
+    if rounding is None:
+        return 4 * math.prod(shape)
+    return integer_bytes(*shape, rounding)
 
 
 def store_in_int8(model: keras.Model) -> None:
@@ -764,8 +767,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--quick", action="store_true", help="a tiny model, to try it out")
     options = parser.parse_args(arguments)
     if options.threads:
-        tf.config.threading.set_intra_op_parallelism_threads(options.threads)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
+        limit_threads(options.threads)
     settings, work_dir, output = FULL, options.work_dir, options.output
     if options.quick:
         settings, work_dir = QUICK, work_dir / "quick"

@@ -27,12 +27,12 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
-import tensorflow as tf
 
 import keras_distilled_embedding as kde
 from benchmarks._report import environment
 from benchmarks._report import write_text
 from benchmarks._tables import teacher_run
+from benchmarks._threads import limit_threads
 from examples.nmt.data import ParallelText
 from examples.nmt.evaluate import markdown_table
 from examples.nmt.evaluate import score
@@ -375,8 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--threads", type=int, help="of TensorFlow; default: all cores")
     options = parser.parse_args(arguments)
     if options.threads:
-        tf.config.threading.set_intra_op_parallelism_threads(options.threads)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
+        limit_threads(options.threads)
     ablation = Ablation(options.work_dir, options.data_dir)
     for row in options.rows:
         for seed in options.seeds:

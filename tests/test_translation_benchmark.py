@@ -21,6 +21,7 @@ from benchmarks.translation import rows
 from benchmarks.translation import tables
 from benchmarks.translation import task as tasks
 from examples.nmt.model import build_transformer
+from examples.nmt.pipeline import PRESETS
 from keras_distilled_embedding.rounding import dequantize
 from keras_distilled_embedding.rounding import round_codes
 from keras_distilled_embedding.rounding import round_table
@@ -221,6 +222,38 @@ def test_everything_but_the_loss_is_the_recipe_of_all():
     control = grid.recipe(grid.Row(grid.CONTROL), task)
     assert control.epochs == base.epochs
     assert control.student_loss_weight == 1.0
+
+
+def test_what_nothing_is_small_enough_for_is_left_out():
+    teacher = build_transformer(
+        400, 8, d_model=64, num_layers=1, num_heads=2, feed_forward_dim=16
+    )
+    task = types.SimpleNamespace(
+        vocabulary_size=400,
+        table_bytes=4 * 400 * 64,
+        token_frequencies=np.ones(400),
+        setting=types.SimpleNamespace(shape=types.SimpleNamespace(d_model=64)),
+        teacher=lambda: teacher,
+    )
+    make = grid.METHODS["ours, int4"]
+    table = make(task, 8.0).get_layer("token_embedding")
+    assert (table.rounding, table.rank) == ("int4", 32)
+    assert make(task, 64.0) is None
+    assert grid.METHODS[grid.FUNNEL](task, 64.0) is None
+
+
+@pytest.mark.parametrize("name", ["multi30k", "cldr"])
+def test_the_teacher_is_the_examples(name):
+    """Which cannot be imported where there is no TensorFlow."""
+    setting, example = tasks.SETTINGS[name], PRESETS[name]
+    shape = dataclasses.asdict(setting.shape)
+    batching = shape.pop("widths"), shape.pop("tokens")
+    assert batching == (example.batching.widths, example.batching.tokens)
+    assert shape == {key: getattr(example, key) for key in shape}
+    assert setting.teacher == example.teacher
+    assert setting.vocabulary_size == example.vocabulary_size
+    if name == "multi30k":
+        assert setting.student == example.student
 
 
 def test_paired_test_finds_what_is_the_same():

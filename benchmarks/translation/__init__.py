@@ -2,6 +2,7 @@
 
     python -m benchmarks.translation prepare --task multi30k --data-dir DIR
     python -m benchmarks.translation run --task multi30k
+    python -m benchmarks.translation files --task multi30k
     python -m benchmarks.translation report
 
 Modules, from the data up:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from benchmarks._threads import limit_threads
 from benchmarks.translation.grid import LOSSES
 from benchmarks.translation.grid import METHODS
 from benchmarks.translation.grid import rows
 from benchmarks.translation.rows import Results
 from benchmarks.translation.rows import train_teacher
-from benchmarks.translation.rows import translate_teacher
 from benchmarks.translation.task import SETTINGS
 from benchmarks.translation.task import Task
 from benchmarks.translation.task import prepare
@@ -72,9 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results(task)
     if options.command == "run":
         if options.threads:
-            _limit_threads(options.threads)
+            limit_threads(options.threads)
         train_teacher(task)
-        translate_teacher(task)
+        results.translate_teacher()
         for row in chosen:
             results.finish(row)
         return 0
@@ -100,13 +100,6 @@ def _report(work_dir: Path, output: Path) -> None:
             seed = int(folder.name.removeprefix("rows_"))
             scores.append(Scores(Results(Task(name, folder.parent, seed))))
     write_report(scores, output)
-
-
-def _limit_threads(number: int) -> None:
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(number)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ rivals make of a table has no exporter here.
 from __future__ import annotations
 
 import json
-import statistics
-import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 import keras
-import numpy as np
-import sentencepiece
 
 import keras_distilled_embedding as kde
 from benchmarks._report import write_text
+from benchmarks.on_device import time_in_turn
 from benchmarks.translation.grid import CONTROL
 from benchmarks.translation.grid import METHODS
 from benchmarks.translation.grid import Row
@@ -42,9 +40,6 @@ class Files:
     def __init__(self, results: Results) -> None:
         self.results = results
         self.task = results.task
-        self._sources = json.loads(
-            (self.task.folder / "test.json").read_text("utf-8")
-        )["source"]
 
     def finish(self, row: Row) -> None:
         """Exports a row in each form there is, and translates the test."""
@@ -57,7 +52,7 @@ class Files:
         print(f"files of {row.name}, {row.size:g}x", flush=True)
         storages = {
             storage: self._export(row, student, storage)
-            for storage in _storages(student, row)
+            for storage in self._storages(row)
         }
         write_text(record, json.dumps(storages, indent=1) + "\n")
 
@@ -68,7 +63,10 @@ class Files:
         student = METHODS[row.method](self.task, row.size)
         table = table_of(student)
         known = DistilledEmbedding, keras.layers.Embedding, RoundedTable
-        if not isinstance(table, known):
+        # The look-up and the projection of a funnel keep its codes in two
+        # forms, which the exporter refuses here.
+        has_funnel = getattr(table, "hidden_dim", None) is not None
+        if has_funnel or not isinstance(table, known):
             return None
         student.load_weights(self.results.path(row, ".weights.h5"))
         if not isinstance(table, RoundedTable):
@@ -90,7 +88,7 @@ class Files:
             signatures=stepwise_signatures(student, self.task.max_length),
             verbose=False,
         )
-        embed_vocabulary(path, self.task.folder / "vocabulary.spm")
+        embed_vocabulary(path, self.task.vocabulary_path)
         runner = LiteRTRunner(path)
         return {
             "bytes": path.stat().st_size,
@@ -99,65 +97,44 @@ class Files:
         }
 
     @cached_property
-    def _ids(self) -> list[np.ndarray]:
-        return self.task.pairs("test").source
-
-    @cached_property
     def _cut_sources(self) -> list[str]:
         """Without the last words of what is too long for the model."""
-        pieces = sentencepiece.SentencePieceProcessor(
-            model_proto=(self.task.folder / "vocabulary.spm").read_bytes()
-        )
-        longest = self.task.max_length - 1  # and its end
+        pieces, longest = self.task.pieces, self.task.max_length - 1  # and EOS
 
         def cut(sentence: str) -> str:
             while len(pieces.encode(sentence)) > longest:
                 sentence = sentence.rpartition(" ")[0]
             return sentence
 
-        return [*map(cut, self._sources)]
+        return [*map(cut, self.task.test_text["source"])]
 
     def path(self, row: Row, storage: str) -> Path:
         return self.results.path(row, f".{storage}.tflite")
 
     def time(self, rows: list[Row], rounds: int) -> None:
         """Milliseconds a sentence, one thread, all files in turn."""
-        runners = {
-            path.name.removesuffix(".tflite"): LiteRTRunner(path)
+        sentences = self._cut_sources[:TIMED_SENTENCES]
+
+        def translation(path: Path) -> Callable[[], object]:
+            runner = LiteRTRunner(path)
+            return lambda: [runner.translate(text) for text in sentences]
+
+        calls = {
+            path.name.removesuffix(".tflite"): translation(path)
             for row in rows
             for storage in ("float32", "int8", "int4")
             if (path := self.path(row, storage)).exists()
         }
-        sentences = [
-            sentence
-            for sentence, ids in zip(self._sources, self._ids)
-            if len(ids) <= self.task.max_length
-        ][:TIMED_SENTENCES]
-        samples: dict[str, list[float]] = {name: [] for name in runners}
-        for _ in range(rounds):
-            for name, runner in runners.items():
-                start = time.perf_counter()
-                for sentence in sentences:
-                    runner.translate(sentence)
-                seconds = time.perf_counter() - start
-                samples[name].append(1e3 * seconds / len(sentences))
         medians = {
-            name: round(statistics.median(values), 3)
-            for name, values in samples.items()
+            name: round(milliseconds / len(sentences), 3)
+            for name, milliseconds in time_in_turn(calls, rounds, 1).items()
         }
         path = self.results.folder / "times.json"
         write_text(path, json.dumps(medians, indent=1) + "\n")
 
-
-def _storages(student: keras.Model, row: Row) -> list[str]:
-    """The forms in which a student is worth a file."""
-    table = table_of(student)
-    if row.method in ("int8 table", "int4 table"):
-        return [row.method.removesuffix(" table")]
-    if row.method == CONTROL:
-        return ["float32", "int8", "int4"]
-    if getattr(table, "rounding", None) is not None:
-        return [table.rounding]
-    if getattr(table, "hidden_dim", None) is not None:
-        return ["float32"]  # the funnel's codes have no rounded form
-    return ["float32", "int8"]
+    def _storages(self, row: Row) -> list[str]:
+        """The forms in which a student is worth a file."""
+        table = self.results.read(row)["table"]
+        if "rounding" in table:
+            return [table["rounding"]]
+        return ["float32", "int8"] + ["int4"] * (row.method == CONTROL)

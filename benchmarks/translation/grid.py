@@ -19,6 +19,7 @@ from benchmarks.translation import tables
 from benchmarks.translation.task import Task
 from examples.nmt.train import Recipe
 from examples.nmt.train import Schedule
+from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.layers import DistilledEmbedding
 
 SIZES = (4.0, 8.0, 16.0, 32.0, 64.0)
@@ -135,13 +136,19 @@ def funnel(task: Task, size: float) -> keras.Model | None:
     return compressed(hidden_dim=hidden_dim)(task, size)
 
 
-def rounded_factors(rounding: str) -> Callable[[Task, float], keras.Model]:
+def rounded_factors(
+    rounding: str,
+) -> Callable[[Task, float], keras.Model | None]:
     """Ours, trained with its codes rounded, within so many bytes."""
 
-    def make(task: Task, size: float) -> keras.Model:
+    def make(task: Task, size: float) -> keras.Model | None:
+        shape = task.vocabulary_size, task.setting.shape.d_model
+        budget = int(task.table_bytes / size)
+        if factor_bytes(1, *shape, rounding) > budget:
+            return None
         return kde.compress(
             task.teacher(),
-            max_bytes=int(task.table_bytes / size),
+            max_bytes=budget,
             quantization=rounding,
             token_frequencies=task.token_frequencies,
             verbose=0,

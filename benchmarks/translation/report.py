@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import sacrebleu
-import sentencepiece
 from sacrebleu.significance import PairedTest
 
 from benchmarks._report import write_text
@@ -28,6 +28,7 @@ from benchmarks.translation.grid import Row
 from benchmarks.translation.grid import rows
 from benchmarks.translation.rows import Results
 from examples.nmt.evaluate import markdown_table
+from keras_distilled_embedding.factorization import factor_bytes
 
 BOOTSTRAP_SAMPLES = 1_000
 TEACHER = "teacher, as it was"
@@ -106,12 +107,6 @@ class Scores:
     def __init__(self, results: Results) -> None:
         self.results = results
         self.task = results.task
-        self._text = json.loads(
-            (self.task.folder / "test.json").read_text("utf-8")
-        )
-        self._pieces = sentencepiece.SentencePieceProcessor(
-            model_proto=(self.task.folder / "vocabulary.spm").read_bytes()
-        )
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -141,15 +136,12 @@ class Scores:
             return
         files = self.results.read(row, ".files.json")
         table = result["table"]
-        for storage in ("float32", "int8", "int4"):
+        rounded = table.get("rounding")
+        for storage in [rounded] if rounded else ["float32", "int8", "int4"]:
             file = files.get(storage, {})
-            ids = self.results.path(row, f".{storage}.npz")
-            own = table.get("rounding", row.method.split()[0])
-            if storage == own and not file:
-                # Rounded all along, and that is what has been translated.
-                ids = self.results.path(row, ".float32.npz")
-            elif own in ("int8", "int4") and storage != own:
-                continue
+            # Rounded all along, it has been translated so.
+            kept = "float32" if rounded else storage
+            ids = self.results.path(row, f".{kept}.npz")
             if file and storage != "float32":
                 translations = tuple(file["translations"])
             elif ids.exists():
@@ -180,40 +172,36 @@ class Scores:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def _table_bytes(self, table: dict, file: dict, storage: str) -> int:
-        if storage == "float32" or "bytes_int8" not in table:
-            if file.get("table_bytes") and storage != "float32":
-                return file["table_bytes"]
-            if storage == "int8" and "rank" in table:
-                # A byte a number, and an offset.
-                return table["parameters"] + 4 * self.task.setting.shape.d_model
-            return table["bytes"]
-        return table["bytes_int8"]
+        """Of the file where there is one, else as counted."""
+        if storage != "float32" and file:
+            return file["table_bytes"]
+        if storage == "int8" and "bytes_int8" in table:
+            return table["bytes_int8"]
+        if storage != "float32" and "rank" in table:
+            shape = self.task.vocabulary_size, self.task.setting.shape.d_model
+            return factor_bytes(table["rank"], *shape, storage)
+        return table["bytes"]
 
     def _decode(self, path: Path) -> tuple[str, ...]:
         arrays = np.load(path)
         ends = np.cumsum(arrays["lengths"])
         ids = np.split(arrays["ids"], ends[:-1])
-        return tuple(self._pieces.decode([row.tolist() for row in ids]))
+        return tuple(self.task.pieces.decode([row.tolist() for row in ids]))
 
     def _scored(self, entries: list[Entry]) -> list[Entry]:
         baseline = next((e for e in entries if e.name == CONTROL), entries[0])
         others = [e for e in entries if e is not baseline]
-        references = self._text["target"]
+        references = self.task.test_text["target"]
         metric = sacrebleu.metrics.BLEU(references=[references])
         tested = paired_test([baseline, *others], metric)
         chrf = sacrebleu.metrics.CHRF()
         return [
-            Entry(
-                **asdict(entry)
-                | {
-                    "bleu": tested[entry].score,
-                    "bleu_ci": tested[entry].ci,
-                    "p_value": tested[entry].p_value,
-                    "chrf": chrf.corpus_score(
-                        entry.translations, [references]
-                    ).score,
-                    "translations": entry.translations,
-                }
+            replace(
+                entry,
+                bleu=tested[entry].score,
+                bleu_ci=tested[entry].ci,
+                p_value=tested[entry].p_value,
+                chrf=chrf.corpus_score(entry.translations, [references]).score,
             )
             for entry in entries
         ]
@@ -224,7 +212,9 @@ class Scores:
         Of several that are small enough, the one of the lowest validation
         loss stands for a method.
         """
-        metric = sacrebleu.metrics.BLEU(references=[self._text["target"]])
+        metric = sacrebleu.metrics.BLEU(
+            references=[self.task.test_text["target"]]
+        )
         found = []
         for size in SIZES:
             small = [e for e in self.entries if e.ratio >= TOLERANCE * size]
@@ -280,10 +270,11 @@ def write_report(scores: list[Scores], folder: Path) -> None:
     """Writes the tables, the pictures and every entry's figures."""
     folder.mkdir(parents=True, exist_ok=True)
     new = [entry for score in scores for entry in score.entries]
-    entries = _with_earlier([e.record() for e in new], folder)
-    duels = {
+    earlier = _earlier(folder)
+    entries = _merged([e.record() for e in new], earlier["entries"])
+    duels = earlier["duels"] | {
         f"{s.task.name}, seed {s.task.seed}": s.duels() for s in scores
-    } or {}
+    }
     write_text(
         folder / "results.json",
         json.dumps({"entries": entries, "duels": duels}, indent=1) + "\n",
@@ -326,18 +317,22 @@ def write_report(scores: list[Scores], folder: Path) -> None:
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
 
 
-def _with_earlier(records: list[dict], folder: Path) -> list[dict]:
-    """Keeps the committed entries that this machine has not."""
+def _earlier(folder: Path) -> dict:
+    """What is committed: rows of other machines among it."""
     path = folder / "results.json"
     if not path.exists():
-        return records
+        return {"entries": [], "duels": {}}
+    return json.loads(path.read_text())
+
+
+def _merged(records: list[dict], earlier: list[dict]) -> list[dict]:
+    """Keeps the earlier entries that this machine has not."""
 
     def key(record: dict) -> tuple:
         names = "task", "seed", "teacher", "name", "storage", "rank"
         return (*(record[n] for n in names), round(record["ratio"]))
 
     known = {key(record) for record in records}
-    earlier = json.loads(path.read_text())["entries"]
     return records + [r for r in earlier if key(r) not in known]
 
 

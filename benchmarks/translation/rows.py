@@ -17,12 +17,12 @@ import keras_distilled_embedding as kde
 from benchmarks._report import environment
 from benchmarks._report import write_text
 from benchmarks.translation.grid import METHODS
-from benchmarks.translation.grid import SCRATCH
 from benchmarks.translation.grid import Row
 from benchmarks.translation.grid import recipe
 from benchmarks.translation.tables import GroupedTable
 from benchmarks.translation.task import Task
 from benchmarks.translation.task import translate
+from examples.nmt.train import Recipe
 from examples.nmt.train import distil
 from examples.nmt.train import fit
 from keras_distilled_embedding.layers import DistilledEmbedding
@@ -50,18 +50,17 @@ def train_teacher(task: Task) -> None:
         part = task.folder / "part_teacher.keras"
         teacher.save(part)
         part.replace(task.teacher_path)
-    predictions(task)
-
-
-def predictions(task: Task) -> kde.TeacherCache:
-    """The training batches, with what the teacher predicts of them."""
-    return kde.cache_teacher(
+    kde.cache_teacher(
         task.teacher(),
         task.batches("train", _data_seed(task)),
-        task.folder / f"predictions_{task.seed}",
+        _cache_folder(task),
         top_k=TOP_K,
-        shuffle_seed=_data_seed(task),
     )
+
+
+def _cache_folder(task: Task) -> Path:
+    """Of the training batches, with what the teacher predicts of them."""
+    return task.folder / f"predictions_{task.seed}"
 
 
 def _data_seed(task: Task) -> int:
@@ -117,7 +116,7 @@ class Results:
         }
         if student is None:
             return result | {"skipped": "nothing of this kind is so small"}
-        history = self._train(row, student)
+        history = self._train(student, schedule)
         result |= {
             "validation_nll": history.history["val_nll"],
             "table": _describe(student),
@@ -131,8 +130,10 @@ class Results:
             self._translate(row, student, "int8")
         return result
 
-    def _train(self, row: Row, student: keras.Model) -> keras.callbacks.History:
-        task, schedule = self.task, recipe(row, self.task)
+    def _train(
+        self, student: keras.Model, schedule: Recipe
+    ) -> keras.callbacks.History:
+        task = self.task
         arguments = dict(
             validation=task.batches("validation"),
             schedule=schedule,
@@ -140,33 +141,28 @@ class Results:
             verbose=2,
         )
         keras.utils.set_random_seed(task.seed + STUDENT_SEED)
-        if schedule.student_loss_weight == 1.0 or row.method == SCRATCH:
+        if schedule.student_loss_weight == 1.0:
             batches = task.batches("train", _data_seed(task))
             return fit(student, batches, **arguments)
-        cache = predictions(task)
+        cache = kde.TeacherCache(_cache_folder(task), _data_seed(task))
         return distil(task.teacher(), student, cache, **arguments)
 
     def _translate(self, row: Row, student: keras.Model, storage: str) -> None:
-        """Keeps the ids of the test's translations."""
-        ids = translate(student, self.task, "test")
-        np.savez_compressed(
-            self.path(row, f".{storage}.npz"),
-            ids=np.concatenate(ids),
-            lengths=np.array([*map(len, ids)]),
-        )
+        path = self.path(row, f".{storage}.npz")
+        _translate_to(path, student, self.task)
+
+    def translate_teacher(self) -> None:
+        """The teacher as it is, as a row without training."""
+        path = self.folder / "teacher.float32.npz"
+        if not path.exists():
+            _translate_to(path, self.task.teacher(), self.task)
 
 
-def translate_teacher(task: Task) -> None:
-    """The teacher as it is, as a row without training."""
-    path = task.folder / f"rows_{task.seed}" / "teacher.float32.npz"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ids = translate(task.teacher(), task, "test")
-        np.savez_compressed(
-            path,
-            ids=np.concatenate(ids),
-            lengths=np.array([*map(len, ids)]),
-        )
+def _translate_to(path: Path, model: keras.Model, task: Task) -> None:
+    """Keeps the ids of the test's translations."""
+    ids = translate(model, task, "test")
+    lengths = np.array([*map(len, ids)])
+    np.savez_compressed(path, ids=np.concatenate(ids), lengths=lengths)
 
 
 def table_of(student: keras.Model) -> keras.layers.Layer:

@@ -16,6 +16,7 @@ from keras import ops
 from benchmarks.rivals import FLOAT
 from benchmarks.rivals import Approximation
 from keras_distilled_embedding.rounding import dequantize
+from keras_distilled_embedding.rounding import integer_bytes
 from keras_distilled_embedding.rounding import round_in_place
 from keras_distilled_embedding.rounding import round_table
 
@@ -145,18 +146,14 @@ class RoundedTable(ComputedTable):
     """A full table, rounded as `export_litert` stores it."""
 
     def __init__(self, table: np.ndarray, rounding: str) -> None:
-        _, scales = round_table(ops.convert_to_tensor(table), rounding)
-        bits = {"int8": 8, "int4": 4}[rounding]
-        scale_bytes = 2 if rounding == "int4" else FLOAT
-        num_bytes = table.size * bits // 8 + scale_bytes * int(np.size(scales))
-        super().__init__(*table.shape, num_bytes)
-        self._rounding = rounding
+        super().__init__(*table.shape, integer_bytes(*table.shape, rounding))
+        self.rounding = rounding
         self._table = self._trained("table", table)
 
     def table(self) -> Any:
         table = ops.convert_to_tensor(self._table)
         rounded = dequantize(
-            *round_table(ops.stop_gradient(table), self._rounding)
+            *round_table(ops.stop_gradient(table), self.rounding)
         )
         rounded = ops.stop_gradient(rounded)
         # Backwards, rounding is taken for the identity.

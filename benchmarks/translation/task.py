@@ -12,6 +12,7 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
@@ -24,6 +25,9 @@ from examples.nmt.tokens import EOS_ID
 from examples.nmt.tokens import PAD_ID
 from examples.nmt.train import Recipe
 from examples.nmt.train import Schedule
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 SPLITS = ("train", "validation", "test")
 # Rows that are translated together.
@@ -178,6 +182,25 @@ class Task:
                 f"{name}` first. Received: folder={folder}"
             )
         self._arrays = np.load(folder / "arrays.npz")
+
+    @cached_property
+    def test_text(self) -> dict[str, list[str]]:
+        """The sentences of the test, `"source"` and `"target"`."""
+        return json.loads((self.folder / "test.json").read_text("utf-8"))
+
+    @property
+    def vocabulary_path(self) -> Path:
+        return self.folder / "vocabulary.spm"
+
+    @cached_property
+    def pieces(self) -> sentencepiece.SentencePieceProcessor:
+        """The vocabulary, for what reads or writes text."""
+        # Training does without it.
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(
+            model_proto=self.vocabulary_path.read_bytes()
+        )
 
     @property
     def token_frequencies(self) -> np.ndarray:

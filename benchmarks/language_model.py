@@ -122,7 +122,7 @@ QUICK = Settings(
 # The rows.
 
 OURS, WEIGHTED, PLAIN = "ReLU", "weighted SVD", "plain SVD"
-PAPER, CONTROL = "paper", "control"
+PAPER, CONTROL, TASK_ALONE = "paper", "control", "ReLU, task loss alone"
 # docs/distillation.md; without smoothing, for what counts is perplexity.
 RECOMMENDED = Recipe(smoothing=0.0)
 PAPERS_LOSS = replace(
@@ -163,15 +163,22 @@ def _rows() -> dict[str, Row]:
         # That of the students, and half of it.
         for rate in (1e-3, 2e-3)
     }
-    for kind, options, counts in (
-        (OURS, {}, True),
-        (WEIGHTED, {"activation": None}, True),
-        (PLAIN, {"activation": None}, False),
+    # In int8, 2x and 4x are 8x and 16x in bytes.
+    for kind, options, counts, sizes in (
+        (OURS, {}, True, (2.0, 4.0, 8.0, 16.0)),
+        (WEIGHTED, {"activation": None}, True, (8.0, 16.0)),
+        (PLAIN, {"activation": None}, False, (8.0, 16.0)),
     ):
-        for size in (8.0, 16.0):
+        for size in sizes:
             row = Row(kind, RECOMMENDED, size, options, counts)
             rows[f"{kind} {size:g}x"] = row
     rows[f"{PAPER} 8x"] = Row(PAPER, PAPERS_LOSS, 8.0, {"method": "learned"})
+    rows[f"{TASK_ALONE} 8x"] = Row(
+        TASK_ALONE,
+        replace(RECOMMENDED, student_loss_weight=1.0),
+        8.0,
+        counts=True,
+    )
     return rows
 
 
@@ -442,12 +449,13 @@ class Benchmark:
                 result["compress_cpu_s"] = time.process_time() - start
                 result["before"] = self.evaluate(student, "test")
             keras.utils.set_random_seed(self.seed + 1)
-            if row.compression is None:
+            if recipe.student_loss_weight == 1.0:
                 history = self._fit(student, recipe)
             else:
                 history = distil(
                     self.teacher(), student, **self._arguments(recipe)
                 )
+            if row.compression is not None:
                 kde.save_model(student, self.path(name, ".keras"))
             return student, {**result, **self._training(recipe, history)}
 
@@ -679,6 +687,7 @@ def write_report(
         f"count by their frequency; `{PLAIN}`: without frequencies, too.\n"
         f"- These three are distilled as recommended: {weight:g} task + "
         f"{1 - weight:g} `LogitsDistillation()`.\n"
+        f"- `{TASK_ALONE}`: without the teacher's predictions.\n"
         f'- `{PAPER}`: its recipe, `method="learned"`, no frequencies, 0.5 '
         "task + 0.5 `EmbeddingDistillation()`.\n"
         "- int8: rounded after training, as `export_litert` stores the table: "
@@ -726,7 +735,7 @@ def draw(results: list[dict]) -> bytes:
             axes.plot(
                 [point["table_bytes"] / 1e6 for point in points],
                 [point["perplexity"] for point in points],
-                f"{'osD^v'[index % 5]}{style}",
+                f"{'osD^vP'[index % 6]}{style}",
                 color=f"C{index}",
                 fillstyle="full" if storage == "float32" else "none",
                 label=f"{kind}, {storage}",

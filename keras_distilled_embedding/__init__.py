@@ -17,6 +17,8 @@ if Path(sys.argv[0]).stem == "keras-distilled-embedding":
 from keras_distilled_embedding import layers
 from keras_distilled_embedding.calibration import count_tokens
 from keras_distilled_embedding.calibration import hidden_covariance
+from keras_distilled_embedding.chunked_cross_entropy import ChunkedCrossEntropy
+from keras_distilled_embedding.chunked_cross_entropy import without_projection
 from keras_distilled_embedding.compression import compress
 from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
@@ -37,6 +39,7 @@ from keras_distilled_embedding.saving import save_model
 from keras_distilled_embedding.version import __version__
 
 __all__ = [
+    "ChunkedCrossEntropy",
     "CompressionReport",
     "DistillationWeightSchedule",
     "Distiller",
@@ -58,4 +61,5 @@ __all__ = [
     "layers",
     "load_model",
     "save_model",
+    "without_projection",
 ]

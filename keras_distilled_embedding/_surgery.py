@@ -33,6 +33,7 @@ TESTED_KERAS = ">=3.15,<3.16"
 
 try:
     from keras.src.backend import get_keras_mask
+    from keras.src.backend.common.masking import set_keras_mask
     from keras.src.models.functional import Functional
     from keras.src.ops.function import map_graph
     from keras.src.ops.node import KerasHistory
@@ -108,9 +109,34 @@ def named_inputs(model: keras.Model) -> dict[str, keras.KerasTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+def before_last_layer(model: keras.Model) -> tuple[Any, Any]:
+    """What the last layer of a model with one output is called with.
+
+    Returns:
+        The symbolic tensor, and the layer (or operation).
+
+    Raises:
+        ValueError: If the model is not symbolic, or has several outputs.
+    """
+    check_symbolic(model)
+    if len(model.outputs) != 1:
+        raise ValueError(
+            "`model` must have one output. Received: model "
+            f"'{model.name}' with {len(model.outputs)}"
+        )
+    history = model.outputs[0]._keras_history
+    node = history.operation._inbound_nodes[history.node_index]
+    return node.input_tensors[0], history.operation
+
+
 def keras_mask(tensor: Any) -> Any:
     """The mask that Keras has attached to a layer's output, or `None`."""
     return get_keras_mask(tensor)
+
+
+def hide(tensor: Any, mask: Any) -> None:
+    """Has Keras leave out where `mask` is false, as it leaves out padding."""
+    set_keras_mask(tensor, mask)
 
 
 def count_steps(optimizer: keras.optimizers.Optimizer) -> int:

@@ -15,6 +15,7 @@ import keras
 
 from keras_distilled_embedding import _surgery
 from keras_distilled_embedding._files import write_atomically
+from keras_distilled_embedding.chunked_cross_entropy import ChunkedCrossEntropy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -279,6 +280,9 @@ def refuse_to_forget(model: keras.Model) -> None:
 def _compile(model: keras.Model, config: dict[str, Any]) -> None:
     try:
         arguments = keras.saving.deserialize_keras_object(config["arguments"])
+        for loss in keras.tree.flatten(arguments.get("loss")):
+            if isinstance(loss, ChunkedCrossEntropy):
+                loss.bind(model)
         model.compile(**arguments)
     except Exception as error:
         warnings.warn(

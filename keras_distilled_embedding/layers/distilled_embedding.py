@@ -383,20 +383,32 @@ class DistilledEmbedding(
                 inputs = ops.cast(inputs, "int32")
             dtype = self.compute_dtype
             return ops.matmul(self._features(dtype, inputs), self._basis(dtype))
-        prefix = "" if self.tie_weights else "reverse_"
-        dtype = self._output_dtype(reverse)
-        codes_space = ops.matmul(
-            ops.cast(inputs, dtype), ops.transpose(self._basis(dtype, prefix))
-        )
-        logits = ops.matmul(
-            codes_space, ops.transpose(self._projection_features(dtype, prefix))
-        )
+        states, features = self.rank_space(inputs)
+        logits = ops.matmul(states, ops.transpose(features))
         if self.logit_soft_cap is not None:
             logits = ops.multiply(
                 ops.tanh(ops.divide(logits, self.logit_soft_cap)),
                 self.logit_soft_cap,
             )
         return logits
+
+    def rank_space(self, inputs: Any) -> tuple[Any, Any]:
+        """The two factors of the projection's logits, before any soft cap.
+
+        Args:
+            inputs: Hidden states `(..., output_dim)`.
+
+        Returns:
+            States `(..., k)` and features `(input_dim, k)`, both in the dtype
+            of the logits: these are `states @ transpose(features)`. `k` is
+            `rank`, with `hidden_dim` `rank + hidden_dim`.
+        """
+        prefix = "" if self.tie_weights else "reverse_"
+        dtype = self._output_dtype(reverse=True)
+        states = ops.matmul(
+            ops.cast(inputs, dtype), ops.transpose(self._basis(dtype, prefix))
+        )
+        return states, self._projection_features(dtype, prefix)
 
     def _features(self, dtype: str, ids: Any = None, prefix: str = "") -> Any:
         """`[f(U), g(U A + b)]` for all tokens, or for `ids`."""

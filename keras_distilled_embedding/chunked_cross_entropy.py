@@ -1,0 +1,367 @@
+"""Cross-entropy over a large vocabulary, whose logits never exist at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_distilled_embedding import _surgery
+from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding.layers.distilled_embedding import (
+    DistilledEmbedding,
+)
+from keras_distilled_embedding.layers.vocabulary_projection import (
+    VocabularyProjection,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_distilled_embedding")
+class ChunkedCrossEntropy(keras.losses.Loss):
+    """Softmax cross-entropy of hidden states, without all of their logits.
+
+    The logits of a batch over a large vocabulary, `(batch, time, V)`, are
+    often most of what training takes, and in the loss they are needed several
+    times over. Here they are computed for `chunk_size` tokens at a time, and
+    once more on the way back: in rank space that is cheap. With the features
+    `F (V, k)` of a `DistilledEmbedding` and the states `z (k,)` of a token in
+    rank space, its loss is
+
+    ```
+    log sum_v exp(F_v z) - F_y z
+    ```
+
+    Loss and gradients are those of
+    `keras.losses.SparseCategoricalCrossentropy(from_logits=True)` of the
+    projected states, up to rounding. Compile it with a model that ends with
+    hidden states: `without_projection` makes one.
+
+    Args:
+        projection: The layer that would project the states: a built
+            `DistilledEmbedding`, or a `VocabularyProjection` without an
+            activation other than softmax. The model that is compiled must own
+            it, or it is not trained.
+        chunk_size: Positive integer, the tokens whose logits exist at once.
+        label_smoothing: Number in [0, 1): so much of a label's probability is
+            spread evenly over the vocabulary.
+        ignore_class: Integer or `None`: tokens with this label count nothing.
+        reduction: As in other Keras losses.
+        name: Name of the loss.
+        dtype: As in other Keras losses.
+
+    Call arguments:
+        y_true: Integer labels `(...)`, or `(..., 1)`.
+        y_pred: Hidden states `(..., output_dim)`.
+
+    Raises:
+        TypeError: If `projection` is another layer.
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    ```python
+    ids = keras.Input((None,), dtype="int32")
+    embedding = DistilledEmbedding(1_000, 64, rank=8, name="tokens")
+    hidden = keras.layers.Dense(64)(embedding(ids))
+    model = keras.Model(ids, embedding(hidden, reverse=True))
+
+    trunk = without_projection(model)  # the same layers
+    trunk.compile("adam", ChunkedCrossEntropy(embedding))
+    ids = np.random.randint(1_000, size=(4, 12))
+    trunk.fit(ids[:, :-1], ids[:, 1:], verbose=0)
+    model.predict(ids, verbose=0)  # is trained
+    ```
+    """
+
+    def __init__(
+        self,
+        projection: DistilledEmbedding | VocabularyProjection,
+        chunk_size: int = 128,
+        label_smoothing: float = 0.0,
+        ignore_class: int | None = None,
+        reduction: str = "sum_over_batch_size",
+        name: str = "chunked_cross_entropy",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        # By name it is in a saved file: `bind` finds the layer again.
+        if not isinstance(projection, str):
+            _check_projection(projection)
+        self.projection = projection
+        self.chunk_size = as_integer("chunk_size", chunk_size)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(
+                "`label_smoothing` must be a number from 0 to less than 1. "
+                f"Received: label_smoothing={label_smoothing!r}"
+            )
+        self.label_smoothing = float(label_smoothing)
+        self.ignore_class = ignore_class
+
+    def bind(self, model: keras.Model) -> None:
+        """Finds the layer again, after this loss was loaded with a model.
+
+        `load_model` does it; Keras's own loader does not.
+
+        Args:
+            model: A model that has the layer.
+
+        Raises:
+            ValueError: If it has no such layer, or several.
+        """
+        if not isinstance(self.projection, str):
+            return
+        found = [
+            layer
+            for layer in _surgery.iterate_layers(model)
+            if layer.name == self.projection
+            and isinstance(layer, DistilledEmbedding | VocabularyProjection)
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"`model` must have one layer '{self.projection}' that "
+                f"projects to a vocabulary. Received: model '{model.name}' "
+                f"with {len(found)}"
+            )
+        self.projection = found[0]
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        if isinstance(self.projection, str):
+            raise ValueError(
+                "This loss was loaded without its layer: call `bind(model)` "
+                f"first. Received: projection='{self.projection}'"
+            )
+        embedding, bias = self.projection, None
+        if isinstance(embedding, VocabularyProjection):
+            embedding, bias = embedding.embedding, embedding.bias
+        if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:
+            y_true = ops.squeeze(y_true, -1)
+        # Keras has made them floats; exact up to 2^24.
+        labels = ops.cast(y_true, "int32")
+        counts = None
+        if self.ignore_class is not None:
+            counts = ops.not_equal(labels, self.ignore_class)
+            labels = ops.where(counts, labels, 0)
+        states, features = embedding.rank_space(y_pred)
+        losses = chunked_cross_entropy(
+            ops.reshape(labels, (-1,)),
+            ops.reshape(states, (-1, states.shape[-1])),
+            features,
+            None if bias is None else ops.convert_to_tensor(bias),
+            chunk_size=self.chunk_size,
+            soft_cap=embedding.logit_soft_cap,
+            label_smoothing=self.label_smoothing,
+        )
+        losses = ops.reshape(losses, ops.shape(labels))
+        if counts is not None:
+            _surgery.hide(losses, counts)
+        return losses
+
+    def get_config(self) -> dict[str, Any]:
+        projection = self.projection
+        return {
+            **super().get_config(),
+            "projection": getattr(projection, "name", projection),
+            "chunk_size": self.chunk_size,
+            "label_smoothing": self.label_smoothing,
+            "ignore_class": self.ignore_class,
+        }
+
+
+def without_projection(model: keras.Model) -> keras.Model:
+    """A model up to its vocabulary projection, for `ChunkedCrossEntropy`.
+
+    Args:
+        model: A Functional or Sequential model (KerasHub's tasks are) whose
+            one output is projected by a `DistilledEmbedding` or a
+            `VocabularyProjection`.
+
+    Returns:
+        A model of the same layers, hence the same weights, that ends with
+        the hidden states. It owns the projection, which it does not call.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If it is not symbolic, or ends with something else.
+
+    Example:
+
+    ```python
+    ids = keras.Input((None,), dtype="int32")
+    embedding = DistilledEmbedding(1_000, 64, rank=8, name="tokens")
+    model = keras.Model(ids, embedding(embedding(ids), reverse=True))
+    without_projection(model).output.shape  # (None, None, 64)
+    ```
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a `keras.Model`. Received: model={model!r}"
+        )
+    hidden, projection = _surgery.before_last_layer(model)
+    if not isinstance(projection, DistilledEmbedding | VocabularyProjection):
+        raise ValueError(
+            "`model` must end with a `DistilledEmbedding` called with "
+            "`reverse=True`, or with a `VocabularyProjection`; `compress` "
+            f"makes them. Received: model '{model.name}', which ends with "
+            f"{projection!r}"
+        )
+    inputs = _surgery.input_structure(model)
+    trunk = keras.Model(inputs, hidden, name=f"{model.name}_trunk")
+    # Tracked, even where the look-up does not use it too.
+    trunk.projection = projection
+    return trunk
+
+
+def chunked_cross_entropy(
+    labels: Any,
+    states: Any,
+    features: Any,
+    bias: Any = None,
+    *,
+    chunk_size: int,
+    soft_cap: float | None = None,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """The loss of each token, `logits = states features^T + bias`.
+
+    Args:
+        labels: Integers `(n,)`.
+        states: Floats `(n, k)`.
+        features: Floats `(V, k)`.
+        bias: Floats `(V,)`, or `None`.
+        chunk_size: How many tokens' logits exist at once.
+        soft_cap: See `DistilledEmbedding`'s `logit_soft_cap`.
+        label_smoothing: See `ChunkedCrossEntropy`.
+
+    Returns:
+        float32 losses `(n,)`.
+    """
+    size = ops.shape(labels)[0]
+    chunks = (size + chunk_size - 1) // chunk_size
+    labels = _padded(labels, chunks * chunk_size - size)
+
+    def chunk_of(values: Any, index: Any) -> Any:
+        start = (index * chunk_size, *[0] * (len(values.shape) - 1))
+        return ops.slice(values, start, (chunk_size, *values.shape[1:]))
+
+    def logits_of(chunk: Any, features: Any, bias: Any) -> tuple[Any, Any]:
+        """Logits in float32, and what they are of before the cap."""
+        logits = ops.matmul(chunk, ops.transpose(features))
+        logits = ops.cast(logits, "float32")
+        ratio = None
+        if soft_cap is not None:
+            ratio = ops.tanh(logits / soft_cap)
+            logits = ratio * soft_cap
+        if bias is not None:
+            logits = logits + ops.cast(bias, "float32")
+        return logits, ratio
+
+    def losses_of(states: Any, features: Any, *bias: Any) -> tuple:
+        bias = bias[0] if bias else None
+        states = _padded(states, chunks * chunk_size - size)
+
+        def forward(index: Any, losses: Any) -> tuple:
+            logits, _ = logits_of(chunk_of(states, index), features, bias)
+            chosen = ops.take_along_axis(
+                logits, chunk_of(labels, index)[:, None], axis=-1
+            )[:, 0]
+            if label_smoothing:
+                mean = ops.mean(logits, axis=-1)
+                chosen = chosen + label_smoothing * (mean - chosen)
+            found = ops.logsumexp(logits, axis=-1) - chosen
+            return (ops.slice_update(losses, (index * chunk_size,), found),)
+
+        losses = ops.zeros((chunks * chunk_size,), "float32")
+        (losses,) = _for_each(chunks, forward, (losses,))
+
+        def gradients(*args: Any, upstream: Any = None) -> tuple:
+            (upstream,) = args if upstream is None else (upstream,)
+            weights = _padded(upstream, chunks * chunk_size - size)
+
+            def backward(index: Any, of_states: Any, *of_table: Any) -> tuple:
+                chunk = chunk_of(states, index)
+                logits, ratio = logits_of(chunk, features, bias)
+                error = ops.softmax(logits, axis=-1)
+                hot = ops.one_hot(
+                    chunk_of(labels, index), error.shape[-1], dtype="float32"
+                )
+                error = error - (1.0 - label_smoothing) * hot
+                if label_smoothing:
+                    error = error - label_smoothing / error.shape[-1]
+                error = error * chunk_of(weights, index)[:, None]
+                changes = [ops.sum(error, axis=0)] if of_table[1:] else []
+                if ratio is not None:
+                    error = error * (1.0 - ratio**2)
+                error = ops.cast(error, chunk.dtype)
+                changes.insert(0, ops.matmul(ops.transpose(error), chunk))
+                of_states = ops.slice_update(
+                    of_states,
+                    (index * chunk_size, 0),
+                    ops.matmul(error, features),
+                )
+                # Summed in float32: there can be thousands of chunks.
+                of_table = [
+                    total + ops.cast(change, "float32")
+                    for total, change in zip(of_table, changes)
+                ]
+                return (of_states, *of_table)
+
+            tables = [features] if bias is None else [features, bias]
+            of_states, *of_table = _for_each(
+                chunks,
+                backward,
+                (
+                    ops.zeros_like(states),
+                    *[ops.zeros(table.shape, "float32") for table in tables],
+                ),
+            )
+            return (
+                of_states[:size],
+                *[
+                    ops.cast(gradient, table.dtype)
+                    for gradient, table in zip(of_table, tables)
+                ],
+            )
+
+        return losses[:size], gradients
+
+    operands = [states, features] if bias is None else [states, features, bias]
+    return ops.custom_gradient(losses_of)(*operands)
+
+
+def _for_each(count: Any, body: Callable, carry: tuple) -> tuple:
+    """`carry = body(index, *carry)` for each index below `count`."""
+    return ops.while_loop(
+        lambda index, *_: ops.less(index, count),
+        lambda index, *carry: (index + 1, *body(index, *carry)),
+        (ops.convert_to_tensor(0, "int32"), *carry),
+    )[1:]
+
+
+def _padded(values: Any, size: Any) -> Any:
+    """So many zeros more."""
+    zeros = ops.zeros((size, *values.shape[1:]), values.dtype)
+    return ops.concatenate([values, zeros], axis=0)
+
+
+def _check_projection(projection: Any) -> None:
+    if not isinstance(projection, DistilledEmbedding | VocabularyProjection):
+        raise TypeError(
+            "`projection` must be a `DistilledEmbedding` or a "
+            f"`VocabularyProjection`. Received: projection={projection!r}"
+        )
+    if not projection.built:
+        raise ValueError(
+            "`projection` must be built: call it, or its `build()`, first. "
+            f"Received: layer '{projection.name}'"
+        )
+    activation = getattr(projection, "activation", None)
+    if isinstance(projection, VocabularyProjection) and activation not in (
+        keras.activations.linear,
+        keras.activations.softmax,
+    ):
+        raise ValueError(
+            "`projection` must end with logits or with a softmax. Received: "
+            f"layer '{projection.name}' with activation={activation}"
+        )

@@ -332,10 +332,18 @@ def chunked_cross_entropy(
 
 def _for_each(count: Any, body: Callable, carry: tuple) -> tuple:
     """`carry = body(index, *carry)` for each index below `count`."""
-    return ops.while_loop(
+    loop, options = ops.while_loop, {}
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Which otherwise runs up to ten iterations at once, in ten times the
+        # memory; Keras's own does not pass this on.
+        loop, options = tf.while_loop, {"parallel_iterations": 1}
+    return loop(
         lambda index, *_: ops.less(index, count),
         lambda index, *carry: (index + 1, *body(index, *carry)),
         (ops.convert_to_tensor(0, "int32"), *carry),
+        **options,
     )[1:]
 
 

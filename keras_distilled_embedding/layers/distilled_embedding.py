@@ -764,7 +764,7 @@ def to_numpy(table: Any) -> np.ndarray:
     try:
         # A view: a copy of a large table can be most of a model's memory.
         return np.asarray(memoryview(tensor))
-    except TypeError:  # not of this backend, or not in this memory
+    except (TypeError, BufferError):  # elsewhere, or on several devices
         return ops.convert_to_numpy(tensor)
 
 

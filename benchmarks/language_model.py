@@ -173,12 +173,13 @@ def _rows() -> dict[str, Row]:
             row = Row(kind, RECOMMENDED, size, options, counts)
             rows[f"{kind} {size:g}x"] = row
     rows[f"{PAPER} 8x"] = Row(PAPER, PAPERS_LOSS, 8.0, {"method": "learned"})
-    rows[f"{TASK_ALONE} 8x"] = Row(
-        TASK_ALONE,
-        replace(RECOMMENDED, student_loss_weight=1.0),
-        8.0,
-        counts=True,
-    )
+    for size in (2.0, 4.0, 8.0):
+        rows[f"{TASK_ALONE} {size:g}x"] = Row(
+            TASK_ALONE,
+            replace(RECOMMENDED, student_loss_weight=1.0),
+            size,
+            counts=True,
+        )
     return rows
 
 

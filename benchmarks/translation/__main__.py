@@ -98,7 +98,9 @@ def _report(work_dir: Path, output: Path) -> None:
     for name in SETTINGS:
         for folder in sorted((work_dir / name).glob("rows_*")):
             seed = int(folder.name.removeprefix("rows_"))
-            scores.append(Scores(Results(Task(name, folder.parent, seed))))
+            task = Task(name, folder.parent, seed)
+            if task.teacher_path.exists():
+                scores.append(Scores(Results(task)))
     write_report(scores, output)
 
 

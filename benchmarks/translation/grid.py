@@ -25,6 +25,7 @@ from keras_distilled_embedding.layers import DistilledEmbedding
 SIZES = (4.0, 8.0, 16.0, 32.0, 64.0)
 KEY_SIZES = (8.0, 32.0)
 OURS = "ours"
+WEIGHTED = "ours, rows weighted"
 CONTROL = "teacher, trained on"
 
 
@@ -98,7 +99,7 @@ def _task_loss_alone(schedule: Schedule, dropout: float) -> Recipe:
 
 
 def compressed(
-    weighted: bool = True, **options: object
+    weighted: bool = False, **options: object
 ) -> Callable[[Task, float], keras.Model]:
     """A method of the package itself."""
 
@@ -118,10 +119,7 @@ def compressed(
 def closed_form_alone(task: Task, size: float) -> keras.Model:
     """Ours, before any sweep of alternating least squares."""
     layer = DistilledEmbedding.from_embedding(
-        task.teacher().get_layer("token_embedding"),
-        compression=size,
-        row_weights=task.token_frequencies,
-        sweeps=0,
+        task.teacher().get_layer("token_embedding"), compression=size, sweeps=0
     )
     return task.with_table(layer)
 
@@ -150,7 +148,6 @@ def rounded_factors(
             task.teacher(),
             max_bytes=budget,
             quantization=rounding,
-            token_frequencies=task.token_frequencies,
             verbose=0,
         )
 
@@ -215,19 +212,20 @@ PAPER = "the paper's recipe"
 METHODS: dict[str, Callable[[Task, float], keras.Model | None]] = {
     CONTROL: teacher_again,
     OURS: compressed(),
-    "ours, no activation": compressed(activation=None),
-    "ours, rows unweighted": compressed(weighted=False),
+    WEIGHTED: compressed(weighted=True),
     "ours, no sweeps": closed_form_alone,
     FUNNEL: funnel,
     "ours, int4": rounded_factors("int4"),
-    "truncated SVD": compressed(weighted=False, activation=None),
+    # Ours without its activation, nothing else.
+    "truncated SVD": compressed(activation=None),
+    "weighted SVD": compressed(weighted=True, activation=None),
     "GroupReduce": rival(rivals.group_reduce, tables.GroupedTable),
     "Tensor-Train": rival(rivals.tensor_train, tables.TensorTrainTable),
     "product quantisation": rival(
         rivals.product_quantization, tables.ProductQuantizedTable
     ),
     "nested ranks": rival(tables.nested_ranks, tables.NestedTable),
-    PAPER: compressed(weighted=False, method="learned"),
+    PAPER: compressed(method="learned"),
     "smaller model, logits": smaller_model,
     SCRATCH: smaller_model,
     "int8 table": rounded_table("int8"),
@@ -243,8 +241,9 @@ def rows(task: str) -> list[Row]:
     key = [
         Row(CONTROL),
         Row(OURS, eight),
-        Row("ours, no activation", eight),
         Row("truncated SVD", eight),
+        Row(WEIGHTED, eight),
+        Row("weighted SVD", eight),
         Row("GroupReduce", eight),
         Row(OURS, 4.0),
         Row(OURS, 2.0),
@@ -266,7 +265,6 @@ def rows(task: str) -> list[Row]:
         Row(OURS, eight, "none"),
         Row(OURS, eight, "embedding"),
         Row(OURS, eight, "both"),
-        Row("ours, rows unweighted", eight),
         Row("Tensor-Train", thirty_two),
         Row("nested ranks", thirty_two),
         Row(PAPER, thirty_two, "embedding"),
@@ -275,7 +273,10 @@ def rows(task: str) -> list[Row]:
         Row("int8 table"),
         Row("ours, no sweeps", eight),
         Row("ours, int4", eight),
-        Row("ours, no activation", thirty_two),
+        Row(WEIGHTED, 2.0),
+        Row(WEIGHTED, 4.0),
+        Row(WEIGHTED, 16.0),
+        Row(WEIGHTED, thirty_two),
         Row(OURS, 64.0),
         Row("ours, int4", 64.0),
         Row(SCRATCH, thirty_two),

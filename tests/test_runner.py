@@ -1,5 +1,6 @@
 """Step by step on a device: the signatures, the file, its runner."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from examples.nmt import model as nmt
 from examples.nmt import runner as runner_file
 from examples.nmt import translate
 from examples.nmt.runner import LiteRTRunner
+from examples.nmt.stepwise import DIGEST_MEMBER
 from examples.nmt.stepwise import SETTINGS_MEMBER
 from examples.nmt.stepwise import VOCABULARY_MEMBER
 from examples.nmt.stepwise import embed_vocabulary
@@ -333,6 +335,8 @@ def test_the_file_reads_as_a_model_and_as_a_zip(
             "eos_id": data.EOS_ID,
             "max_length": LENGTH,
         }
+        digest = hashlib.sha256(bare_path.read_bytes()).hexdigest()
+        assert archive.read(DIGEST_MEMBER).decode() == digest
         # What stands uncompressed can be mapped.
         for info in archive.infolist():
             assert info.compress_type == zipfile.ZIP_STORED
@@ -351,7 +355,7 @@ def test_a_second_tokenizer_replaces_the_first(path, text, vocabulary_path):
     embed_vocabulary(str(path), str(other_path))
     with zipfile.ZipFile(path) as archive:
         assert archive.read(VOCABULARY_MEMBER) == other.proto
-        assert len(archive.namelist()) == 2
+        assert len(archive.namelist()) == 3
     embed_vocabulary(path, vocabulary_path)
     assert path.read_bytes() == content
 
@@ -365,7 +369,7 @@ def test_other_associated_files_stay(bare_path, vocabulary_path, tmp_path):
         embed_vocabulary(path, vocabulary_path)
         with zipfile.ZipFile(path) as archive:
             assert archive.read("labels.txt") == b"a\nb\n"
-            assert len(archive.namelist()) == 3
+            assert len(archive.namelist()) == 4
     assert path.read_bytes().startswith(bare_path.read_bytes())
 
 
@@ -444,6 +448,28 @@ def test_a_damaged_tokenizer(path, vocabulary):
     content[content.index(vocabulary.proto) + 100] ^= 255
     path.write_bytes(content)
     with pytest.raises(ValueError, match="`model_path`.*damaged"):
+        LiteRTRunner(path)
+
+
+def test_a_bit_that_flipped(path, bare_path):
+    """Wherever it is, the interpreter does not get to see it."""
+    whole, size = path.read_bytes(), bare_path.stat().st_size
+    rng = np.random.default_rng(0)
+    for position in [0, 4, size - 1, *rng.integers(size, size=40)]:
+        content = bytearray(whole)
+        content[position] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="`model_path`.*damaged"):
+            LiteRTRunner(path)
+
+
+def test_associated_files_that_are_compressed(bare_path, tmp_path):
+    """A few bytes of them could fill any memory."""
+    path = tmp_path / "model.tflite"
+    shutil.copy(bare_path, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(VOCABULARY_MEMBER, bytes(10_000_000))
+    with pytest.raises(ValueError, match="`model_path`.*compressed"):
         LiteRTRunner(path)
 
 

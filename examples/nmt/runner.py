@@ -12,6 +12,7 @@ where `stepwise.embed_vocabulary` has put it there.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import operator
 import os
@@ -47,6 +48,8 @@ class LiteRTRunner:
         model_path = Path(model_path)
         _check_file("model_path", model_path)
         num_threads = _at_least_one("num_threads", num_threads)
+        # First: the interpreter trusts what it reads.
+        members = _associated_files(model_path)
         try:
             interpreter = Interpreter(str(model_path), num_threads=num_threads)
             signatures = interpreter.get_signature_list()
@@ -65,7 +68,6 @@ class LiteRTRunner:
         self._cache_shapes = {name: shapes[name][1:] for name in self._caches}
         self._zeros: dict[int, dict[str, np.ndarray]] = {}
 
-        members = _associated_files(model_path)
         if vocabulary_path is not None:
             _check_file("vocabulary_path", Path(vocabulary_path))
             proto = Path(vocabulary_path).read_bytes()
@@ -248,17 +250,37 @@ def _check_signatures(
 
 
 def _associated_files(path: Path) -> dict[str, bytes]:
-    """What is in the zip at the end of the model, if there is one."""
+    """What is in the zip at the end of the model, if there is one.
+
+    With it, as `model.sha256`, can be the digest of the model before it.
+    """
     if not zipfile.is_zipfile(path):
         return {}
+    damage = None
     try:
         with zipfile.ZipFile(path) as archive:
-            return {name: archive.read(name) for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+            infos = archive.infolist()
+            # As they are in the file, they cannot be more than it.
+            if any(info.compress_type for info in infos):
+                damage = "they are compressed"
+            members = {i.filename: archive.read(i) for i in infos if not damage}
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+        damage = error
+    if damage is not None:
         raise ValueError(
             "`model_path` must be complete and as it was written. Received: "
-            f"model_path={str(path)!r} with damaged associated files ({error})"
-        ) from error
+            f"model_path={str(path)!r} with damaged associated files ({damage})"
+        )
+    if "model.sha256" in members:
+        start = min(info.header_offset for info in infos)
+        with path.open("rb") as file:
+            digest = hashlib.sha256(file.read(start)).hexdigest()
+        if digest.encode() != members["model.sha256"]:
+            raise ValueError(
+                "`model_path` must be as it was written. Received: "
+                f"model_path={str(path)!r}, whose model is damaged"
+            )
+    return members
 
 
 def _load_pieces(

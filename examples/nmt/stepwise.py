@@ -7,6 +7,7 @@ with such a file on a device without Keras; the file carries its tokenizer.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -29,6 +30,7 @@ from .tokens import PAD_ID
 # Names in the zip at the end of the file; `runner.py` reads them.
 VOCABULARY_MEMBER = "vocabulary.spm"
 SETTINGS_MEMBER = "translation.json"
+DIGEST_MEMBER = "model.sha256"
 
 # Added to the scores of what must not be attended to.
 _EXCLUDED = -1e9
@@ -237,9 +239,10 @@ def embed_vocabulary(
     """Puts the tokenizer into a file of `stepwise_signatures`.
 
     It is appended as a zip of associated files, as TFLite Metadata does: the
-    model stays as valid as it is. Beside it is a JSON object with the ids of
-    the special pieces and the longest sequence. What an earlier call has
-    put there is replaced, other associated files stay.
+    model stays as valid as it is. Beside it are a JSON object with the ids of
+    the special pieces and the longest sequence, and the model's SHA-256, by
+    which `LiteRTRunner` tells that it is as it was written. What an earlier
+    call has put there is replaced, other associated files stay.
 
     Args:
         model_path: The LiteRT file; replaced by the new one once that is
@@ -272,6 +275,7 @@ def embed_vocabulary(
             infos = archive.infolist()
             members = {i.filename: archive.read(i) for i in infos} | members
         content = content[: min(info.header_offset for info in infos)]
+    members[DIGEST_MEMBER] = hashlib.sha256(content).hexdigest().encode()
     buffer = io.BytesIO(content)
     with zipfile.ZipFile(buffer, "a") as archive:
         for name, member in members.items():

@@ -4,10 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
+# Files of tests side by side: more than four want more memory than they save.
+PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 # What runs on JAX too.
 JAX_TESTS := $(addprefix tests/test_, \
-	calibration.py distillation_reference.py distillation_features.py \
-	weight_schedule.py teacher_cache.py surgery.py)
+	calibration.py chunked_cross_entropy.py compression.py \
+	distillation.py distillation_features.py distillation_reference.py \
+	distilled_embedding.py funnel.py planning.py properties.py report.py \
+	rounding.py saving.py surgery.py teacher_cache.py \
+	vocabulary_projection.py weight_schedule.py)
 
 .PHONY: help demo test test-fast benchmark-packages lint wheel clean
 
@@ -26,12 +32,12 @@ demo: $(VENV)/installed  ## Train, compress, distil, export and compare
 test: $(VENV)/installed  ## Check the style and run every test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	KERAS_BACKEND=jax $(RUN) -m pytest $(JAX_TESTS) $(ARGS)
-	KERAS_BACKEND=jax $(RUN) -m pytest tests/test_kerashub.py -k dense $(ARGS)
-	$(RUN) -m pytest $(ARGS)
+	KERAS_BACKEND=jax $(PYTEST) $(JAX_TESTS) $(ARGS)
+	KERAS_BACKEND=jax $(PYTEST) tests/test_kerashub.py -k dense $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/installed  ## Run the tests that take no more than seconds
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # The model's package asks for PyTorch and more, none of which its table needs.
 benchmark-packages: $(VENV)/installed  ## Install the table of benchmarks.factorization

@@ -1,0 +1,60 @@
+"""Files are of no backend: what one saves, the other loads, and back."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_distilled_embedding as kde
+
+OTHER = {"tensorflow": "jax", "jax": "tensorflow"}
+IDS = np.random.default_rng(0).integers(60, size=(3, 5)).astype("int32")
+
+
+def language_model():
+    ids = keras.Input((None,), dtype="int32")
+    embedding = keras.layers.ReversibleEmbedding(60, 12, name="tokens")
+    hidden = keras.layers.Dense(12, activation="gelu")(embedding(ids))
+    return keras.Model(ids, embedding(hidden, reverse=True))
+
+
+FORMS = {
+    "relu": {},
+    "funnel": {"hidden_dim": 3, "method": "learned"},
+    "int8": {"quantization": "int8"},
+}
+
+
+def load_and_save(source: Path, target: Path) -> None:
+    """What the other backend does with a file."""
+    model = kde.load_model(source)
+    np.save(target.with_suffix(".npy"), model.predict(IDS, verbose=0))
+    kde.save_model(model, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_there_and_back(form, tmp_path):
+    student = kde.compress(language_model(), rank=4, verbose=0, **FORMS[form])
+    student.compile("adam", "sparse_categorical_crossentropy")
+    student.fit(IDS, IDS, verbose=0)
+    there, back = tmp_path / "there.keras", tmp_path / "back.keras"
+    kde.save_model(student, there)
+    subprocess.run(
+        [sys.executable, "-m", "tests.test_backends", str(there), str(back)],
+        env=os.environ | {"KERAS_BACKEND": OTHER[keras.backend.backend()]},
+        check=True,
+    )
+    expected = student.predict(IDS, verbose=0)
+    there_outputs = np.load(back.with_suffix(".npy"))
+    back_outputs = kde.load_model(back).predict(IDS, verbose=0)
+    np.testing.assert_allclose(there_outputs, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(back_outputs, expected, rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":
+    load_and_save(*map(Path, sys.argv[1:]))

@@ -88,7 +88,9 @@ def compress(
         token_frequencies: Array `(input_dim,)`, how often each token occurs
             where the model reads and predicts it, special tokens included,
             from `count_tokens`: the error of frequent rows then counts for
-            more. A dictionary by layer name where tables differ.
+            more. For models that are used as they are; those that are
+            fine-tuned end better without. A dictionary by layer name where
+            tables differ.
         layers: Names of the layers to replace, or a function of a layer that
             tells. By default all, but for tables so small that no rank gives
             `compression`.

@@ -444,7 +444,7 @@ def test_saving(make_embedding, tmp_path):
     student.save_weights(tmp_path / "student.weights.h5")
     other = compress(randomize(make_model(make_embedding)), 3.0, verbose=0)
     for variable in other.weights:
-        variable.assign(ops.zeros_like(variable))
+        variable.assign(np.zeros(variable.shape))
     other.load_weights(tmp_path / "student.weights.h5")
     np.testing.assert_array_equal(to_numpy(other(IDS)), expected)
 

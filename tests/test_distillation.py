@@ -249,7 +249,9 @@ def test_only_distillation_needs_no_task():
     distiller.compile("sgd")
     before = snapshot(student)
     history = distiller.fit(ids, epochs=2, verbose=0).history
-    assert history["embedding_distillation_loss"] == history["loss"]
+    np.testing.assert_allclose(
+        history["embedding_distillation_loss"], history["loss"], rtol=1e-6
+    )
     assert history["loss"][1] < history["loss"][0]
     assert set(changed(student, before)) == {"tokens/codes", "tokens/basis"}
     distiller = Distiller(teacher, student, student_loss_weight=0.5)
@@ -526,6 +528,12 @@ def test_layers_frozen_in_the_student_stay():
     assert set(changed(student, before)) == {"tokens/codes", "tokens/basis"}
 
 
+RUNS_EAGERLY = pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="JAX traces every step"
+)
+
+
+@RUNS_EAGERLY
 @pytest.mark.parametrize(
     "training, student_training", [(False, True), (True, True), (True, False)]
 )
@@ -560,6 +568,7 @@ class RecordTeacher(keras.losses.Loss):
         return ops.mean(ops.square(y_true - y_pred), axis=-1)
 
 
+@RUNS_EAGERLY
 @pytest.mark.parametrize(
     ("make_losses", "teacher_calls"),
     [

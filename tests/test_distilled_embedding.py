@@ -211,6 +211,8 @@ def test_reconstruct_some_rows(options, reverse):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "int64"])
 def test_integer_dtypes(dtype):
+    if dtype == "int64" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has 64 bits only where they are asked for")
     layer = make_layer()
     np.testing.assert_allclose(
         to_numpy(layer(ops.cast(IDS, dtype))), to_numpy(layer(IDS))

@@ -302,7 +302,14 @@ class Distiller(keras.Model):
         # Keras adds these to the task's loss; they are not to be weighted.
         penalties = sum(ops.sum(loss) for loss in self.losses)
         task = 0.0
-        if self.student_loss_weight > 0.0 or self.loss is not None:
+        if self.loss is None and self.student_loss_weight > 0.0:
+            # Keras refuses it too, but not on JAX, nor beside regularization.
+            raise ValueError(
+                "Provide a `loss` of the task in `compile()`, or set "
+                "`student_loss_weight` to 0. Received: loss=None, "
+                f"student_loss_weight={self.student_loss_weight}"
+            )
+        if self.loss is not None:
             task = super().compute_loss(
                 x, y, y_pred, sample_weight, training=training
             )

@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         "width": 1_024,
         "rank": 128,
         "tokens": 2_048,
-        "chunk": 128,
+        "chunk": 64,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path, default=OUTPUT)

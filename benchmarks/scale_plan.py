@@ -30,7 +30,7 @@ TABLES = (
     (1_000_000, 4_096),
 )
 COMPRESSION, DEVICES = 8.0, (1, 4, 8)
-TOKENS, CHUNK = 2_048, 128
+TOKENS, CHUNK = 2_048, 64
 # A weight, its gradient, and two moments.
 COPIES = 4
 

@@ -78,7 +78,7 @@ class ChunkedCrossEntropy(keras.losses.Loss):
     def __init__(
         self,
         projection: DistilledEmbedding | VocabularyProjection,
-        chunk_size: int = 128,
+        chunk_size: int = 64,
         label_smoothing: float = 0.0,
         ignore_class: int | None = None,
         reduction: str = "sum_over_batch_size",

@@ -199,7 +199,9 @@ def without_projection(model: keras.Model) -> keras.Model:
             f"`model` must be a `keras.Model`. Received: model={model!r}"
         )
     hidden, projection = _surgery.before_last_layer(model)
-    if not isinstance(projection, DistilledEmbedding | VocabularyProjection):
+    if not isinstance(
+        projection, DistilledEmbedding | VocabularyProjection
+    ) or not keras.backend.is_float_dtype(hidden.dtype):  # a look-up
         raise ValueError(
             "`model` must end with a `DistilledEmbedding` called with "
             "`reverse=True`, or with a `VocabularyProjection`; `compress` "

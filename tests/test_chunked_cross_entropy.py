@@ -245,6 +245,10 @@ def test_models_without_a_projection_are_refused():
     dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
     with pytest.raises(ValueError, match="must end with"):
         kde.without_projection(dense)
+    ids = keras.Input((None,), dtype="int32")
+    look_up = keras.Model(ids, DistilledEmbedding(9, 4, 2)(ids))
+    with pytest.raises(ValueError, match="must end with"):
+        kde.without_projection(look_up)
     with pytest.raises(TypeError, match="`model`"):
         kde.without_projection("model")
     x = keras.Input((2,))

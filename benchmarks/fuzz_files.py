@@ -138,10 +138,7 @@ HOSTILE: list[Callable[[Any], Any]] = [
         "config": "system",
         "registered_name": "os",
     },
-    lambda old: {
-        "class_name": "__lambda__",
-        "config": {"value": _canary_lambda()},
-    },
+    lambda old: _canary_lambda(),
     lambda old: old * 2 if isinstance(old, str | list | int) else old,
 ]
 
@@ -195,9 +192,13 @@ def _pickle() -> bytes:
     return pickle.dumps(_Canary())
 
 
-def _canary_lambda() -> str:
-    code = "lambda x: __import__('os').system('touch canary')"
-    return code.encode().hex()
+def _canary_lambda() -> dict:
+    """As Keras saves a function that would run a command."""
+    import keras
+
+    return keras.saving.serialize_keras_object(
+        lambda x: __import__("os").system("touch canary")
+    )
 
 
 ANY_FILE = (cut, flip, flip, shift, foreign)
@@ -228,7 +229,7 @@ class Targets:
         changes, data = ARCHIVE, self.model
         if target == "runner":
             changes, data = ANY_FILE, self.translator
-        change = rng.choice(changes)
+        change = changes[number % len(changes)]
         return change.__name__, change(data, rng)
 
     @staticmethod

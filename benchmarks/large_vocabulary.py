@@ -34,7 +34,7 @@ from benchmarks._report import write_text
 OUTPUT = Path(__file__).parent / "results" / "large_vocabulary.json"
 PATHS = ("plain", "chunked")
 SHARE, TOLERANCE = 0.25, 1e-5  # what is promised
-# Only the difference of two steps tells how long one takes.
+# Timed, after the one that compiles.
 STEPS = 3
 
 

@@ -366,12 +366,13 @@ def _check_projection(projection: Any) -> None:
             "`projection` must be built: call it, or its `build()`, first. "
             f"Received: layer '{projection.name}'"
         )
-    activation = getattr(projection, "activation", None)
-    if isinstance(projection, VocabularyProjection) and activation not in (
-        keras.activations.linear,
-        keras.activations.softmax,
+    known = keras.activations.linear, keras.activations.softmax
+    if (
+        isinstance(projection, VocabularyProjection)
+        and projection.activation not in known
     ):
         raise ValueError(
             "`projection` must end with logits or with a softmax. Received: "
-            f"layer '{projection.name}' with activation={activation}"
+            f"layer '{projection.name}' with activation="
+            f"{projection.activation}"
         )

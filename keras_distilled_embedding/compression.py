@@ -89,7 +89,7 @@ def compress(
             where the model reads and predicts it, special tokens included,
             from `count_tokens`: the error of frequent rows then counts for
             more. For models that are used as they are; those that are
-            fine-tuned end better without. A dictionary by layer name where
+            fine-tuned gain nothing by it. A dictionary by layer name where
             tables differ.
         layers: Names of the layers to replace, or a function of a layer that
             tells. By default all, but for tables so small that no rank gives

@@ -227,6 +227,10 @@ def chunked_cross_entropy(
 ) -> Any:
     """The loss of each token, `logits = states features^T + bias`.
 
+    What needs every logit goes in chunks: `log sum_v exp(logit_v)`, less
+    `label_smoothing mean_v logit_v`. A label's own logit needs only its row
+    of the features.
+
     Args:
         labels: Integers `(n,)`.
         states: Floats `(n, k)`.
@@ -241,37 +245,45 @@ def chunked_cross_entropy(
     """
     size = ops.shape(labels)[0]
     chunks = (size + chunk_size - 1) // chunk_size
-    labels = _padded(labels, chunks * chunk_size - size)
+    share = 1.0 - label_smoothing  # of the label
+
+    def padded(values: Any) -> Any:
+        """So that it divides into chunks."""
+        shape = (chunks * chunk_size - size, *values.shape[1:])
+        return ops.concatenate([values, ops.zeros(shape, values.dtype)])
 
     def chunk_of(values: Any, index: Any) -> Any:
         start = (index * chunk_size, *[0] * (len(values.shape) - 1))
         return ops.slice(values, start, (chunk_size, *values.shape[1:]))
 
-    def logits_of(chunk: Any, features: Any, bias: Any) -> tuple[Any, Any]:
-        """Logits in float32, and what they are of before the cap."""
-        logits = ops.matmul(chunk, ops.transpose(features))
-        logits = ops.cast(logits, "float32")
-        ratio = None
+    def finished(products: Any, bias: Any) -> tuple[Any, Any]:
+        """Logits in float32, and the cap's derivative."""
+        logits, slope = ops.cast(products, "float32"), None
         if soft_cap is not None:
             ratio = ops.tanh(logits / soft_cap)
-            logits = ratio * soft_cap
+            logits, slope = ratio * soft_cap, 1.0 - ratio**2
         if bias is not None:
             logits = logits + ops.cast(bias, "float32")
-        return logits, ratio
+        return logits, slope
+
+    def logits_of(chunk: Any, features: Any, bias: Any) -> tuple[Any, Any]:
+        products = ops.matmul(chunk, ops.transpose(features))
+        return finished(products, bias)
 
     def losses_of(states: Any, features: Any, *bias: Any) -> tuple:
         bias = bias[0] if bias else None
-        states = _padded(states, chunks * chunk_size - size)
+        rows = ops.take(features, labels, axis=0)
+        chosen, slope_of_chosen = finished(
+            ops.einsum("nk,nk->n", states, rows),
+            None if bias is None else ops.take(bias, labels),
+        )
+        in_chunks = padded(states)
 
         def forward(index: Any, losses: Any) -> tuple:
-            logits, _ = logits_of(chunk_of(states, index), features, bias)
-            chosen = ops.take_along_axis(
-                logits, chunk_of(labels, index)[:, None], axis=-1
-            )[:, 0]
+            logits, _ = logits_of(chunk_of(in_chunks, index), features, bias)
+            found = ops.logsumexp(logits, axis=-1)
             if label_smoothing:
-                mean = ops.mean(logits, axis=-1)
-                chosen = chosen + label_smoothing * (mean - chosen)
-            found = ops.logsumexp(logits, axis=-1) - chosen
+                found = found - label_smoothing * ops.mean(logits, axis=-1)
             return (ops.slice_update(losses, (index * chunk_size,), found),)
 
         losses = ops.zeros((chunks * chunk_size,), "float32")
@@ -279,22 +291,17 @@ def chunked_cross_entropy(
 
         def gradients(*args: Any, upstream: Any = None) -> tuple:
             (upstream,) = args if upstream is None else (upstream,)
-            weights = _padded(upstream, chunks * chunk_size - size)
 
             def backward(index: Any, of_states: Any, *of_table: Any) -> tuple:
-                chunk = chunk_of(states, index)
-                logits, ratio = logits_of(chunk, features, bias)
+                chunk = chunk_of(in_chunks, index)
+                logits, slope = logits_of(chunk, features, bias)
                 error = ops.softmax(logits, axis=-1)
-                hot = ops.one_hot(
-                    chunk_of(labels, index), error.shape[-1], dtype="float32"
-                )
-                error = error - (1.0 - label_smoothing) * hot
                 if label_smoothing:
                     error = error - label_smoothing / error.shape[-1]
                 error = error * chunk_of(weights, index)[:, None]
                 changes = [ops.sum(error, axis=0)] if of_table[1:] else []
-                if ratio is not None:
-                    error = error * (1.0 - ratio**2)
+                if slope is not None:
+                    error = error * slope
                 error = ops.cast(error, chunk.dtype)
                 changes.insert(0, ops.matmul(ops.transpose(error), chunk))
                 of_states = ops.slice_update(
@@ -309,24 +316,38 @@ def chunked_cross_entropy(
                 ]
                 return (of_states, *of_table)
 
-            tables = [features] if bias is None else [features, bias]
-            of_states, *of_table = _for_each(
-                chunks,
-                backward,
-                (
-                    ops.zeros_like(states),
-                    *[ops.zeros(table.shape, "float32") for table in tables],
+            weights = padded(upstream)
+            # The sums over the chunks start from what the labels' own logits
+            # contribute: another array of the table's size would be dear.
+            error = -share * upstream
+            of_table = []
+            if bias is not None:
+                of_table.append(ops.segment_sum(error, labels, bias.shape[0]))
+            if slope_of_chosen is not None:
+                error = error * slope_of_chosen
+            error = error[:, None]
+            of_table.insert(
+                0,
+                ops.segment_sum(
+                    error * ops.cast(states, "float32"),
+                    labels,
+                    features.shape[0],
                 ),
             )
+            of_states, *of_table = _for_each(
+                chunks, backward, (ops.zeros_like(in_chunks), *of_table)
+            )
+            of_states = of_states[:size] + ops.cast(error, states.dtype) * rows
+            tables = [features] if bias is None else [features, bias]
             return (
-                of_states[:size],
+                of_states,
                 *[
                     ops.cast(gradient, table.dtype)
                     for gradient, table in zip(of_table, tables)
                 ],
             )
 
-        return losses[:size], gradients
+        return losses[:size] - share * chosen, gradients
 
     operands = [states, features] if bias is None else [states, features, bias]
     return ops.custom_gradient(losses_of)(*operands)
@@ -347,12 +368,6 @@ def _for_each(count: Any, body: Callable, carry: tuple) -> tuple:
         (ops.convert_to_tensor(0, "int32"), *carry),
         **options,
     )[1:]
-
-
-def _padded(values: Any, size: Any) -> Any:
-    """So many zeros more."""
-    zeros = ops.zeros((size, *values.shape[1:]), values.dtype)
-    return ops.concatenate([values, zeros], axis=0)
 
 
 def _check_projection(projection: Any) -> None:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from keras_distilled_embedding._files import check_destination
+
 if TYPE_CHECKING:
     import keras
 
@@ -213,7 +215,7 @@ def _compress(options: argparse.Namespace) -> None:
 
     import keras_distilled_embedding as kde
 
-    _check_output(options.output)
+    check_destination("--output", Path(options.output))
     frequencies = None
     if options.token_frequencies is not None:
         frequencies = np.load(options.token_frequencies, allow_pickle=False)
@@ -246,7 +248,7 @@ def _compress(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     import keras_distilled_embedding as kde
 
-    _check_output(options.output)
+    check_destination("--output", Path(options.output))
     quantization = options.quantization
     if quantization == "none":
         quantization = "float32"
@@ -279,15 +281,6 @@ def _import(module: str) -> None:
         raise ImportError(
             f"--import {module}: {type(error).__name__}: {error}"
         ) from error
-
-
-def _check_output(path: str) -> None:
-    if Path(path).is_dir():
-        raise IsADirectoryError(
-            f"--output must be a file, {path!r} is a folder"
-        )
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"the folder of --output {path!r} is missing")
 
 
 @contextlib.contextmanager

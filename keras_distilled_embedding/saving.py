@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from keras_distilled_embedding import _surgery
+from keras_distilled_embedding._files import check_destination
 from keras_distilled_embedding._files import write_atomically
 from keras_distilled_embedding.chunked_cross_entropy import ChunkedCrossEntropy
 from keras_distilled_embedding.layers.distilled_embedding import (
@@ -51,6 +52,7 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
             would be to run code from the file.
         FileNotFoundError: If the folder of `path` does not exist.
         IsADirectoryError: If `path` is a folder.
+        PermissionError: If its folder cannot be written to.
 
     Example:
 
@@ -67,15 +69,7 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     _surgery.check_copyable(model)
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"`path` must be a file. Received a folder: path={str(path)!r}"
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            "The folder of `path` does not exist: make it first. "
-            f"Received: path={str(path)!r}"
-        )
+    check_destination("path", path)
     _surgery.check_internals()
     recipe = Recipe(model)
     write_atomically(

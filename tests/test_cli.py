@@ -472,11 +472,11 @@ BAD = {
     "no output": (["compress", "own.keras"], "-o/--output"),
     "no folder": (
         ["compress", "own.keras", "-o", "none/out.keras"],
-        "the folder of --output 'none/out.keras' is missing",
+        "The folder of `--output` does not exist",
     ),
     "output is a folder": (
         ["compress", "own.keras", "-o", "."],
-        "--output must be a file",
+        "`--output` must be a file",
     ),
     "out of reach": (
         ["compress", "own.keras", "-o", "OUT", "--compression", "1e6"],
@@ -570,7 +570,7 @@ BAD = {
     ),
     "export, no folder": (
         ["export", "own.keras", "-o", "none/out.tflite"],
-        "is missing",
+        "does not exist: make it first",
     ),
     "quantization": (
         ["export", "own.keras", "-o", "OUT", "--quantization", "int3"],

@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_distilled_embedding import _surgery
 from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding._files import check_destination
 from keras_distilled_embedding._files import write_atomically
 from keras_distilled_embedding._targets import is_embedding
 from keras_distilled_embedding.export.fidelity import measure_fidelity
@@ -89,6 +90,8 @@ def export_litert(
             that LiteRT has not.
         FileNotFoundError: If the folder of `filepath` does not exist.
         IsADirectoryError: If `filepath` is a folder.
+        PermissionError: If its folder cannot be written to.
+        OSError: If the disk is full.
         ImportError: If TensorFlow or ai-edge-litert is missing.
         RuntimeError: If the file would hold a table more than once.
 
@@ -111,16 +114,7 @@ def export_litert(
             "`quantization` must be None or one of "
             f"{(FLOAT32, *ROUNDINGS)}. Received: quantization={quantization!r}"
         )
-    if not filepath.parent.is_dir():
-        raise FileNotFoundError(
-            f"The folder of `filepath` does not exist: make it first. "
-            f"Received: filepath={str(filepath)!r}"
-        )
-    if filepath.is_dir():
-        raise IsADirectoryError(
-            "`filepath` must be a file. Received a folder: "
-            f"filepath={str(filepath)!r}"
-        )
+    check_destination("filepath", filepath)
     sequence_length = as_integer(
         "sequence_length", sequence_length, or_none=True
     )
@@ -311,7 +305,13 @@ def convert(
         archive.track(part)
         archive.add_endpoint(name, *_endpoint(tf, part, sequence_length))
     with tempfile.TemporaryDirectory() as folder:
-        archive.write_out(folder, verbose=False)
+        try:
+            archive.write_out(folder, verbose=False)
+        except tf.errors.OpError as error:  # TensorFlow's form of it
+            raise OSError(
+                "The model cannot be written to a temporary folder, as its "
+                f"conversion needs: {str(error)[:500]}"
+            ) from error
         converter = tf.lite.TFLiteConverter.from_saved_model(
             folder, signature_keys=list(signatures)
         )

@@ -15,10 +15,17 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_distilled_embedding._files import final_name
+
 FORMAT = "keras_distilled_embedding.teacher_cache"
 VERSION = 1
 MANIFEST = "manifest.json"
-TEMPORARY = re.compile(r"(manifest\.json|shard_\d+\.npz)\.tmp")
+_NAMES = re.compile(r"manifest\.json|shard_\d+\.npz")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a writer of the cache was killed while it wrote the file."""
+    return bool(_NAMES.fullmatch(final_name(name) or ""))
 
 
 def fingerprint_of(teacher: keras.Model) -> str:

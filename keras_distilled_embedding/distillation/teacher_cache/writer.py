@@ -16,6 +16,7 @@ from keras_distilled_embedding._arguments import as_integer
 from keras_distilled_embedding._arguments import as_positive_number
 from keras_distilled_embedding._datasets import iterate_batches
 from keras_distilled_embedding._datasets import num_batches
+from keras_distilled_embedding._files import FolderLock
 from keras_distilled_embedding._files import write_atomically
 from keras_distilled_embedding.distillation.teacher_cache import batches
 from keras_distilled_embedding.distillation.teacher_cache import files
@@ -54,8 +55,8 @@ def cache_teacher(
 
     Called again, it keeps what is there: after an interruption it computes
     what is missing, and a complete cache does not run the teacher. The
-    dataset is read through each time, to see that it is the same one; let one
-    process at a time write to a directory.
+    dataset is read through each time, to see that it is the same one. One
+    process at a time writes to a directory.
 
     Args:
         teacher: A built `keras.Model`, whose outputs are logits. It is left
@@ -81,6 +82,7 @@ def cache_teacher(
             holds what cannot be stored, if the teacher's outputs are not
             logits, or if `directory` holds something else: other files, or
             the cache of another teacher, dataset, `top_k` or `temperature`.
+        BlockingIOError: If another process writes to `directory`.
 
     Example:
 
@@ -109,13 +111,14 @@ def cache_teacher(
     top_k = as_integer("top_k", top_k)
     temperature = as_positive_number("temperature", temperature)
     _check_outputs(getattr(teacher, "outputs", None) or ())
-    writer = _Writer(teacher, Path(directory), top_k, temperature)
-    writer.check_num_batches(num_batches(dataset))
-    for element in iterate_batches(
-        dataset, "Caching the teacher's outputs", verbose
-    ):
-        writer.add(element)
-    writer.finish()
+    with FolderLock(Path(directory)) as lock:
+        writer = _Writer(teacher, Path(directory), lock, top_k, temperature)
+        writer.check_num_batches(num_batches(dataset))
+        for element in iterate_batches(
+            dataset, "Caching the teacher's outputs", verbose
+        ):
+            writer.add(element)
+        writer.finish()
     return TeacherCache(directory, shuffle_seed)
 
 
@@ -131,10 +134,12 @@ class _Writer:
         self,
         teacher: keras.Model,
         directory: Path,
+        lock: FolderLock,
         top_k: int,
         temperature: float,
     ) -> None:
         self._directory = directory
+        self._lock = lock
         self._predictor = _Predictor(teacher, top_k, temperature)
         self._manifest = {
             "format": files.FORMAT,
@@ -155,7 +160,7 @@ class _Writer:
                 "`directory` must be a directory. Received: the file "
                 f"directory='{directory}'"
             )
-        leftovers = [name for name in names if files.TEMPORARY.fullmatch(name)]
+        leftovers = [name for name in names if files.is_leftover(name)]
         if files.MANIFEST in names:
             manifest = files.read_manifest(directory)
             if manifest["shards"]:  # otherwise nothing is lost
@@ -206,6 +211,7 @@ class _Writer:
         if self._manifest["structure"] is None:
             self._manifest["structure"] = structure
             self._directory.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             self._write_manifest()
         elif structure != self._manifest["structure"]:
             raise ValueError(

@@ -7,15 +7,19 @@ RUN := $(VENV)/bin/python
 # Files of tests side by side: more than four want more memory than they save.
 PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# What runs on JAX too.
-JAX_TESTS := $(addprefix tests/test_, \
-	calibration.py chunked_cross_entropy.py compression.py \
-	distillation.py distillation_features.py distillation_reference.py \
-	distilled_embedding.py funnel.py planning.py properties.py report.py \
-	rounding.py saving.py surgery.py teacher_cache.py \
-	vocabulary_projection.py weight_schedule.py)
+# What does not run on JAX: export and what is built on it, benchmarks, and
+# tests that start several backends themselves.
+TENSORFLOW_TESTS := $(addprefix tests/test_, \
+	backends.py benchmark_factorization.py benchmarks.py cldr.py \
+	distribution.py export.py export_quantized.py kerashub.py \
+	language_model_benchmark.py nmt.py notebook.py runner.py torch.py \
+	translation_benchmark.py trust.py)
+JAX_TESTS := $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 
-.PHONY: help demo test test-fast benchmark-packages lint wheel clean
+# With line and branch coverage of the package.
+COVERAGE := --cov=keras_distilled_embedding --cov-branch --cov-append
+
+.PHONY: help demo test test-fast test-torch coverage benchmark-packages lint wheel clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -38,6 +42,17 @@ test: $(VENV)/installed  ## Check the style and run every test
 
 test-fast: $(VENV)/installed  ## Run the tests that take no more than seconds
 	$(PYTEST) -m "not slow" $(ARGS)
+
+test-torch: $(VENV)/installed  ## Install PyTorch for processors; run its tests
+	$(RUN) -m pip install --quiet torch
+	$(PYTEST) tests/test_torch.py tests/test_backends.py $(ARGS)
+
+coverage: $(VENV)/installed  ## Run every test; what of the package they reach
+	rm -f .coverage
+	$(MAKE) test ARGS="$(COVERAGE) --cov-report= $(ARGS)"
+	$(RUN) -m coverage report --show-missing --skip-covered \
+		> benchmarks/results/coverage.txt
+	tail -n 1 benchmarks/results/coverage.txt
 
 # The model's package asks for PyTorch and more, none of which its table needs.
 benchmark-packages: $(VENV)/installed  ## Install the table of benchmarks.factorization

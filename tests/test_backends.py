@@ -1,5 +1,6 @@
 """Files are of no backend: what one saves, the other loads, and back."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +12,17 @@ import pytest
 
 import keras_distilled_embedding as kde
 
-OTHER = {"tensorflow": "jax", "jax": "tensorflow"}
+BACKENDS = [
+    "jax",
+    "tensorflow",
+    pytest.param(
+        "torch",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("torch") is None,
+            reason="PyTorch is missing",
+        ),
+    ),
+]
 IDS = np.random.default_rng(0).integers(60, size=(3, 5)).astype("int32")
 
 
@@ -38,7 +49,10 @@ def load_and_save(source: Path, target: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-def test_there_and_back(form, tmp_path):
+@pytest.mark.parametrize("other", BACKENDS)
+def test_there_and_back(other, form, tmp_path):
+    if other == keras.backend.backend():
+        pytest.skip("is the backend that the file comes from")
     student = kde.compress(language_model(), rank=4, verbose=0, **FORMS[form])
     student.compile("adam", "sparse_categorical_crossentropy")
     student.fit(IDS, IDS, verbose=0)
@@ -46,7 +60,7 @@ def test_there_and_back(form, tmp_path):
     kde.save_model(student, there)
     subprocess.run(
         [sys.executable, "-m", "tests.test_backends", str(there), str(back)],
-        env=os.environ | {"KERAS_BACKEND": OTHER[keras.backend.backend()]},
+        env=os.environ | {"KERAS_BACKEND": other},
         check=True,
     )
     expected = student.predict(IDS, verbose=0)

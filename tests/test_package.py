@@ -94,6 +94,13 @@ def test_public_objects_are_documented(name):
     assert "\n\nArgs:\n" in documented or "\n\nAttributes:\n" in documented
 
 
+# JAX's own converter warns of JAX.
+_of_jax = pytest.mark.filterwarnings(
+    "ignore:The `native_serialization`:DeprecationWarning"
+)
+
+
+@_of_jax
 @pytest.mark.parametrize(
     "name",
     [
@@ -150,6 +157,7 @@ def test_doctests(name):
     assert result.failed == 0
 
 
+@_of_jax
 # KerasHub's: it does not close the vocabulary that it has read.
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in.*vocabulary.spm:"

@@ -11,6 +11,7 @@ import numpy as np
 from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.activations import is_relu
 from keras_distilled_embedding.factorization.table import Table
+from keras_distilled_embedding.factorization.training import JIT_COMPILE
 from keras_distilled_embedding.factorization.training import RowBatches
 from keras_distilled_embedding.factorization.training import progress_bar
 
@@ -80,7 +81,7 @@ def funnel_factors(
             beta_2=0.99,
         ),
         loss=keras.losses.MeanSquaredError(),
-        jit_compile=True,
+        jit_compile=JIT_COMPILE,
     )
     with progress_bar(verbose, EPOCHS) as callbacks:
         model.fit(

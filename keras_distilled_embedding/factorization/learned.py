@@ -15,6 +15,7 @@ from keras_distilled_embedding.factorization.activations import is_zero_below
 from keras_distilled_embedding.factorization.exact import MARGIN
 from keras_distilled_embedding.factorization.exact import balance
 from keras_distilled_embedding.factorization.table import Table
+from keras_distilled_embedding.factorization.training import JIT_COMPILE
 from keras_distilled_embedding.factorization.training import RowBatches
 from keras_distilled_embedding.factorization.training import progress_bar
 
@@ -56,6 +57,7 @@ def learned_factors(
     model.compile(
         optimizer=keras.optimizers.Adam(LEARNING_RATE),
         loss=keras.losses.MeanSquaredError(),
+        jit_compile=JIT_COMPILE,
     )
     with progress_bar(verbose, MAX_EPOCHS) as callbacks:
         model.fit(

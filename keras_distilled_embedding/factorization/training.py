@@ -13,6 +13,9 @@ import numpy as np
 from keras_distilled_embedding._progress import make_progress
 from keras_distilled_embedding.factorization.table import Table
 
+# On torch compiling takes minutes, the steps themselves seconds.
+JIT_COMPILE = keras.backend.backend() != "torch"
+
 
 class RowBatches(keras.utils.PyDataset):
     """Batches of one shape: row ids, rows divided by `scale`, row weights.

@@ -273,6 +273,8 @@ def rows(task: str) -> list[Row]:
         Row("int8 table"),
         Row("ours, no sweeps", eight),
         Row("ours, int4", eight),
+        Row("truncated SVD", 2.0),
+        Row("weighted SVD", 2.0),
         Row(WEIGHTED, 2.0),
         Row(WEIGHTED, 4.0),
         Row(WEIGHTED, 16.0),

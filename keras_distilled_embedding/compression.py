@@ -81,16 +81,19 @@ def compress(
             has at least. The largest rank that gives it is taken.
         rank: Integer, the rank of every table, instead of `compression`.
             This, `max_bytes` and `max_error` exclude each other.
-        activation: `f` in `E ~ f(U) W`. `None` is plain low rank.
+        activation: `f` in `E ~ f(U) W`. `None` is plain low rank: as good
+            after a long fine-tuning, better after a short one, the more so
+            the smaller the rank (`docs/results.md`).
         hidden_dim: Integer or `None`, width of the non-linear funnel, see
             `layers.DistilledEmbedding`.
         method: `"exact"` or `"learned"`, see `factorize`.
         token_frequencies: Array `(input_dim,)`, how often each token occurs
             where the model reads and predicts it, special tokens included,
             from `count_tokens`: the error of frequent rows then counts for
-            more. For models that are used as they are; those that are
-            fine-tuned gain nothing by it. A dictionary by layer name where
-            tables differ.
+            more. For models that are used as they are or fine-tuned for a few
+            hundred steps; a longer training takes the advantage away
+            (`docs/results.md`). A dictionary by layer name where tables
+            differ.
         layers: Names of the layers to replace, or a function of a layer that
             tells. By default all, but for tables so small that no rank gives
             `compression`.

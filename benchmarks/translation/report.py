@@ -300,7 +300,8 @@ def write_report(scores: list[Scores], folder: Path) -> None:
         chosen = [e for e in entries if e["task"] == task]
         parts += _sections(task, chosen)
         plot_bytes(chosen, folder / f"{task}_bytes.png")
-        plot_milliseconds(chosen, folder / f"{task}_ms.png")
+        if any(e["ms"] for e in chosen):
+            plot_milliseconds(chosen, folder / f"{task}_ms.png")
     for name, found in duels.items():
         parts += [
             f"## Ours against each other method: {name}",
@@ -355,11 +356,10 @@ def _sections(task: str, entries: list[dict]) -> list[str]:
             inside.sort(key=lambda e: -e["bleu"])
             title = f"### {task}, {low:g} times fewer bytes, or more"
             parts += [title, markdown_table(_cells(inside, entries))]
-    return [
-        *parts,
-        f"![BLEU against bytes]({task}_bytes.png)",
-        f"![BLEU against milliseconds]({task}_ms.png)",
-    ]
+    parts.append(f"![BLEU against bytes]({task}_bytes.png)")
+    if any(e["ms"] for e in entries):
+        parts.append(f"![BLEU against milliseconds]({task}_ms.png)")
+    return parts
 
 
 def _cells(entries: list[dict], everything: list[dict]) -> list[list[str]]:
@@ -449,7 +449,7 @@ COLOURS = {
     "nested ranks": "C6",
     "the paper's recipe": "C7",
     "smaller model, logits": "black",
-    SCRATCH: "grey",
+    SCRATCH: "gold",
     "ours, funnel": "pink",
     "full table, int8": "navy",
     "full table, int4": "teal",

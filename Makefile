@@ -43,7 +43,7 @@ test: $(VENV)/installed  ## Check the style and run every test
 test-fast: $(VENV)/installed  ## Run the tests that take no more than seconds
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-torch: $(VENV)/installed  ## Install PyTorch for processors; run its tests
+test-torch: $(VENV)/installed  ## Install PyTorch; run its tests
 	$(RUN) -m pip install --quiet torch
 	$(PYTEST) tests/test_torch.py tests/test_backends.py $(ARGS)
 

@@ -97,20 +97,24 @@ class FolderLock:
         Raises:
             BlockingIOError: If another process has it.
         """
-        if fcntl is None or self._descriptor or not self._folder.is_dir():
+        if fcntl is None or self._descriptor is not None:
+            return
+        if not self._folder.is_dir():
             return
         descriptor = os.open(self._folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             os.close(descriptor)
-            raise BlockingIOError(
-                f"Another process writes to '{self._folder}': wait until it "
-                "has ended, or use another directory."
-            ) from None
+            if isinstance(error, BlockingIOError):
+                raise BlockingIOError(
+                    f"Another process writes to '{self._folder}': wait until "
+                    "it has ended, or use another directory."
+                ) from None
+            return  # a file system without locks: nobody is kept out
         self._descriptor = descriptor
 
     def __exit__(self, *_: object) -> None:
-        if self._descriptor:
+        if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

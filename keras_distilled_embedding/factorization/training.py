@@ -14,7 +14,7 @@ from keras_distilled_embedding._progress import make_progress
 from keras_distilled_embedding.factorization.table import Table
 
 # On torch compiling takes minutes, the steps themselves seconds.
-JIT_COMPILE = keras.backend.backend() != "torch"
+JIT_COMPILE = False if keras.backend.backend() == "torch" else "auto"
 
 
 class RowBatches(keras.utils.PyDataset):

@@ -913,7 +913,7 @@ def test_no_file(tmp_path):
 
 def test_bad_arguments_of_save_model(tmp_path):
     model = make_sequential()
-    with pytest.raises(IsADirectoryError, match="Received a folder"):
+    with pytest.raises(IsADirectoryError, match="must be a file, not a folder"):
         save_model(model, tmp_path)
     with pytest.raises(FileNotFoundError, match="folder of `path` does not"):
         save_model(model, tmp_path / "none" / "model.keras")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+import keras
+
 
 def as_integer(
     name: str, value: Any, minimum: int = 1, or_none: bool = False
@@ -34,3 +36,21 @@ def as_positive_number(name: str, value: Any) -> float:
             f"`{name}` must be a positive number. Received: {name}={value!r}"
         )
     return float(value)
+
+
+def check_built_model(name: str, value: Any) -> None:
+    """Refuses what is not a Keras model, or not built.
+
+    Raises:
+        TypeError: If it is not a Keras model.
+        ValueError: If it is not built.
+    """
+    if not isinstance(value, keras.Model):
+        raise TypeError(
+            f"`{name}` must be a `keras.Model`. Received: {name}={value!r}"
+        )
+    if not value.built:
+        raise ValueError(
+            f"`{name}` must be built: call it, or its `build()`, first. "
+            f"Received: {name}={value!r}"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_distilled_embedding._arguments import check_built_model
 from keras_distilled_embedding._surgery.keras_internals import Functional
 from keras_distilled_embedding._surgery.keras_internals import get_keras_mask
 from keras_distilled_embedding._surgery.keras_internals import set_keras_mask
@@ -152,15 +153,7 @@ def check_copyable(model: Any) -> None:
         TypeError: If `model` is not a Keras model.
         ValueError: If it is not built.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"`model` must be a `keras.Model`. Received: model={model!r}"
-        )
-    if not model.built:
-        raise ValueError(
-            "`model` must be built: call it, or its `build()`, first. "
-            f"Received: model={model!r}"
-        )
+    check_built_model("model", model)
 
 
 def check_symbolic(model: Any) -> None:

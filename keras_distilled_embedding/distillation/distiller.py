@@ -13,6 +13,7 @@ from keras import ops
 from keras.distillation import DistillationLoss
 
 from keras_distilled_embedding import _surgery
+from keras_distilled_embedding._arguments import check_built_model
 from keras_distilled_embedding.distillation.embedding_distillation import (
     EmbeddingDistillation,
 )
@@ -438,15 +439,7 @@ def _loss_names(losses: Sequence[DistillationLoss]) -> list[str]:
 
 def _check_models(teacher: keras.Model, student: keras.Model) -> None:
     for name, model in (("teacher", teacher), ("student", student)):
-        if not isinstance(model, keras.Model):
-            raise TypeError(
-                f"`{name}` must be a `keras.Model`. Received: {name}={model!r}"
-            )
-        if not model.built:
-            raise ValueError(
-                f"`{name}` must be built: call it, or its `build()`, first. "
-                f"Received: {name}={model!r}"
-            )
+        check_built_model(name, model)
     own = {id(variable) for variable in teacher.variables}
     shared = [v.path for v in student.variables if id(v) in own]
     if shared:

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_distilled_embedding._arguments import as_integer
 from keras_distilled_embedding._arguments import as_positive_number
+from keras_distilled_embedding._arguments import check_built_model
 from keras_distilled_embedding._datasets import iterate_batches
 from keras_distilled_embedding._datasets import num_batches
 from keras_distilled_embedding._files import FolderLock
@@ -99,15 +100,7 @@ def cache_teacher(
     - [Tan et al., 2019](https://arxiv.org/abs/1902.10461), who keep the
       top k classes of a teacher.
     """
-    if not isinstance(teacher, keras.Model):
-        raise TypeError(
-            f"`teacher` must be a `keras.Model`. Received: teacher={teacher!r}"
-        )
-    if not teacher.built:
-        raise ValueError(
-            "`teacher` must be built: call it, or its `build()`, first. "
-            f"Received: teacher={teacher!r}"
-        )
+    check_built_model("teacher", teacher)
     top_k = as_integer("top_k", top_k)
     temperature = as_positive_number("temperature", temperature)
     _check_outputs(getattr(teacher, "outputs", None) or ())

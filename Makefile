@@ -12,14 +12,14 @@ PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 TENSORFLOW_TESTS := $(addprefix tests/test_, \
 	backends.py benchmark_factorization.py benchmarks.py cldr.py \
 	distribution.py export.py export_quantized.py kerashub.py \
-	language_model_benchmark.py nmt.py notebook.py runner.py torch.py \
-	translation_benchmark.py trust.py)
+	language_model_benchmark.py mutation.py nmt.py notebook.py runner.py \
+	torch.py translation_benchmark.py trust.py)
 JAX_TESTS := $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 
 # With line and branch coverage of the package.
 COVERAGE := --cov=keras_distilled_embedding --cov-branch --cov-append
 
-.PHONY: help demo test test-fast test-torch coverage benchmark-packages lint wheel clean
+.PHONY: help demo test test-fast test-torch coverage mutants benchmark-packages lint wheel clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -53,6 +53,11 @@ coverage: $(VENV)/installed  ## Run every test; what of the package they reach
 	$(RUN) -m coverage report --show-missing --skip-covered \
 		> benchmarks/results/coverage.txt
 	tail -n 1 benchmarks/results/coverage.txt
+
+mutants: $(VENV)/installed  ## Put faults into the code: do the tests notice?
+	$(RUN) -m benchmarks.mutation run $(ARGS)
+	$(RUN) -m benchmarks.mutation run --survivors --backend tensorflow $(ARGS)
+	$(RUN) -m benchmarks.mutation report
 
 # The model's package asks for PyTorch and more, none of which its table needs.
 benchmark-packages: $(VENV)/installed  ## Install the table of benchmarks.factorization

@@ -238,6 +238,14 @@ def test_distance_of_tables(tie_weights, options, row_weights):
     assert actual == pytest.approx(expected, **CLOSE)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_only_proportions_of_row_weights_matter(scale):
+    models = make_pair()
+    expected = embedding_loss(models, row_weights=ROW_WEIGHTS)
+    actual = embedding_loss(models, row_weights=scale * ROW_WEIGHTS)
+    assert actual == pytest.approx(expected, rel=1e-5)
+
+
 def make_pair_of_two_tables():
     def make(make_layer, seed):
         other = make_layer("other")

@@ -411,6 +411,15 @@ def test_plateau_keeps_the_best_weights_and_stops():
     callback.on_train_end()
 
 
+def test_large_factors_are_balanced_in_place():
+    codes, basis = random_table(60, 4), random_table(4, 12)
+    codes = codes.astype("float32")
+    product = codes @ basis
+    balanced, scaled = exact.balance(codes, basis)
+    assert balanced is codes  # a copy would be as large as the codes
+    np.testing.assert_allclose(balanced @ scaled, product, rtol=1e-4)
+
+
 def test_batches_have_one_shape_and_visit_every_row():
     table, weights = random_table(30, 3), random_weights(30)
     random = np.random.default_rng(0)
@@ -779,21 +788,31 @@ def test_the_closed_form_takes_two_passes(monkeypatch, activation, span):
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("rank", [2, 7, 12])
+@pytest.mark.parametrize("moment", [None, "of columns"])
+@pytest.mark.parametrize("rank", [1, 2, 7, 12])
 def test_the_error_of_a_large_table_is_what_it_loses(
-    monkeypatch, activation, weighted, rank
+    monkeypatch, activation, weighted, moment, rank
 ):
-    """It follows from norms there, and is never measured."""
+    """Of a projection it follows from norms there, and is not measured."""
     monkeypatch.setattr(table_module, "CHUNK_ENTRIES", 12 * 7)
     table = random_table().astype("float32")
     weights = random_weights(60) if weighted else None
+    moment = random_moment(12) if moment else None
     result = factorize(
-        table, rank, activation=activation, row_weights=weights, sweeps=0
+        table,
+        rank,
+        activation=activation,
+        row_weights=weights,
+        column_weights=moment,
+        sweeps=0,
     )
     reconstruction = result.reconstruct().astype("float64")
-    assert result.relative_error == pytest.approx(
-        dense_error(table, reconstruction, weights), rel=1e-4, abs=1e-10
+    expected = (
+        dense_error(table, reconstruction, weights)
+        if moment is None
+        else logits_error(table, reconstruction, weights, moment)
     )
+    assert result.relative_error == pytest.approx(expected, rel=1e-4, abs=1e-10)
     assert result.unweighted_error == pytest.approx(
         dense_error(table, reconstruction), rel=1e-4, abs=1e-10
     )

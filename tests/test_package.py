@@ -24,6 +24,62 @@ def test_all_is_true():
         assert getattr(kde, name) is not None
 
 
+# A changed default changes the results of code that does not.
+DEFAULTS = {
+    kde.layers.DistilledEmbedding: {
+        "activation": "relu",
+        "hidden_dim": None,
+        "tie_weights": True,
+        "embeddings_regularizer": None,
+        "embeddings_constraint": None,
+        "mask_zero": False,
+        "reverse_dtype": None,
+        "logit_soft_cap": None,
+    },
+    kde.factorize: {
+        "activation": "relu",
+        "hidden_dim": None,
+        "method": "exact",
+        "row_weights": None,
+        "seed": 0,
+        "verbose": 0,
+        "hidden_activation": "gelu",
+        "column_weights": None,
+        "sweeps": 5,
+    },
+    kde.compress: {
+        "compression": 8.0,
+        "rank": None,
+        "activation": "relu",
+        "hidden_dim": None,
+        "method": "exact",
+        "token_frequencies": None,
+        "layers": None,
+        "verbose": 1,
+    },
+    kde.Distiller: {
+        "distillation_losses": None,
+        "distillation_loss_weights": None,
+        "student_loss_weight": 0.5,
+        "name": "distiller",
+    },
+    kde.EmbeddingDistillation: {"num_rows": None, "row_weights": None},
+    kde.LogitsDistillation: {"temperature": 1.0, "top_k": None},
+    kde.export_litert: {
+        "quantization": None,
+        "signatures": None,
+        "verbose": True,
+    },
+}
+
+
+@pytest.mark.parametrize("function", DEFAULTS, ids=lambda f: f.__name__)
+def test_defaults_are_kept(function):
+    parameters = inspect.signature(function).parameters
+    expected = DEFAULTS[function]
+    assert {name: parameters[name].default for name in expected} == expected
+
+
 def test_version_is_written_once():
     from importlib.metadata import version
 

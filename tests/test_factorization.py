@@ -263,11 +263,14 @@ def test_reconstruct_applies_the_activation():
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_only_proportions_of_weights_and_scale_of_table_matter(activation):
+@pytest.mark.parametrize("scale", [1e9, 1e200, 1e-200])
+def test_only_proportions_of_weights_and_scale_of_table_matter(
+    activation, scale
+):
     table, weights = random_table(), random_weights(60)
     plain = factorize(table, 4, activation=activation, row_weights=weights)
     scaled = factorize(
-        1e10 * table, 4, activation=activation, row_weights=1e9 * weights
+        1e10 * table, 4, activation=activation, row_weights=scale * weights
     )
     np.testing.assert_allclose(
         1e-10 * scaled.reconstruct(), plain.reconstruct(), atol=1e-4
@@ -707,13 +710,16 @@ def test_column_weighted_relu_lies_between_neighbouring_svds(rank):
         assert below * (1 - 1e-5) <= error <= above * 1.001
 
 
-def test_column_weights_that_are_singular():
+@pytest.mark.parametrize("directions", [1, 3])
+def test_column_weights_that_are_singular(directions):
     moment = np.zeros((12, 12))
-    moment[:3, :3] = random_moment(3)
+    moment[:directions, :directions] = random_moment(directions)
     result = factorize(random_table(), 4, column_weights=moment)
     assert result.relative_error < 1e-5
     np.testing.assert_allclose(
-        result.reconstruct()[:, :3], random_table()[:, :3], atol=0.02
+        result.reconstruct()[:, :directions],
+        random_table()[:, :directions],
+        atol=0.02,
     )
 
 
@@ -765,10 +771,14 @@ def counting(table):
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("span", [10.0, 1e5])
-def test_the_closed_form_takes_two_passes(monkeypatch, activation, span):
+@pytest.mark.parametrize(
+    ("span", "scale"),
+    [(10.0, 1.0), (1e5, 1.0), (10.0, 1e25)],
+    ids=["float32", "float64", "too large for squares in float32"],
+)
+def test_the_closed_form_takes_two_passes(monkeypatch, activation, span, scale):
     """Whether float32 is enough or not; the first block is looked at before."""
-    table = counting(decaying_table(span))
+    table = counting(scale * decaying_table(span))
     rows, columns = table.shape
     monkeypatch.setattr(table_module, "CHUNK_ENTRIES", columns * (rows // 9))
     monkeypatch.setattr(
@@ -816,6 +826,14 @@ def test_the_error_of_a_large_table_is_what_it_loses(
     assert result.unweighted_error == pytest.approx(
         dense_error(table, reconstruction), rel=1e-4, abs=1e-10
     )
+
+
+def test_a_table_of_few_rows_has_an_energy_for_each_column():
+    table = random_table(5, 12)
+    spectrum = spectrum_of(Table.of(table), 3)
+    energies = np.linalg.svd(table, compute_uv=False) ** 2
+    np.testing.assert_allclose(spectrum.energies, [*energies, *np.zeros(7)])
+    assert spectrum.directions.shape == (12, 12)
 
 
 @pytest.mark.parametrize("span", [10.0, 1e3, 1e6])

@@ -62,8 +62,14 @@ DEFAULTS = {
         "distillation_loss_weights": None,
         "student_loss_weight": 0.5,
         "name": "distiller",
+        "student_training": True,
+        "rounding": None,
     },
-    kde.EmbeddingDistillation: {"num_rows": None, "row_weights": None},
+    kde.EmbeddingDistillation: {
+        "num_rows": None,
+        "seed": 0,
+        "row_weights": None,
+    },
     kde.LogitsDistillation: {"temperature": 1.0, "top_k": None},
     kde.export_litert: {
         "quantization": None,

@@ -589,6 +589,19 @@ def test_refuses_a_damaged_manifest(tmp_path, text):
         TeacherCache(tmp_path)
 
 
+@pytest.mark.parametrize("version", [0, 2])
+def test_manifest_of_another_version(tmp_path, version):
+    """It may have other entries."""
+    cache_teacher(make_teacher(), make_batches(), tmp_path)
+    path = tmp_path / "manifest.json"
+    kind = json.loads(path.read_text())["format"]
+    path.write_text(json.dumps({"format": kind, "version": version}))
+    with pytest.raises(
+        ValueError, match=f"of format {kind}, version {version};"
+    ):
+        TeacherCache(tmp_path)
+
+
 def test_manifest_that_lacks_an_entry(tmp_path):
     cache_teacher(make_teacher(), make_batches(), tmp_path)
     path = tmp_path / "manifest.json"
@@ -832,7 +845,9 @@ def test_the_distiller_tells_the_epoch(tmp_path):
 def test_losses_that_the_cache_cannot_serve(tmp_path, loss, message):
     teacher = make_teacher()
     cache = cache_teacher(teacher, make_batches(), tmp_path, top_k=8)
-    with pytest.raises(ValueError, match=message):
-        distil(teacher, cache, [loss])
+    # Also behind one that does not need it.
+    for losses in ([loss], [EmbeddingDistillation(), loss]):
+        with pytest.raises(ValueError, match=message):
+            distil(teacher, cache, losses)
     with pytest.raises(ValueError, match="`teacher` must be the model"):
         distil(make_teacher(seed=1), cache)

@@ -28,6 +28,7 @@ TEST_FILES = tuple(
         "distiller_resume",
         "factorization",
         "funnel",
+        "package",
         "planning",
         "ranks",
         "rounding",

@@ -836,6 +836,14 @@ def test_a_table_of_few_rows_has_an_energy_for_each_column():
     assert spectrum.directions.shape == (12, 12)
 
 
+@pytest.mark.parametrize("scale", [1e-14, 1e14])
+def test_squares_that_float32_cannot_add_up_are_left_to_float64(scale):
+    table = Table.of(scale * random_table())
+    spectrum = spectrum_of(table, 4)
+    assert spectrum.dtype == np.float64
+    assert spectrum.error(4) == pytest.approx(svd_error(table.values, 4))
+
+
 @pytest.mark.parametrize("span", [10.0, 1e3, 1e6])
 @pytest.mark.parametrize("rank", [2, 4, 12, 20, 23])
 def test_float32_is_used_where_it_is_enough(span, rank):

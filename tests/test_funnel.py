@@ -10,6 +10,7 @@ from scipy.special import erf
 
 from keras_distilled_embedding import factorize
 from keras_distilled_embedding.factorization import funnel
+from keras_distilled_embedding.factorization.training import RowBatches
 from keras_distilled_embedding.layers import DistilledEmbedding
 
 
@@ -200,6 +201,25 @@ def test_a_table_of_zeros_is_met_at_once(monkeypatch):
     monkeypatch.setattr(funnel, "PATIENCE", 2)
     zeros = factorize(np.zeros((50, 6)), 2, hidden_dim=3)
     assert zeros.relative_error == 0
+
+
+@pytest.mark.parametrize("num_rows", [200, 7])
+def test_an_epoch_is_one_pass_in_so_many_steps(
+    short_training, monkeypatch, num_rows
+):
+    """Or as many, where there are fewer rows."""
+    made = []
+
+    def spy(*arguments):
+        made.append(RowBatches(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(funnel, "RowBatches", spy)
+    monkeypatch.setattr(funnel, "STEPS_PER_EPOCH", 10)
+    factorize(curved_table()[:num_rows], 3, hidden_dim=7)
+    (batches,) = made
+    assert len(batches) == 10
+    assert batches.batch_size == max(1, num_rows // 10)
 
 
 def test_is_determined_by_its_seed(short_training):

@@ -334,6 +334,21 @@ def test_divergence_is_a_mean_over_tokens(shape):
     )
 
 
+def test_divergence_of_several_tokens_at_each_place():
+    """The weights are those of the places."""
+    logits = [np.stack([x, x[::-1]], axis=2) for x in LOGITS]
+    weights = np.random.default_rng(1).uniform(size=(BATCH, LENGTH))
+    losses = np.stack(
+        [token_divergence(*(x[:, :, i] for x in logits)) for i in (0, 1)], -1
+    )
+    actual = LogitsDistillation().compute_loss(
+        *logits, sample_weight=weights.astype("float32")
+    )
+    assert float(actual) == pytest.approx(
+        (weights[..., None] * losses).sum() / (2 * weights.sum()), rel=1e-5
+    )
+
+
 def test_divergence_of_one_prediction_a_sample():
     weights = np.arange(BATCH, dtype="float32")
     logits = LOGITS[:, :, 0]

@@ -301,6 +301,27 @@ def test_row_weights_by_layer(row_weights):
     assert logs["loss"] == pytest.approx(expected, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("row_weights", "message"),
+    [
+        (ROW_WEIGHTS[1:], f"'tokens', {VOCABULARY}.* {VOCABULARY - 1} numbers"),
+        (
+            {"other": ROW_WEIGHTS[1:]},
+            f"'other', {VOCABULARY}.* {VOCABULARY - 1} numbers",
+        ),
+        (
+            {"tokens": ROW_WEIGHTS, "words": ROW_WEIGHTS},
+            r"\['other', 'tokens'\].*Received: \['words'\]",
+        ),
+    ],
+)
+def test_row_weights_must_fit_the_tables(row_weights, message):
+    teacher, student = make_pair_of_two_tables()
+    loss = EmbeddingDistillation(row_weights=row_weights)
+    with pytest.raises(ValueError, match=message):
+        Distiller(teacher, student, loss)
+
+
 @pytest.mark.parametrize("row_weights", [None, ROW_WEIGHTS])
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_rows_are_those_that_the_seed_draws(tie_weights, row_weights):

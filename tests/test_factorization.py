@@ -360,7 +360,8 @@ def test_learned_revives_rows_that_are_dead_from_the_start(short_training):
 
 def test_planted_dead_rows_take_the_live_codes_that_fit_best():
     codes = np.float32([[1, 0], [-1, -2], [0, 2], [-3, 0]])
-    table = np.array([[1.0, 0], [0.1, 1], [0, 2], [0.9, 0.2]])
+    # The last is nearer to the shorter row, at a larger angle.
+    table = np.array([[1.0, 0], [0.1, 1], [0, 2], [0.5, 0.9]])
     revived = learned._revive_dead_rows(
         table,
         codes,

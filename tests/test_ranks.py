@@ -2,6 +2,7 @@
 
 import itertools
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from keras_distilled_embedding import factorize
 from keras_distilled_embedding.factorization import Table
 from keras_distilled_embedding.factorization import energy_shares
+from keras_distilled_embedding.factorization import is_lifted
 from keras_distilled_embedding.factorization import largest_useful_rank
 from keras_distilled_embedding.factorization import rank_for_compression
 from keras_distilled_embedding.factorization import rank_for_error
@@ -211,6 +213,13 @@ def test_rank_for_error_is_the_smallest(max_error, activation, weighted):
         assert error(rank, activation) <= max_error * (1 + 1e-3)
     if rank - lifted > 1:
         assert error(rank - lifted - 1, None) > max_error
+
+
+@pytest.mark.parametrize("activation", ["relu", keras.ops.relu, "tanh"])
+def test_only_the_linear_form_needs_no_rank_more(activation):
+    assert is_lifted(activation)
+    for linear in (None, "linear", keras.activations.linear):
+        assert not is_lifted(linear)
 
 
 @pytest.mark.parametrize("max_error", [0, 1, -0.1, 2, "0.1", None, np.nan])

@@ -352,6 +352,18 @@ def test_bad_weights_change_nothing(name, value, message):
     )
 
 
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_a_task_without_a_loss_gets_no_weight(weight):
+    teacher = make_teacher()
+    student = compress(teacher, rank=RANK, verbose=0)
+    distiller = Distiller(teacher, student, student_loss_weight=0.0)
+    distiller.compile("sgd")
+    distiller.student_loss_weight = 0.0
+    with pytest.raises(ValueError, match=f"student_loss_weight={weight}"):
+        distiller.student_loss_weight = weight
+    assert distiller.student_loss_weight == 0.0
+
+
 # What is refused
 
 

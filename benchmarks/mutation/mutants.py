@@ -68,7 +68,10 @@ def _mutants(path: Path, rng: random.Random) -> Iterator[Mutant]:
             code = mutate_code(
                 source, plugins.get_operator(operator)(), occurrence
             )
-        except AttributeError:  # it cannot replace `except module.Error`
+            compile(code, module, "exec")
+        # It cannot replace `except module.Error`, and takes the lone `*` of
+        # a signature for an operator.
+        except (AttributeError, SyntaxError):
             continue
         lines = range(first[0], last[0] + 1)
         around = _definitions_around(tree, lines)

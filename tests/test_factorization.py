@@ -724,6 +724,16 @@ def test_column_weights_that_are_singular(directions):
     )
 
 
+def test_column_weights_may_be_negative_by_rounding():
+    """By 1e-4 of the largest, however small the others are."""
+    moments = np.full(12, 1e-9)
+    moments[3:5] = 1.0, -5e-5
+    factorize(random_table(), 4, column_weights=np.diag(moments))
+    moments[4] = -2e-4
+    with pytest.raises(ValueError, match="positive semidefinite"):
+        factorize(random_table(), 4, column_weights=np.diag(moments))
+
+
 def test_unweighted_error_is_the_plain_one():
     table, weights = random_table(), random_weights(60)
     result = factorize(table, 4, row_weights=weights)

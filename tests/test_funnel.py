@@ -10,6 +10,7 @@ from scipy.special import erf
 
 from keras_distilled_embedding import factorize
 from keras_distilled_embedding.factorization import funnel
+from keras_distilled_embedding.factorization import learned
 from keras_distilled_embedding.factorization.training import RowBatches
 from keras_distilled_embedding.layers import DistilledEmbedding
 
@@ -201,6 +202,24 @@ def test_a_table_of_zeros_is_met_at_once(monkeypatch):
     monkeypatch.setattr(funnel, "PATIENCE", 2)
     zeros = factorize(np.zeros((50, 6)), 2, hidden_dim=3)
     assert zeros.relative_error == 0
+
+
+@pytest.mark.parametrize(
+    ("activation", "method"),
+    [(None, "exact"), ("relu", "exact"), ("tanh", "learned")],
+)
+def test_training_starts_from_the_plain_form(monkeypatch, activation, method):
+    """And a hidden layer that says next to nothing."""
+    monkeypatch.setattr(learned, "MAX_EPOCHS", 4)
+    monkeypatch.setattr(funnel, "EPOCHS", 1)
+    monkeypatch.setattr(funnel, "LEARNING_RATE", 0.0)
+    options = {"activation": activation, "method": method}
+    plain = factorize(curved_table(), 4, **options)
+    start = factorize(curved_table(), 4, hidden_dim=8, **options)
+    assert start.relative_error == pytest.approx(plain.relative_error, abs=0.01)
+    if activation != "tanh":  # whose codes cannot be scaled
+        scales = np.sqrt(np.square(start.codes).mean(axis=0))
+        np.testing.assert_allclose(scales, 1.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_rows", [200, 7])

@@ -214,6 +214,13 @@ def test_classes_of_a_large_vocabulary(tmp_path):
     assert cache[0][0][TEACHER_OUTPUTS][0][CLASSES].max() > 2**16
 
 
+def test_classes_of_a_small_vocabulary_take_two_bytes(tmp_path):
+    cache_teacher(make_teacher(), make_batches(), tmp_path)
+    with np.load(tmp_path / "shard_00000.npz") as shard:
+        classes = {a.dtype for key, a in shard.items() if CLASSES in key}
+    assert classes == {np.dtype("uint16")}
+
+
 def test_an_impossible_class_stays_finite(tmp_path):
     ids = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(4, 4)(ids)

@@ -527,8 +527,13 @@ def test_teacher_stays_and_student_is_trained():
         changed(student, student_before)
     )
     assert evaluate(distiller, ids, targets)["loss"] < loss
-    own = {id(v) for v in student.trainable_variables}
-    assert {id(v) for v in distiller.trainable_variables} == own
+    for kind in ("variables", "weights"):
+        own = {id(v) for v in getattr(student, f"trainable_{kind}")}
+        trained = [id(v) for v in getattr(distiller, f"trainable_{kind}")]
+        rest = [id(v) for v in getattr(distiller, f"non_trainable_{kind}")]
+        every = [id(v) for v in getattr(distiller, kind)]
+        assert set(trained) == own
+        assert sorted(trained + rest) == sorted(every)
     names = {v.path for v in distiller.optimizer.variables}
     assert len(names) == 2 + 2 * len(own)  # Adam: two for each
 

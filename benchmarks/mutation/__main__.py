@@ -1,6 +1,7 @@
 """Faults put into the code one at a time: do the tests notice?
 
     python -m benchmarks.mutation run [--limit N]
+    python -m benchmarks.mutation run --survivors --backend tensorflow
     python -m benchmarks.mutation report
 
 `run` goes on where it was; a mutant whose survival is not explained in the
@@ -22,6 +23,7 @@ from benchmarks.mutation.mutants import all_mutants
 from benchmarks.mutation.reach import BACKENDS
 from benchmarks.mutation.reach import Reach
 from benchmarks.mutation.report import ALIVE
+from benchmarks.mutation.report import read_reasons
 from benchmarks.mutation.report import write_report
 from benchmarks.mutation.trial import work
 
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--folder", type=Path, default=Path("runs/mutation"))
     add("--limit", type=int, help="of mutants; default: all")
-    add("--survivors", action="store_true", help="only they, again")
+    add("--survivors", action="store_true", help="the unexplained, again")
     add("--backend", choices=BACKENDS, default=BACKENDS[0])
     add("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
@@ -53,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     todo = mutants[: options.limit]
     if options.survivors:
         alive = {n for n, r in records.items() if r["outcome"] in ALIVE}
+        alive.difference_update(*read_reasons(RESULTS).values())
         todo = [mutant for mutant in todo if mutant.name in alive]
     else:
         todo = [mutant for mutant in todo if mutant.name not in records]

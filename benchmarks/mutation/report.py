@@ -28,7 +28,7 @@ def write_report(
     Returns:
         The names of the survivors without a reason.
     """
-    reasons = json.loads((output / "reasons.json").read_text())
+    reasons = read_reasons(output)
     alive = sorted(
         record["name"] for record in records if record["outcome"] in ALIVE
     )
@@ -42,8 +42,9 @@ def write_report(
         f"(cosmic-ray's operators), in a random order. {environment()}.",
         "",
         "A mutant is tried on the tests that run its lines, on JAX; one that "
-        "survives, on TensorFlow too. Hung: it ran four times as long as the "
-        "tests do.",
+        "survives without a reason, again on TensorFlow, with the tests that "
+        "the first run led to. Hung: it ran four times as long as the tests "
+        "do. Unreached: no test runs the place.",
         "",
         *_table(records),
         "",
@@ -55,6 +56,11 @@ def write_report(
     lines += _section("**Not explained.**", unexplained)
     write_text(output / "report.md", "\n".join(lines).rstrip() + "\n")
     return unexplained
+
+
+def read_reasons(output: Path) -> dict[str, list[str]]:
+    """The names of the mutants that each reason excuses."""
+    return json.loads((output / "reasons.json").read_text())
 
 
 def _section(reason: str, names: list[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """The distiller and its losses, against NumPy."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -898,11 +900,15 @@ def test_saving(make_losses, tmp_path):
     [
         EmbeddingDistillation(),
         EmbeddingDistillation(num_rows=7, seed=3),
+        EmbeddingDistillation(row_weights=np.arange(3.0)),
+        EmbeddingDistillation(row_weights={"tokens": np.arange(3.0)}),
         LogitsDistillation(2.5),
+        LogitsDistillation(top_k=3),
     ],
 )
 def test_losses_are_serializable(loss):
     config = keras.saving.serialize_keras_object(loss)
+    config = json.loads(json.dumps(config))
     restored = keras.saving.deserialize_keras_object(config)
     assert type(restored) is type(loss)
     assert restored.get_config() == loss.get_config()
@@ -966,8 +972,9 @@ def test_bad_logits():
     student = make_student_of(make_classifier(2))
     with pytest.raises(ValueError, match=r"\[3\] from the teacher, \[2\]"):
         Distiller(make_classifier(3), student, LogitsDistillation())
-    # A loss of the tables alone does not mind.
-    Distiller(make_classifier(3), student)
+    other = make_teacher(vocabulary=53)
+    with pytest.raises(ValueError, match=r"\[41\] from the teacher, \[53\]"):
+        LogitsDistillation().validate_model_compatibility(make_teacher(), other)
 
 
 @pytest.mark.parametrize(
@@ -1009,6 +1016,23 @@ def test_bad_options(options, error, message):
 def test_bad_num_rows(num_rows):
     with pytest.raises(ValueError, match=f"num_rows={num_rows!r}"):
         EmbeddingDistillation(num_rows=num_rows)
+
+
+@pytest.mark.parametrize(
+    ("row_weights", "message"),
+    [
+        ([1.0, -1.0], r"shape=\(2,\), from -1.0 to 1.0"),
+        ([1.0, np.nan], r"shape=\(2,\)"),
+        ([1.0, np.inf], "from 1.0 to inf"),
+        ([0.0, 0.0], "not all zero.*from 0.0 to 0.0"),
+        ([[1.0], [2.0]], r"shape=\(2, 1\), from 1.0 to 2.0"),
+        ([], r"shape=\(0,\), from inf to -inf"),
+    ],
+)
+def test_bad_row_weights(row_weights, message):
+    for given in (row_weights, {"tokens": row_weights}):
+        with pytest.raises(ValueError, match=message):
+            EmbeddingDistillation(row_weights=given)
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), "3", None])

@@ -286,16 +286,17 @@ def test_memory_map(short_training, tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("verbose", [0, 1])
 def test_progress_only_on_a_terminal(
-    short_training, monkeypatch, capsys, terminal
+    short_training, monkeypatch, capsys, terminal, verbose
 ):
     rich.get_console()  # made while the output is no terminal
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setenv("TERM", "xterm")  # rich draws no bar on a dumb one
-    factorize(curved_table(), 3, hidden_dim=7, verbose=1)
+    factorize(curved_table(), 3, hidden_dim=7, verbose=verbose)
     out = capsys.readouterr().out
-    assert "relative error" in out
-    assert ("Learning" in out) == terminal
+    assert ("relative error" in out) == bool(verbose)
+    assert ("Learning" in out) == (terminal and bool(verbose))
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])

@@ -263,17 +263,25 @@ def test_reconstruct_applies_the_activation():
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("scale", [1e9, 1e200, 1e-200])
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize(
+    ("table_scale", "weights_scale"),
+    [(1e10, 1e9), (1e-10, 1.0), (1.0, 1e200), (1.0, 1e-200)],
+)
 def test_only_proportions_of_weights_and_scale_of_table_matter(
-    activation, scale
+    activation, rank, table_scale, weights_scale
 ):
     table, weights = random_table(), random_weights(60)
-    plain = factorize(table, 4, activation=activation, row_weights=weights)
+    table[3] = 0.0
+    plain = factorize(table, rank, activation=activation, row_weights=weights)
     scaled = factorize(
-        1e10 * table, 4, activation=activation, row_weights=scale * weights
+        table_scale * table,
+        rank,
+        activation=activation,
+        row_weights=weights_scale * weights,
     )
     np.testing.assert_allclose(
-        1e-10 * scaled.reconstruct(), plain.reconstruct(), atol=1e-4
+        scaled.reconstruct() / table_scale, plain.reconstruct(), atol=1e-4
     )
 
 

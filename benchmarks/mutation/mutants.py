@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import random
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,8 @@ def _mutants(path: Path, rng: random.Random) -> Iterator[Mutant]:
             code = mutate_code(
                 source, plugins.get_operator(operator)(), occurrence
             )
-            compile(code, module, "exec")
+            with warnings.catch_warnings(action="ignore"):
+                compile(code, module, "exec")
         # It cannot replace `except module.Error`, and takes the lone `*` of
         # a signature for an operator.
         except (AttributeError, SyntaxError):

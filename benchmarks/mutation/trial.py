@@ -43,11 +43,8 @@ class Workplace:
     def __init__(self, folder: Path, reach: Reach) -> None:
         self.folder = folder
         self._reach = reach
-        for name in ("keras_distilled_embedding", "tests", "examples"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-            shutil.copytree(ROOT / name, folder / name)
-        for name in ("pyproject.toml", "setup.cfg", "README.md"):
-            shutil.copy(ROOT / name, folder / name)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(ROOT, folder, ignore=_not_of_the_project)
         # Most of what mutants compile, others have compiled before.
         os.environ |= {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
@@ -61,7 +58,7 @@ class Workplace:
     def check(self) -> None:
         """Raises `RuntimeError` where tests fail without a fault."""
         seconds = self._reach.seconds
-        tests = sorted(seconds, key=seconds.get)[::10]
+        tests = sorted(seconds, key=seconds.get)[::5]
         if self._run(tests, 600) != "survived":
             raise RuntimeError(f"Failed tests: {self.folder}/output.txt")
 
@@ -118,7 +115,6 @@ def work(index: int, mutants: list[Mutant], folder: Path, reach: Reach) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[index % len(cores)]})
     place = (folder / f"copy{index}").absolute()
-    place.mkdir(parents=True, exist_ok=True)
     workplace = Workplace(place, reach)
     workplace.check()
     with open(folder / f"records{index}.jsonl", "a") as file:
@@ -133,6 +129,11 @@ def work(index: int, mutants: list[Mutant], folder: Path, reach: Reach) -> None:
                 "at": time.time(),
             }
             print(json.dumps(record), file=file, flush=True)
+
+
+def _not_of_the_project(folder: str, names: list[str]) -> set[str]:
+    others = {"runs", "__pycache__"} & set(names)
+    return others | {name for name in names if name.startswith(".")}
 
 
 def _write_source(path: Path, source: str) -> None:

@@ -972,6 +972,9 @@ def test_bad_logits():
     student = make_student_of(make_classifier(2))
     with pytest.raises(ValueError, match=r"\[3\] from the teacher, \[2\]"):
         Distiller(make_classifier(3), student, LogitsDistillation())
+    # A loss of the tables alone does not mind.
+    Distiller(make_classifier(3), student)
+    # Of tokens, the last dimension counts.
     other = make_teacher(vocabulary=53)
     with pytest.raises(ValueError, match=r"\[41\] from the teacher, \[53\]"):
         LogitsDistillation().validate_model_compatibility(make_teacher(), other)

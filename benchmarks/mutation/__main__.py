@@ -19,6 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from benchmarks.mutation.mutants import Mutant
 from benchmarks.mutation.mutants import all_mutants
 from benchmarks.mutation.reach import BACKENDS
 from benchmarks.mutation.reach import Reach
@@ -50,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print("\n\n".join(unexplained), f"\n{len(unexplained)} to explain")
         return 0
-    reach = Reach(options.backend, options.folder)
+    folder = options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    reach = Reach(options.backend, folder)
     reach.record()
     todo = mutants[: options.limit]
     if options.survivors:
@@ -59,24 +62,25 @@ def main(arguments: list[str] | None = None) -> int:
         todo = [mutant for mutant in todo if mutant.name in alive]
     else:
         todo = [mutant for mutant in todo if mutant.name not in records]
+    return _try(todo, folder, reach, options.workers)
+
+
+def _try(
+    mutants: list[Mutant], folder: Path, reach: Reach, num_workers: int
+) -> int:
+    """Shares the mutants out; returns 0 if all were tried."""
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(
-            target=work,
-            args=(
-                index,
-                todo[index :: options.workers],
-                options.folder,
-                reach,
-            ),
+            target=work, args=(i, mutants[i::num_workers], folder, reach)
         )
-        for index in range(options.workers)
+        for i in range(num_workers)
     ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return 0
+    return int(any(worker.exitcode for worker in workers))
 
 
 def _records(folder: Path) -> dict[str, dict]:

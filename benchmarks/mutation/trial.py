@@ -23,8 +23,6 @@ from benchmarks.mutation.reach import Reach
 FIRST = 10.0  # seconds of tests to begin with: most mutants do not outlive them
 BROKEN = 70  # the exit status where the tests could not be run
 PATIENCE = 4.0  # a mutant may be so many times as slow as the original
-
-
 OPTIONS = (
     *("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"),
     # One that was killed may have left half a compiled program.
@@ -114,8 +112,7 @@ def work(index: int, mutants: list[Mutant], folder: Path, reach: Reach) -> None:
     """One of several processes, each on a core of its own."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[index % len(cores)]})
-    place = (folder / f"copy{index}").absolute()
-    workplace = Workplace(place, reach)
+    workplace = Workplace(folder / f"copy{index}", reach)
     workplace.check()
     with open(folder / f"records{index}.jsonl", "a") as file:
         for mutant in track(mutants, f"worker {index}", disable=index > 0):
@@ -132,6 +129,7 @@ def work(index: int, mutants: list[Mutant], folder: Path, reach: Reach) -> None:
 
 
 def _not_of_the_project(folder: str, names: list[str]) -> set[str]:
+    """What `shutil.copytree` leaves out."""
     others = {"runs", "__pycache__"} & set(names)
     return others | {name for name in names if name.startswith(".")}
 

@@ -35,14 +35,14 @@ class RealTable:
         description: A line for the report.
         values: Float32 `(input_dim, output_dim)`.
         counts: How often each token occurs, int64 `(input_dim,)`.
-        hidden_covariance: Of the states that multiply it, where it is tied.
+        second_moment: Of the states that multiply it, where it is tied.
     """
 
     name: str
     description: str
     values: np.ndarray
     counts: np.ndarray
-    hidden_covariance: np.ndarray | None = None
+    second_moment: np.ndarray | None = None
 
     @property
     def weights(self) -> np.ndarray:
@@ -78,7 +78,7 @@ def multi30k_table(run: Run) -> RealTable:
         description="the tied table of the translation example's teacher",
         values=np.asarray(teacher.get_layer("token_embedding").embeddings),
         counts=run.vocabulary.token_frequencies(run.corpus.train),
-        hidden_covariance=kde.hidden_covariance(
+        second_moment=kde.second_moment(
             teacher, batches.take(COVARIANCE_BATCHES), verbose=0
         ),
     )

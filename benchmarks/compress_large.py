@@ -28,7 +28,7 @@ from benchmarks._memory import reset_peak
 from benchmarks._memory import resident_mb
 from benchmarks._report import environment
 from benchmarks._report import write_text
-from keras_distilled_embedding._surgery import without_initial_values
+from keras_distilled_embedding.keras_internals import without_initial_values
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS, MEMORY = 60, 2.5  # what is promised

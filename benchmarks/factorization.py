@@ -139,12 +139,12 @@ METHODS: dict[str, Callable[[RealTable, float], Approximation | None]] = {
     ),
     "rows and columns weighted": lambda t, ratio: (
         None
-        if t.hidden_covariance is None
+        if t.second_moment is None
         else _factorized(
             t,
             ratio,
             row_weights=t.weights,
-            column_weights=t.hidden_covariance,
+            column_weights=t.second_moment,
         )
     ),
     "5 sweeps, int8 factors": _int8_factors,
@@ -198,8 +198,8 @@ def measure_error(
     assert ratio is None or made.num_bytes <= table.num_bytes / ratio, method
     lost = made.values - table.values
     logits_error = None
-    if table.hidden_covariance is not None:
-        root = np.linalg.cholesky(table.hidden_covariance)
+    if table.second_moment is not None:
+        root = np.linalg.cholesky(table.second_moment)
         logits_error = _share(lost @ root, table.values @ root)
     return Error(
         table=table.name,
@@ -315,7 +315,7 @@ def measure_starts(work_dir: Path, data_dir: str | None) -> list[dict]:
     counts = table.counts
     weighted = {
         "token_frequencies": counts,
-        "hidden_covariances": table.hidden_covariance,
+        "hidden_covariances": table.second_moment,
     }
     starts = {
         "SVD": {"activation": None},
@@ -366,7 +366,7 @@ def _named(rows: list[Error]) -> dict[tuple, Error]:
 def error_cells(rows: list[Error], table: RealTable) -> list[list[str]]:
     """Headings, then a line for each method: its error at every ratio."""
     cells = [["method", *(f"{ratio:g}x" for ratio in RATIOS), "weighted, 8x"]]
-    has_logits = table.hidden_covariance is not None
+    has_logits = table.second_moment is not None
     cells[0] += ["logits, 8x"] if has_logits else []
     named = _named(rows)
     for method in METHODS:

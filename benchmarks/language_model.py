@@ -60,9 +60,9 @@ from examples.nmt.train import distil
 from examples.nmt.train import fit
 from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.layers import DistilledEmbedding
-from keras_distilled_embedding.rounding import dequantize
-from keras_distilled_embedding.rounding import integer_bytes
-from keras_distilled_embedding.rounding import round_table
+from keras_distilled_embedding.quantization import dequantize
+from keras_distilled_embedding.quantization import integer_bytes
+from keras_distilled_embedding.quantization import round_table
 
 OUTPUT = Path(__file__).parent / "results" / "language_model"
 # What this package needs, so that whoever can run it has the text.
@@ -396,7 +396,7 @@ def store_in_int8(model: keras.Model) -> None:
             dequantize(*round_table(table.embeddings, "int8"))
         )
         return
-    table.rounding = "int8"
+    table.quantization = "int8"
     basis = keras.ops.convert_to_numpy(table.basis)
     scales = np.abs(basis).max(axis=1, keepdims=True) / 127
     table.basis.assign(np.round(basis / scales) * scales)

@@ -276,7 +276,7 @@ class Translations:
             training=batches(run.corpus.train, run.vocabulary, shuffle_seed=7),
             validation=batches(run.corpus.validation, run.vocabulary),
             schedule=ROUNDED,
-            rounding=rounding,
+            quantization=rounding,
             verbose=2,
         )
         kde.save_model(student, path)

@@ -16,9 +16,7 @@ if Path(sys.argv[0]).stem == "keras-distilled-embedding":
 
 from keras_distilled_embedding import layers
 from keras_distilled_embedding.calibration import count_tokens
-from keras_distilled_embedding.calibration import hidden_covariance
-from keras_distilled_embedding.chunked_cross_entropy import ChunkedCrossEntropy
-from keras_distilled_embedding.chunked_cross_entropy import without_projection
+from keras_distilled_embedding.calibration import second_moment
 from keras_distilled_embedding.compression import compress
 from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
@@ -33,6 +31,8 @@ from keras_distilled_embedding.factorization import Factorization
 from keras_distilled_embedding.factorization import factorize
 from keras_distilled_embedding.inspection import Inspection
 from keras_distilled_embedding.inspection import inspect_model
+from keras_distilled_embedding.losses import ChunkedCrossEntropy
+from keras_distilled_embedding.losses import without_projection
 from keras_distilled_embedding.report import CompressionReport
 from keras_distilled_embedding.report import compression_report
 from keras_distilled_embedding.saving import load_model
@@ -57,7 +57,7 @@ __all__ = [
     "count_tokens",
     "export_litert",
     "factorize",
-    "hidden_covariance",
+    "second_moment",
     "inspect_model",
     "layers",
     "load_model",

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from keras_distilled_embedding._targets import Target
 from keras_distilled_embedding.factorization import Table
 from keras_distilled_embedding.factorization import as_metric
 from keras_distilled_embedding.factorization import check_finite_rows
+from keras_distilled_embedding.targets import Target
 
 
 class TableWeights:

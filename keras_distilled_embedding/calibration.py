@@ -17,11 +17,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding._arguments import as_integer
-from keras_distilled_embedding._datasets import iterate_batches
-from keras_distilled_embedding._datasets import num_batches
-from keras_distilled_embedding.distillation.weighting import weights_of_tokens
+from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.datasets import iterate_batches
+from keras_distilled_embedding._utils.datasets import num_batches
+from keras_distilled_embedding._utils.masked_mean import weights_of_tokens
 from keras_distilled_embedding.layers import DistilledEmbedding
 
 # Of a file of ids: lines, or entries of an array, counted at a time.
@@ -175,7 +175,7 @@ def _count(ids: np.ndarray, input_dim: int) -> np.ndarray | int:
     return np.bincount(ids.astype(np.int64), minlength=input_dim)
 
 
-def hidden_covariance(
+def second_moment(
     model: keras.Model,
     dataset: Any,
     layer: str | None = None,
@@ -219,7 +219,7 @@ def hidden_covariance(
     teacher = keras.Model(ids, tokens(hidden, reverse=True))
 
     batches = [np.random.randint(500, size=(32, 10)) for _ in range(4)]
-    covariance = hidden_covariance(teacher, batches)  # (16, 16)
+    covariance = second_moment(teacher, batches)  # (16, 16)
     student = compress(teacher, 4.0, hidden_covariances=covariance)
     ```
     """
@@ -231,15 +231,17 @@ def hidden_covariance(
     if layer is None:
         watched = [
             found
-            for found in _surgery.iterate_layers(model)
+            for found in keras_internals.iterate_layers(model)
             if _is_reversible(found)
         ]
     else:
-        watched = [_surgery.find_layer(model, layer, "model")]
+        watched = [keras_internals.find_layer(model, layer, "model")]
     moments = {found: _Moment() for found in watched}
     try:
         for found, moment in moments.items():
-            _surgery.watch_calls(found, moment.watcher(_is_reversible(found)))
+            keras_internals.watch_calls(
+                found, moment.watcher(_is_reversible(found))
+            )
         for batch in iterate_batches(dataset, "Running the model", verbose):
             x, _, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
             for moment in moments.values():
@@ -247,7 +249,7 @@ def hidden_covariance(
             model(x, training=False)
     finally:
         for found in moments:
-            _surgery.stop_watching(found)
+            keras_internals.stop_watching(found)
     return _the_one_met(moments, layer).mean()
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
-from keras_distilled_embedding._files import check_destination
+from keras_distilled_embedding._utils.files import check_destination
 
 if TYPE_CHECKING:
     import keras

@@ -10,14 +10,12 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding._arguments import as_integer
-from keras_distilled_embedding._targets import Target
-from keras_distilled_embedding._targets import choose_targets
-from keras_distilled_embedding._targets import embedding_of
-from keras_distilled_embedding._targets import heads_of
+from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding._weights import TableWeights
 from keras_distilled_embedding._weights import check_finite
+from keras_distilled_embedding.budget import SizeRequest
+from keras_distilled_embedding.budget import plan
 from keras_distilled_embedding.factorization import factorize
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
@@ -25,10 +23,12 @@ from keras_distilled_embedding.layers.distilled_embedding import (
 from keras_distilled_embedding.layers.vocabulary_projection import (
     VocabularyProjection,
 )
-from keras_distilled_embedding.planning import Wanted
-from keras_distilled_embedding.planning import plan
 from keras_distilled_embedding.report import compression_report
 from keras_distilled_embedding.saving import refuse_to_forget
+from keras_distilled_embedding.targets import Target
+from keras_distilled_embedding.targets import choose_targets
+from keras_distilled_embedding.targets import embedding_of
+from keras_distilled_embedding.targets import heads_of
 
 Layer = keras.layers.Layer
 
@@ -117,7 +117,7 @@ def compress(
             Rounding is not counted.
         hidden_covariances: Array `(output_dim, output_dim)`, the second
             moment of the hidden states that multiply the table, from
-            `hidden_covariance`: the logits' error then counts, not the
+            `second_moment`: the logits' error then counts, not the
             entries'. A dictionary by layer name where tables differ.
         hidden_activation: `g` of the funnel, see `layers.DistilledEmbedding`.
         quantization: How `export_litert` is to store the factors of all
@@ -163,8 +163,8 @@ def compress(
     References:
     - [Lioutas et al., 2019](https://arxiv.org/abs/1910.06720)
     """
-    _surgery.check_copyable(model)
-    wanted = Wanted(
+    keras_internals.check_copyable(model)
+    request = SizeRequest(
         compression,
         rank=rank,
         max_bytes=max_bytes,
@@ -191,9 +191,9 @@ def compress(
         as_integer("min_parameters", min_parameters, minimum=0),
     )
     weights = TableWeights(token_frequencies, hidden_covariances)
-    ranks, rounding = plan(targets, wanted, weights, optional=layers is None)
+    ranks, rounding = plan(targets, request, weights, optional=layers is None)
     chosen = {
-        target: target.factorized(rank=rank, rounding=rounding, **options)
+        target: target.factorized(rank=rank, quantization=rounding, **options)
         for target, rank in ranks.items()
     }
     weights.check(chosen)
@@ -201,7 +201,7 @@ def compress(
     replacements = _replacements(chosen, tied)
 
     # Graphs first, factors later: what can fail fails before it costs time.
-    (student,) = _surgery.copy_models([model], replacements)
+    (student,) = keras_internals.copy_models([model], replacements)
     for target in chosen:  # the last table, too, before the first is factorised
         check_finite(target)
     for target, new in chosen.items():
@@ -256,7 +256,7 @@ def _replacements(
 
 def _compile_alike(student: keras.Model, model: keras.Model) -> None:
     try:
-        _surgery.compile_alike(student, model)
+        keras_internals.compile_alike(student, model)
     except Exception as error:
         warnings.warn(
             "The compressed model is not compiled as the model was: "
@@ -268,7 +268,7 @@ def _compile_alike(student: keras.Model, model: keras.Model) -> None:
 def _print_what_is_left(student: keras.Model, chosen: Iterable[Target]) -> None:
     left = [
         layer.name
-        for layer in _surgery.iterate_layers(student)
+        for layer in keras_internals.iterate_layers(student)
         if isinstance(layer, keras.layers.Embedding)
     ]
     if left:

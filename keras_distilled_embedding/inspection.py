@@ -7,16 +7,16 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding._targets import Target
-from keras_distilled_embedding._targets import heads_of
-from keras_distilled_embedding._targets import is_embedding
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.factorization import rank_for_compression
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 from keras_distilled_embedding.report import render
 from keras_distilled_embedding.report import weight_bytes
+from keras_distilled_embedding.targets import Target
+from keras_distilled_embedding.targets import heads_of
+from keras_distilled_embedding.targets import is_embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def inspect_model(model: keras.Model, compression: float = 8.0) -> Inspection:
     Raises:
         ValueError: If `compression` is not above 1.
     """
-    found = list(_surgery.iterate_layers(model))
+    found = list(keras_internals.iterate_layers(model))
     targets = [Target(layer) for layer in found if is_embedding(layer)]
     factorized = [x for x in found if isinstance(x, DistilledEmbedding)]
     targets += [

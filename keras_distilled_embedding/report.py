@@ -14,15 +14,15 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding._targets import Target
-from keras_distilled_embedding._targets import is_embedding
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.factorization import Table
 from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.factorization.table import lost_energy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
+from keras_distilled_embedding.targets import Target
+from keras_distilled_embedding.targets import is_embedding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,7 +123,7 @@ class CompressionReport:
             ("error", ""),
         ):
             table.add_column(heading, footer=footer, justify="right")
-        any_rounded = any(row.rounding is not None for row in self.rows)
+        any_rounded = any(row.quantization is not None for row in self.rows)
         if any_rounded:
             table.add_column("stored as")
         for row in self.rows:
@@ -135,7 +135,7 @@ class CompressionReport:
                 f"{row.bytes_before:,} -> {row.bytes_after:,}",
                 f"{row.ratio:.2f}x",
                 "" if row.error is None else f"{row.error:.3f}",
-                *([row.rounding or "floats"] if any_rounded else []),
+                *([row.quantization or "floats"] if any_rounded else []),
             )
         return render(table)
 
@@ -256,7 +256,7 @@ def _named_targets(
 ) -> Iterator[tuple[tuple[str, int], Target]]:
     """Tables and factors, by name and how many had that name before."""
     counts: collections.Counter[str] = collections.Counter()
-    for layer in _surgery.iterate_layers(model):
+    for layer in keras_internals.iterate_layers(model):
         if is_embedding(layer) or isinstance(
             layer, keras.layers.Dense | DistilledEmbedding
         ):
@@ -300,15 +300,15 @@ def _report_row(
         bytes_before=before * dtype_bytes(layer.variable_dtype),
         bytes_after=_stored_bytes(layer, tables),
         error=error,
-        rounding=layer.rounding,
+        quantization=layer.quantization,
     )
 
 
 def _stored_bytes(layer: DistilledEmbedding, num_tables: int) -> int:
-    if layer.rounding is None:
+    if layer.quantization is None:
         return _bytes_of(layer.weights)
     return num_tables * factor_bytes(
-        layer.rank, layer.input_dim, layer.output_dim, layer.rounding
+        layer.rank, layer.input_dim, layer.output_dim, layer.quantization
     )
 
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding._files import check_destination
-from keras_distilled_embedding._files import write_atomically
-from keras_distilled_embedding.chunked_cross_entropy import ChunkedCrossEntropy
+from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.files import check_destination
+from keras_distilled_embedding._utils.files import write_atomically
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 from keras_distilled_embedding.layers.vocabulary_projection import (
     VocabularyProjection,
 )
+from keras_distilled_embedding.losses import ChunkedCrossEntropy
 
 _FORMAT = 1
 _INSTEAD = "Save it with `keras_distilled_embedding.save_model(model, path)`."
@@ -68,12 +68,12 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
     ```
     """
     path = Path(path)
-    _surgery.check_copyable(model)
+    keras_internals.check_copyable(model)
     check_destination("path", path)
-    _surgery.check_internals()
-    recipe = Recipe(model)
+    keras_internals.check_internals()
+    saved = SavedModel(model)
     write_atomically(
-        path, lambda file: _surgery.write_archive(model, recipe, file)
+        path, lambda file: keras_internals.write_archive(model, saved, file)
     )
 
 
@@ -114,12 +114,12 @@ def load_model(
         raise FileNotFoundError(
             f"`path` must be a file. Received: path={str(path)!r}"
         )
-    _surgery.check_internals()
+    keras_internals.check_internals()
     with open(path, "rb") as file:
         _check_archive(path, file)
         try:
-            with _surgery.without_initial_values():
-                model = _surgery.read_archive(file, custom_objects)
+            with keras_internals.without_initial_values():
+                model = keras_internals.read_archive(file, custom_objects)
         except Exception as error:
             raise ValueError(
                 f"The model in {str(path)!r} cannot be loaded: "
@@ -182,7 +182,7 @@ def _check_archive(path: Path, file: Any) -> None:
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
-class Recipe:
+class SavedModel:
     """How to make a model: what a saved file's configuration is of.
 
     Keras's own loader calls `from_config`, and gets the model.
@@ -196,7 +196,7 @@ class Recipe:
 
     def get_config(self) -> dict[str, Any]:
         numbers: dict[int, int] = {}
-        tree = _surgery.LayerTree.of(self.model, numbers)
+        tree = keras_internals.LayerTree.of(self.model, numbers)
         config = keras.saving.serialize_keras_object(self.model)
         config.pop("compile_config", None)
         if _has_lambda(config):
@@ -213,14 +213,14 @@ class Recipe:
                 str(numbers[id(layer)]): keras.saving.serialize_keras_object(
                     layer
                 )
-                for layer in _surgery.iterate_layers(self.model)
+                for layer in keras_internals.iterate_layers(self.model)
                 if isinstance(layer, DistilledEmbedding | VocabularyProjection)
             },
             "compile": self._compile_config(),
         }
 
     def _compile_config(self) -> dict[str, Any] | None:
-        arguments = _surgery.compile_arguments(self.model)
+        arguments = keras_internals.compile_arguments(self.model)
         if not arguments:
             return None
         config = keras.saving.serialize_keras_object(arguments)
@@ -250,8 +250,8 @@ class Recipe:
             int(number): deserialize(layer)
             for number, layer in config["replaced"].items()
         }
-        tree = _surgery.LayerTree.from_dict(config["layers"])
-        rebuilder = _surgery.Rebuilder(replaced)
+        tree = keras_internals.LayerTree.from_dict(config["layers"])
+        rebuilder = keras_internals.Rebuilder(replaced)
         rebuilder.match(tree, model)
         for number in replaced:
             layer = rebuilder.layers[number]
@@ -268,7 +268,9 @@ class Recipe:
 
 def refuse_to_forget(model: keras.Model) -> None:
     """Has a model refuse `save()` where that would forget its factors."""
-    _surgery.refuse_unrecorded_configs(model, DistilledEmbedding, _INSTEAD)
+    keras_internals.refuse_unrecorded_configs(
+        model, DistilledEmbedding, _INSTEAD
+    )
 
 
 def _compile(model: keras.Model, config: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ def make_table(rows=600, columns=24, with_covariance=False):
         description="a toy",
         values=values,
         counts=(10_000 / np.arange(1, rows + 1) ** 1.2).astype(int),
-        hidden_covariance=np.diag(np.geomspace(1, 0.01, columns))
+        second_moment=np.diag(np.geomspace(1, 0.01, columns))
         if with_covariance
         else None,
     )

@@ -154,7 +154,7 @@ def test_covariance_of_a_tied_projection():
     model = make_model()
     expected = numpy_covariance(numpy_states(model, IDS))
     batches = [IDS[:5], (IDS[5:9],), (IDS[9:], IDS[9:])]
-    covariance = kde.hidden_covariance(model, batches, verbose=0)
+    covariance = kde.second_moment(model, batches, verbose=0)
     np.testing.assert_allclose(covariance, expected, rtol=1e-5, atol=1e-7)
     assert covariance.dtype == np.float64
     np.testing.assert_array_equal(covariance, covariance.T)
@@ -162,7 +162,7 @@ def test_covariance_of_a_tied_projection():
 
 def test_covariance_of_a_named_layer():
     model = make_model(head="dense")
-    covariance = kde.hidden_covariance(model, [IDS], "classes", verbose=0)
+    covariance = kde.second_moment(model, [IDS], "classes", verbose=0)
     expected = numpy_covariance(numpy_states(model, IDS))
     np.testing.assert_allclose(covariance, expected, rtol=1e-5, atol=1e-7)
 
@@ -173,7 +173,7 @@ def test_covariance_is_weighted(per_token):
     random = np.random.default_rng(1)
     shape = (12, 7) if per_token else (12,)
     weights = random.integers(0, 3, size=shape).astype("float32")
-    covariance = kde.hidden_covariance(model, [(IDS, IDS, weights)], verbose=0)
+    covariance = kde.second_moment(model, [(IDS, IDS, weights)], verbose=0)
     if not per_token:
         weights = np.repeat(weights, 7)
     expected = numpy_covariance(numpy_states(model, IDS), weights)
@@ -184,7 +184,7 @@ def test_covariance_leaves_out_what_a_mask_hides():
     model = make_model(mask_zero=True)
     ids = IDS.copy()
     ids[:, 4:] = 0
-    covariance = kde.hidden_covariance(model, [ids], verbose=0)
+    covariance = kde.second_moment(model, [ids], verbose=0)
     expected = numpy_covariance(
         numpy_states(model, ids), (ids != 0).astype("float64")
     )
@@ -204,19 +204,19 @@ def test_covariance_of_a_subclassed_and_of_a_compressed_model():
     functional = make_model()
     model = Tied(functional)
     model(IDS)
-    expected = kde.hidden_covariance(functional, [IDS], verbose=0)
+    expected = kde.second_moment(functional, [IDS], verbose=0)
     np.testing.assert_allclose(
-        kde.hidden_covariance(model, [IDS], verbose=0), expected, rtol=1e-6
+        kde.second_moment(model, [IDS], verbose=0), expected, rtol=1e-6
     )
     student = kde.compress(functional, rank=4, verbose=0)
-    covariance = kde.hidden_covariance(student, [IDS], verbose=0)
+    covariance = kde.second_moment(student, [IDS], verbose=0)
     assert covariance.shape == (WIDTH, WIDTH)
 
 
 def test_the_model_is_left_as_it_was():
     model = make_model()
     before = model.get_weights()
-    kde.hidden_covariance(model, [IDS], verbose=0)
+    kde.second_moment(model, [IDS], verbose=0)
     assert "call" not in vars(model.get_layer("tokens"))
     for old, new in zip(before, model.get_weights()):
         np.testing.assert_array_equal(old, new)
@@ -248,7 +248,7 @@ def make_broken():
 def test_what_has_no_covariance(make, dataset, layer, match):
     model = make()
     with pytest.raises(ValueError, match=match):
-        kde.hidden_covariance(model, dataset, layer, verbose=0)
+        kde.second_moment(model, dataset, layer, verbose=0)
     assert "call" not in vars(model.get_layer("tokens"))
 
 
@@ -261,10 +261,10 @@ def test_two_projections_must_be_told_apart():
     outputs = [layer(layer(ids), reverse=True) for layer in layers]
     model = keras.Model(ids, outputs)
     with pytest.raises(ValueError, match=r"several: \['a', 'b'\]"):
-        kde.hidden_covariance(model, [IDS], verbose=0)
+        kde.second_moment(model, [IDS], verbose=0)
     table = np.asarray(layers[1].embeddings)
     np.testing.assert_allclose(
-        kde.hidden_covariance(model, [IDS], "b", verbose=0),
+        kde.second_moment(model, [IDS], "b", verbose=0),
         numpy_covariance(table[IDS.ravel()]),
         rtol=1e-4,
         atol=1e-8,
@@ -273,13 +273,13 @@ def test_two_projections_must_be_told_apart():
 
 def test_not_a_model():
     with pytest.raises(TypeError, match="`model` must be a `keras.Model`"):
-        kde.hidden_covariance(None, [IDS])
+        kde.second_moment(None, [IDS])
 
 
 def test_covariance_makes_the_best_logits():
     """What it is for, from the data to the compressed model."""
     model = make_model()
-    covariance = kde.hidden_covariance(model, [IDS], verbose=0)
+    covariance = kde.second_moment(model, [IDS], verbose=0)
     states = numpy_states(model, IDS)
     table = np.asarray(model.get_layer("tokens").embeddings, "float64")
     student = kde.compress(

@@ -10,7 +10,7 @@ from keras_distilled_embedding import compression_report
 from keras_distilled_embedding import export_litert
 from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.layers import DistilledEmbedding
-from keras_distilled_embedding.rounding import round_codes
+from keras_distilled_embedding.quantization import round_codes
 
 pytest.importorskip("tensorflow")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")
@@ -97,7 +97,7 @@ def test_one_copy_that_computes_what_keras_does(
 @QUANTIZATION
 def test_the_integers_are_those_that_were_trained(quantization, tmp_path):
     """And the file computes what the rounded Keras model does."""
-    model = make_model(rounding=quantization)
+    model = make_model(quantization=quantization)
     path = tmp_path / "model.tflite"
     report = export_litert(
         model, path, quantization=quantization, verbose=False
@@ -257,7 +257,7 @@ def test_planned_bytes_are_those_reported(quantization, untied, tmp_path):
 
 @QUANTIZATION
 def test_the_model_says_how_it_is_stored(quantization, tmp_path):
-    model = make_model(rounding=quantization)
+    model = make_model(quantization=quantization)
     default, asked = tmp_path / "default.tflite", tmp_path / "asked.tflite"
     report = export_litert(model, default, verbose=False)
     assert report.quantization == quantization
@@ -299,7 +299,9 @@ def test_layers_of_different_roundings(quantization, tmp_path, monkeypatch):
 def make_two(*roundings):
     ids = keras.Input((None,), dtype="int32", name="ids")
     tables = [
-        DistilledEmbedding(VOCABULARY, WIDTH, RANK, name=name, rounding=r)(ids)
+        DistilledEmbedding(VOCABULARY, WIDTH, RANK, name=name, quantization=r)(
+            ids
+        )
         for name, r in zip("ab", roundings)
     ]
     return keras.Model(ids, keras.layers.Add()(tables))
@@ -318,8 +320,8 @@ def test_a_plan_is_what_is_written(min_speedup, tmp_path):
     )
     (row,) = compression_report(student).rows
     report = export_litert(student, path, verbose=False)
-    assert row.rounding is not None
-    assert report.quantization == row.rounding
+    assert row.quantization is not None
+    assert report.quantization == row.quantization
     assert report.table_bytes == {"tokens": row.bytes_after}
     assert 10_000 < row.bytes_after <= 12_000
     # Not the rounding of the codes, which Keras computes too: int8 of hidden

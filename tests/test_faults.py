@@ -263,7 +263,7 @@ def test_shapes_without_much_in_them(shape, hidden_dim):
     logits = layer(np.ones((*shape, 8), "float32"), reverse=True)
     assert logits.shape == (*shape, 50)
     for rounding in ("int8", "int4"):
-        layer = DistilledEmbedding(50, 64, rank=32, rounding=rounding)
+        layer = DistilledEmbedding(50, 64, rank=32, quantization=rounding)
         assert layer(np.ones(shape, "int32")).shape == (*shape, 64)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_distilled_embedding import _surgery
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import export_litert
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding import load_model
 from keras_distilled_embedding import save_model
 from keras_distilled_embedding.layers import DistilledEmbedding
@@ -55,7 +55,7 @@ def assert_close(left, right, tolerance=TOLERANCE):
 def factorized_layers(model):
     return [
         layer
-        for layer in _surgery.iterate_layers(model)
+        for layer in keras_internals.iterate_layers(model)
         if isinstance(layer, DistilledEmbedding)
     ]
 
@@ -73,7 +73,7 @@ def assign_reconstructed(model, student):
     for layer in factorized_layers(student):
         (dense,) = (
             found
-            for found in _surgery.iterate_layers(model)
+            for found in keras_internals.iterate_layers(model)
             if found.name == layer.name
             and isinstance(found, keras.layers.Embedding)
         )
@@ -87,7 +87,7 @@ def weights_by_layer(model):
     """Each layer's own weights, but those of the token tables."""
     return [
         (layer.name, [ops.convert_to_numpy(w) for w in layer.weights])
-        for layer in _surgery.iterate_layers(model)
+        for layer in keras_internals.iterate_layers(model)
         if not layer._layers and layer.name != "token_embedding"
     ]
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from keras_distilled_embedding import factorize
 from keras_distilled_embedding.factorization import Table
+from keras_distilled_embedding.factorization import allocate_ranks
 from keras_distilled_embedding.factorization import energy_shares
 from keras_distilled_embedding.factorization import is_lifted
 from keras_distilled_embedding.factorization import largest_useful_rank
 from keras_distilled_embedding.factorization import rank_for_compression
 from keras_distilled_embedding.factorization import rank_for_error
 from keras_distilled_embedding.factorization import rank_for_speedup
-from keras_distilled_embedding.factorization import spread_ranks
 from keras_distilled_embedding.factorization import useful_ranks
 from keras_distilled_embedding.factorization import validate_rank
 from keras_distilled_embedding.factorization.ranks import num_parameters
@@ -263,7 +263,7 @@ def test_the_spread_is_the_best_there_is(lifted, hidden_dim):
         for t, limit in zip(tables, limits)
     ]
     for budget in range(cost((1, 1)), cost(limits) + 50, 37):
-        ranks = spread_ranks(shares, costs, budget, lifted)
+        ranks = allocate_ranks(shares, costs, budget, lifted)
         assert cost(ranks) <= budget
         assert all(1 <= r <= limit for r, limit in zip(ranks, limits))
         # Greedy is exact up to the last unit that does not fit.
@@ -287,16 +287,16 @@ def test_the_spread_follows_the_spectra():
     once = {rank: rank * 116 for rank in range(1, 14)}
     twice = {rank: 2 * cost for rank, cost in once.items()}
     shares = [energy_shares([flat]), energy_shares([steep])]
-    flat_rank, steep_rank = spread_ranks(shares, [once, once], 1160, False)
+    flat_rank, steep_rank = allocate_ranks(shares, [once, once], 1160, False)
     assert steep_rank <= 3
     assert flat_rank + steep_rank == 10
     # Untied tables of one layer have one rank, and cost twice.
     shares[0] = energy_shares([flat, flat])
-    ranks = spread_ranks(shares, [twice, once], 1160, False)
+    ranks = allocate_ranks(shares, [twice, once], 1160, False)
     assert 2 * ranks[0] + ranks[1] in (9, 10)
 
 
 def test_a_budget_that_is_too_small():
     shares = energy_shares([Table.of(np.ones((9, 3)))])
     with pytest.raises(ValueError, match="23 is too small.* ranks .*take 24"):
-        spread_ranks([shares, shares], [{1: 12}, {1: 12}], 23, False)
+        allocate_ranks([shares, shares], [{1: 12}, {1: 12}], 23, False)

@@ -88,7 +88,7 @@ def test_report_of_what_is_rounded(rounding, after):
 def test_some_tables_are_rounded():
     student = compress(make_two_of_one_name(), rank=3, verbose=0)
     layer = next(x for x in student._flatten_layers() if x.name == "tokens")
-    layer.rounding = "int8"
+    layer.quantization = "int8"
     shown = str(compression_report(student))
     assert "int8" in shown and "floats" in shown
 

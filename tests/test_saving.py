@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_distilled_embedding import _surgery
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import compression_report
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding import load_model
 from keras_distilled_embedding import save_model
 from keras_distilled_embedding.layers import DistilledEmbedding
@@ -80,14 +80,16 @@ def assert_equal(left, right):
 
 
 def all_of(model, kind):
-    return [x for x in _surgery.iterate_layers(model) if isinstance(x, kind)]
+    return [
+        x for x in keras_internals.iterate_layers(model) if isinstance(x, kind)
+    ]
 
 
 def described(model):
     """Each layer inside, once, as far as it shows from outside."""
     return [
         (type(x), x.name, x.trainable, x.dtype_policy.name)
-        for x in _surgery.iterate_layers(model)
+        for x in keras_internals.iterate_layers(model)
     ]
 
 
@@ -944,7 +946,7 @@ def test_a_file_appears_whole_or_not_at_all(error, path, monkeypatch):
 
     def write():
         with monkeypatch.context() as patched:
-            patched.setattr(_surgery, "write_archive", write_half)
+            patched.setattr(keras_internals, "write_archive", write_half)
             with pytest.raises(type(error)):
                 save_model(model, path)
 

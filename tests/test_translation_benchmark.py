@@ -22,9 +22,9 @@ from benchmarks.translation import tables
 from benchmarks.translation import task as tasks
 from examples.nmt.model import build_transformer
 from examples.nmt.pipeline import PRESETS
-from keras_distilled_embedding.rounding import dequantize
-from keras_distilled_embedding.rounding import round_codes
-from keras_distilled_embedding.rounding import round_table
+from keras_distilled_embedding.quantization import dequantize
+from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.quantization import round_table
 
 SHAPE = 210, 24
 WIDTHS = 6, 10
@@ -120,7 +120,7 @@ def test_rounded_table_is_the_stored_one(table, rounding):
 def test_grouped_factors_are_rounded_like_ours(table, weights):
     made = rivals.group_reduce(table, weights, table.nbytes // 4)
     layer = tables.GroupedTable(SHAPE, made)
-    layer.rounding = "int8"
+    layer.quantization = "int8"
     expected = np.zeros(SHAPE)
     for group, (codes, basis) in enumerate(
         zip(made.parts["codes"], made.parts["bases"])
@@ -237,7 +237,7 @@ def test_what_nothing_is_small_enough_for_is_left_out():
     )
     make = grid.METHODS["ours, int4"]
     table = make(task, 8.0).get_layer("token_embedding")
-    assert (table.rounding, table.rank) == ("int4", 32)
+    assert (table.quantization, table.rank) == ("int4", 32)
     assert make(task, 64.0) is None
     assert grid.METHODS[grid.FUNNEL](task, 64.0) is None
 

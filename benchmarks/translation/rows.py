@@ -126,7 +126,7 @@ class Results:
         student.save_weights(self.path(row, ".weights.h5"))
         self._translate(row, student, "float32")
         if _takes_int8(student):
-            table_of(student).rounding = "int8"
+            table_of(student).quantization = "int8"
             self._translate(row, student, "int8")
         return result
 
@@ -174,7 +174,7 @@ def _takes_int8(student: keras.Model) -> bool:
     """Whether the factors can be rounded after training."""
     table = table_of(student)
     if isinstance(table, DistilledEmbedding):
-        return table.hidden_dim is None and table.rounding is None
+        return table.hidden_dim is None and table.quantization is None
     return isinstance(table, GroupedTable)
 
 

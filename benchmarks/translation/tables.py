@@ -15,10 +15,10 @@ from keras import ops
 
 from benchmarks.rivals import FLOAT
 from benchmarks.rivals import Approximation
-from keras_distilled_embedding.rounding import dequantize
-from keras_distilled_embedding.rounding import integer_bytes
-from keras_distilled_embedding.rounding import round_in_place
-from keras_distilled_embedding.rounding import round_table
+from keras_distilled_embedding.quantization import dequantize
+from keras_distilled_embedding.quantization import integer_bytes
+from keras_distilled_embedding.quantization import round_in_place
+from keras_distilled_embedding.quantization import round_table
 
 
 class ComputedTable(keras.layers.Layer):
@@ -68,7 +68,7 @@ class ComputedTable(keras.layers.Layer):
 class GroupedTable(ComputedTable):
     """GroupReduce: each group of tokens has factors of its own.
 
-    `rounding="int8"` rounds the factors as ours are rounded.
+    `quantization="int8"` rounds the factors as ours are rounded.
     """
 
     rounding: str | None = None
@@ -91,7 +91,7 @@ class GroupedTable(ComputedTable):
 
     def table(self) -> Any:
         parts = [
-            ops.matmul(*_rounded(codes, basis, self.rounding))
+            ops.matmul(*_rounded(codes, basis, self.quantization))
             for codes, basis in self._factors
         ]
         return ops.take(ops.concatenate(parts), self._positions, axis=0)
@@ -147,13 +147,13 @@ class RoundedTable(ComputedTable):
 
     def __init__(self, table: np.ndarray, rounding: str) -> None:
         super().__init__(*table.shape, integer_bytes(*table.shape, rounding))
-        self.rounding = rounding
+        self.quantization = rounding
         self._table = self._trained("table", table)
 
     def table(self) -> Any:
         table = ops.convert_to_tensor(self._table)
         rounded = dequantize(
-            *round_table(ops.stop_gradient(table), self.rounding)
+            *round_table(ops.stop_gradient(table), self.quantization)
         )
         rounded = ops.stop_gradient(rounded)
         # Backwards, rounding is taken for the identity.

@@ -20,7 +20,7 @@ from keras import ops
 from keras_nlp.layers import CachedMultiHeadAttention
 from keras_nlp.layers import TransformerDecoder
 
-from keras_distilled_embedding._files import write_atomically
+from keras_distilled_embedding._utils.files import write_atomically
 
 from .model import decoder_layers
 from .tokens import BOS_ID

@@ -211,6 +211,6 @@ def distil(
             list(losses),
             distillation_loss_weights=list(losses.values()),
             student_loss_weight=schedule.student_loss_weight,
-            rounding=rounding,
+            quantization=rounding,
         )
     return fit(model, training, validation, schedule, **options)

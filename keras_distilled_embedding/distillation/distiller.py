@@ -12,8 +12,8 @@ import numpy as np
 from keras import ops
 from keras.distillation import DistillationLoss
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding._arguments import check_built_model
+from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding.distillation.embedding_distillation import (
     EmbeddingDistillation,
 )
@@ -30,7 +30,7 @@ from keras_distilled_embedding.distillation.teacher_cache import split_inputs
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
-from keras_distilled_embedding.rounding import check_rounding
+from keras_distilled_embedding.quantization import check_quantization
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
@@ -113,7 +113,7 @@ class Distiller(keras.Model):
         **kwargs: Any,
     ) -> None:
         _check_models(teacher, student)
-        check_rounding("rounding", rounding)
+        check_quantization("rounding", rounding)
         losses, weights = _check_losses(
             distillation_losses, distillation_loss_weights
         )
@@ -191,7 +191,7 @@ class Distiller(keras.Model):
         self._set_weights_in_use([self.student_loss_weight, *weights])
 
     def _set_weights_in_use(self, values: list[float]) -> None:
-        _surgery.make_variables_current(self)
+        keras_internals.make_variables_current(self)
         self._weight_values = [float(value) for value in values]
         self._weights_in_use.assign(self._weight_values)
 
@@ -453,18 +453,18 @@ def _check_models(teacher: keras.Model, student: keras.Model) -> None:
 def _set_rounding(student: keras.Model, rounding: str) -> None:
     layers = [
         layer
-        for layer in _surgery.iterate_layers(student)
+        for layer in keras_internals.iterate_layers(student)
         if isinstance(layer, DistilledEmbedding)
     ]
     refused = [x.name for x in layers if x.hidden_dim is not None]
     if refused or not layers:
         raise ValueError(
             "`rounding` needs a student with `DistilledEmbedding` layers "
-            f"without `hidden_dim`. Received: rounding={rounding!r}, student "
+            f"without `hidden_dim`. Received: quantization={rounding!r}, student "
             f"'{student.name}' with such layers {refused or 'missing'}"
         )
     for layer in layers:
-        layer.rounding = rounding
+        layer.quantization = rounding
 
 
 def _check_student_loss_weight(weight: float) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 from keras import ops
 from keras.distillation import DistillationLoss
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding._arguments import as_integer
-from keras_distilled_embedding.distillation.weighting import mean
+from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.masked_mean import mean
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -245,7 +245,7 @@ def _named_embeddings(
     Dense layers are among them: `compress` replaces those over a vocabulary.
     """
     counts: collections.Counter[str] = collections.Counter()
-    for layer in _surgery.iterate_layers(model):
+    for layer in keras_internals.iterate_layers(model):
         if _has_ids(layer) or isinstance(layer, keras.layers.Dense):
             yield (layer.name, counts[layer.name]), layer
             counts[layer.name] += 1

@@ -9,11 +9,11 @@ import keras
 from keras import ops
 from keras.distillation import DistillationLoss
 
+from keras_distilled_embedding._utils.masked_mean import mean_over_tokens
+from keras_distilled_embedding._utils.masked_mean import weights_by_output
 from keras_distilled_embedding.distillation.logits_distillation import (
     TopPredictions,
 )
-from keras_distilled_embedding.distillation.weighting import mean_over_tokens
-from keras_distilled_embedding.distillation.weighting import weights_by_output
 
 
 def evaluate_loss(

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding import _surgery
+from keras_distilled_embedding import keras_internals
 
 
 class FeatureExtractor:
@@ -35,7 +35,7 @@ class FeatureExtractor:
         self._model = model
         self._argument = argument
         self._layers = {
-            name: _surgery.find_layer(model, name, argument)
+            name: keras_internals.find_layer(model, name, argument)
             for name in layer_names
         }
         self._features: dict[str | None, Any] = {}
@@ -68,8 +68,8 @@ class FeatureExtractor:
 
         try:
             for name, layer in self._layers.items():
-                _surgery.watch_calls(layer, keep(name))
+                keras_internals.watch_calls(layer, keep(name))
             yield caught
         finally:
             for layer in self._layers.values():
-                _surgery.stop_watching(layer)
+                keras_internals.stop_watching(layer)

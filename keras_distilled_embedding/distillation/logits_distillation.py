@@ -9,10 +9,10 @@ import keras
 from keras import ops
 from keras.distillation import DistillationLoss
 
-from keras_distilled_embedding._arguments import as_integer
-from keras_distilled_embedding._arguments import as_positive_number
-from keras_distilled_embedding.distillation.weighting import mean_over_tokens
-from keras_distilled_embedding.distillation.weighting import weights_by_output
+from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_positive_number
+from keras_distilled_embedding._utils.masked_mean import mean_over_tokens
+from keras_distilled_embedding._utils.masked_mean import weights_by_output
 
 
 @dataclass(frozen=True)

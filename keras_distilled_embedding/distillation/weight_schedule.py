@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distilled_embedding import _surgery
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.distillation.distiller import Distiller
 
 Schedule = float | Callable[[int], Any]
@@ -96,7 +96,7 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self._first_step = _surgery.count_steps(self.model.optimizer)
+        self._first_step = keras_internals.count_steps(self.model.optimizer)
 
     def on_train_batch_begin(
         self, batch: int, logs: dict | None = None

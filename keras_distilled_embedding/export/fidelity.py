@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distilled_embedding import _surgery
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.export.report import Fidelity
 
 _RANDOM_BATCHES, _BATCH, _LENGTH = 2, 4, 8
@@ -79,13 +79,13 @@ def _random_inputs(
     rng = np.random.default_rng(0)
     rows = [
         layer.input_dim
-        for layer in _surgery.iterate_layers(model)
+        for layer in keras_internals.iterate_layers(model)
         if hasattr(layer, "input_dim") and hasattr(layer, "output_dim")
     ]
     batches = []
     for _ in range(_RANDOM_BATCHES):
         batch = {}
-        for name, tensor in _surgery.named_inputs(model).items():
+        for name, tensor in keras_internals.named_inputs(model).items():
             shape = [
                 (sequence_length or _LENGTH) if size is None else size
                 for size in tensor.shape
@@ -108,16 +108,16 @@ def _random_inputs(
 def _by_name(model: keras.Model, batch: Any) -> dict[str, np.ndarray]:
     if isinstance(batch, Mapping):
         return {name: np.asarray(value) for name, value in batch.items()}
-    names = list(_surgery.named_inputs(model))
+    names = list(keras_internals.named_inputs(model))
     return dict(zip(names, map(np.asarray, keras.tree.flatten(batch))))
 
 
 def _outputs(model: keras.Model, batch: Any) -> dict[str, np.ndarray]:
     """As the endpoint of the file names them."""
-    inputs = _surgery.input_structure(model)
+    inputs = keras_internals.input_structure(model)
     named = _by_name(model, batch)
     values = keras.tree.pack_sequence_as(
-        inputs, [named[name] for name in _surgery.named_inputs(model)]
+        inputs, [named[name] for name in keras_internals.named_inputs(model)]
     )
     outputs = model(values, training=False)
     if not isinstance(outputs, dict):

@@ -14,20 +14,20 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding._arguments import as_integer
-from keras_distilled_embedding._files import check_destination
-from keras_distilled_embedding._files import write_atomically
-from keras_distilled_embedding._targets import is_embedding
+from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.files import check_destination
+from keras_distilled_embedding._utils.files import write_atomically
 from keras_distilled_embedding.export.fidelity import measure_fidelity
-from keras_distilled_embedding.export.quantize import quantize_file
-from keras_distilled_embedding.export.quantize import stored_bytes
+from keras_distilled_embedding.export.flatbuffer import quantize_file
+from keras_distilled_embedding.export.flatbuffer import stored_bytes
+from keras_distilled_embedding.export.graph_table import GraphTable
 from keras_distilled_embedding.export.report import ExportReport
-from keras_distilled_embedding.export.stored_table import StoredTable
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
-from keras_distilled_embedding.rounding import ROUNDINGS
+from keras_distilled_embedding.quantization import QUANTIZATIONS
+from keras_distilled_embedding.targets import is_embedding
 
 DEFAULT_SIGNATURE = "serving_default"
 FLOAT32 = "float32"
@@ -109,10 +109,10 @@ def export_litert(
     ```
     """
     filepath = Path(filepath)
-    if quantization not in (None, FLOAT32, *ROUNDINGS):
+    if quantization not in (None, FLOAT32, *QUANTIZATIONS):
         raise ValueError(
             "`quantization` must be None or one of "
-            f"{(FLOAT32, *ROUNDINGS)}. Received: quantization={quantization!r}"
+            f"{(FLOAT32, *QUANTIZATIONS)}. Received: quantization={quantization!r}"
         )
     check_destination("filepath", filepath)
     sequence_length = as_integer(
@@ -123,12 +123,12 @@ def export_litert(
     quantization = _choose_quantization(signatures, quantization)
     _import_litert()
 
-    stored: dict[keras.layers.Layer, StoredTable] = {}
+    stored: dict[keras.layers.Layer, GraphTable] = {}
     if quantization is None:
         parts = _with_activations_applied(signatures)
     else:
         stored = _stored_tables(signatures, quantization)
-        copies = _surgery.copy_models(list(signatures.values()), stored)
+        copies = keras_internals.copy_models(list(signatures.values()), stored)
         parts = dict(zip(signatures, copies))
     content = convert(parts, sequence_length)
     if quantization is None:
@@ -178,10 +178,11 @@ def _choose_quantization(
     if quantization == FLOAT32:
         return None
     trained_as = {
-        layer.name: layer.rounding
+        layer.name: layer.quantization
         for part in signatures.values()
-        for layer in _surgery.iterate_layers(part)
-        if isinstance(layer, DistilledEmbedding) and layer.rounding is not None
+        for layer in keras_internals.iterate_layers(part)
+        if isinstance(layer, DistilledEmbedding)
+        and layer.quantization is not None
     }
     roundings = set(trained_as.values())
     if len(roundings) > 1:
@@ -202,22 +203,22 @@ def _choose_quantization(
 
 def _stored_tables(
     signatures: Mapping[str, keras.Model], quantization: str
-) -> dict[keras.layers.Layer, StoredTable]:
+) -> dict[keras.layers.Layer, GraphTable]:
     """What stands for each table in the graph of a file of integers."""
     tables = {}
     for part in signatures.values():
-        for layer in _surgery.iterate_layers(part):
+        for layer in keras_internals.iterate_layers(part):
             is_factorized = isinstance(layer, DistilledEmbedding)
             if layer in tables or not (is_factorized or is_embedding(layer)):
                 continue
-            tables[layer] = StoredTable(layer, quantization)
+            tables[layer] = GraphTable(layer, quantization)
     return tables
 
 
 def _check_signatures(
     model: keras.Model, signatures: Mapping[str, keras.Model] | None
 ) -> dict[str, keras.Model]:
-    _surgery.check_symbolic(model)
+    keras_internals.check_symbolic(model)
     if signatures is None:
         return {DEFAULT_SIGNATURE: model}
     if not isinstance(signatures, Mapping) or not signatures:
@@ -232,7 +233,7 @@ def _check_signatures(
         )
     own = {id(variable) for variable in model.variables}
     for name, part in signatures.items():
-        _surgery.check_symbolic(part)
+        keras_internals.check_symbolic(part)
         foreign = [v.path for v in part.variables if id(v) not in own]
         if foreign:
             raise ValueError(
@@ -246,7 +247,7 @@ def _check_float32(model: keras.Model) -> None:
     """LiteRT's built-in operators do not multiply in half precision."""
     half = [
         layer.name
-        for layer in _surgery.iterate_layers(model)
+        for layer in keras_internals.iterate_layers(model)
         if layer.compute_dtype in ("float16", "bfloat16")
     ]
     if half:
@@ -278,10 +279,10 @@ def _with_activations_applied(
     applied = {
         layer: layer.with_activation_applied()
         for part in parts
-        for layer in _surgery.iterate_layers(part)
+        for layer in keras_internals.iterate_layers(part)
         if isinstance(layer, DistilledEmbedding)
     }
-    return dict(zip(signatures, _surgery.copy_models(parts, applied)))
+    return dict(zip(signatures, keras_internals.copy_models(parts, applied)))
 
 
 def convert(
@@ -333,8 +334,8 @@ def _endpoint(
     tf: Any, model: keras.Model, sequence_length: int | None
 ) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], list[Any]]:
     """A function of the model's inputs by name, and its input signature."""
-    inputs = _surgery.input_structure(model)
-    tensors = _surgery.named_inputs(model)
+    inputs = keras_internals.input_structure(model)
+    tensors = keras_internals.named_inputs(model)
     signature = {
         name: tf.TensorSpec(
             [
@@ -369,7 +370,7 @@ def _count_tables(content: bytes, model: keras.Model) -> dict[str, int]:
     """
     tables = [
         (layer.name, _stored_forms(layer))
-        for layer in _surgery.iterate_layers(model)
+        for layer in keras_internals.iterate_layers(model)
         if isinstance(layer, keras.layers.Embedding | DistilledEmbedding)
     ]
     counts: dict[str, int] = {}

@@ -7,13 +7,13 @@ memory-mapped table never has to fit in memory. What trains is Keras.
 from keras_distilled_embedding.factorization.activations import is_lifted
 from keras_distilled_embedding.factorization.factors import Factorization
 from keras_distilled_embedding.factorization.factors import factorize
+from keras_distilled_embedding.factorization.ranks import allocate_ranks
 from keras_distilled_embedding.factorization.ranks import energy_shares
 from keras_distilled_embedding.factorization.ranks import factor_bytes
 from keras_distilled_embedding.factorization.ranks import largest_useful_rank
 from keras_distilled_embedding.factorization.ranks import rank_for_compression
 from keras_distilled_embedding.factorization.ranks import rank_for_error
 from keras_distilled_embedding.factorization.ranks import rank_for_speedup
-from keras_distilled_embedding.factorization.ranks import spread_ranks
 from keras_distilled_embedding.factorization.ranks import useful_ranks
 from keras_distilled_embedding.factorization.ranks import validate_rank
 from keras_distilled_embedding.factorization.table import Table
@@ -23,6 +23,7 @@ from keras_distilled_embedding.factorization.table import check_finite_rows
 __all__ = [
     "Factorization",
     "Table",
+    "allocate_ranks",
     "as_metric",
     "check_finite_rows",
     "energy_shares",
@@ -33,7 +34,6 @@ __all__ = [
     "rank_for_compression",
     "rank_for_error",
     "rank_for_speedup",
-    "spread_ranks",
     "useful_ranks",
     "validate_rank",
 ]

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding.factorization.activations import activate
 from keras_distilled_embedding.factorization.activations import get_activation
 from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.activations import is_relu
-from keras_distilled_embedding.factorization.exact import linear_factors
-from keras_distilled_embedding.factorization.exact import relu_factors
+from keras_distilled_embedding.factorization.closed_form import linear_factors
+from keras_distilled_embedding.factorization.closed_form import relu_factors
 from keras_distilled_embedding.factorization.funnel import funnel_factors
 from keras_distilled_embedding.factorization.learned import learned_factors
 from keras_distilled_embedding.factorization.ranks import as_rank
@@ -196,7 +196,7 @@ def factorize(
         hidden_activation: `g`, any Keras activation identifier or a callable.
         column_weights: Array `C` of shape `(output_dim, output_dim)`: the
             second moment of the hidden states that multiply the table
-            (`hidden_covariance`). What is kept are then the logits of such
+            (`second_moment`). What is kept are then the logits of such
             states, rather than the table's entries. `None` is the identity.
         sweeps: Integer, of alternating least squares over the exact ReLU
             form. Their gain fades quickly: five give most of what twenty do.

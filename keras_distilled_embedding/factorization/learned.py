@@ -12,8 +12,8 @@ from keras_distilled_embedding.factorization.activations import activate
 from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.activations import is_relu
 from keras_distilled_embedding.factorization.activations import is_zero_below
-from keras_distilled_embedding.factorization.exact import MARGIN
-from keras_distilled_embedding.factorization.exact import balance
+from keras_distilled_embedding.factorization.closed_form import MARGIN
+from keras_distilled_embedding.factorization.closed_form import balance
 from keras_distilled_embedding.factorization.table import Table
 from keras_distilled_embedding.factorization.training import JIT_COMPILE
 from keras_distilled_embedding.factorization.training import RowBatches

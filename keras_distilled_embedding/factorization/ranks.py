@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.spectrum import Spectrum
 from keras_distilled_embedding.factorization.spectrum import spectrum_of
 from keras_distilled_embedding.factorization.table import Table
-from keras_distilled_embedding.rounding import integer_bytes
-from keras_distilled_embedding.rounding import stored_columns
+from keras_distilled_embedding.quantization import integer_bytes
+from keras_distilled_embedding.quantization import stored_columns
 
 
 def num_parameters(
@@ -316,7 +316,7 @@ def energy_shares(tables: Iterable[Table]) -> np.ndarray:
     return sum(_shares(spectrum_of(table, 1)) for table in tables)
 
 
-def spread_ranks(
+def allocate_ranks(
     shares: Sequence[np.ndarray],
     costs: Sequence[Mapping[int, float]],
     budget: float,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-from keras_distilled_embedding._progress import make_progress
+from keras_distilled_embedding._utils.progress import make_progress
 from keras_distilled_embedding.factorization.table import Table
 
 # On torch compiling takes minutes, the steps themselves seconds.

@@ -21,8 +21,8 @@ from keras_distilled_embedding.factorization import rank_for_error
 from keras_distilled_embedding.factorization import validate_rank
 from keras_distilled_embedding.layers._projection_cache import ProjectionCache
 from keras_distilled_embedding.layers._quantization import FactorQuantization
-from keras_distilled_embedding.rounding import check_rounding
-from keras_distilled_embedding.rounding import round_in_place
+from keras_distilled_embedding.quantization import check_quantization
+from keras_distilled_embedding.quantization import round_in_place
 
 # What `from_embedding` hands to `factorize`, and to nothing else.
 _FACTORIZE_OPTIONS = (
@@ -179,12 +179,12 @@ class DistilledEmbedding(
             hidden_dim = _check_size("hidden_dim", hidden_dim)
         if lora_rank is not None:
             lora_rank = _check_size("lora_rank", lora_rank)
-        check_rounding("rounding", rounding)
+        check_quantization("rounding", rounding)
         if rounding is not None and hidden_dim is not None:
             raise ValueError(
                 "`rounding` is of codes that are stored after their "
                 "activation, which those of a layer with `hidden_dim` are "
-                f"not. Received: rounding={rounding!r}, "
+                f"not. Received: quantization={rounding!r}, "
                 f"hidden_dim={hidden_dim}"
             )
         if logit_soft_cap is not None:
@@ -214,7 +214,7 @@ class DistilledEmbedding(
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
         self.lora_enabled = False
-        self.rounding = rounding
+        self.quantization = rounding
         self.supports_masking = True
         # Neither the inputs nor (in `add_weight`) the factors: `_read` casts,
         # after taking the rows, and to `reverse_dtype` where that is wanted.
@@ -412,10 +412,10 @@ class DistilledEmbedding(
 
     def _features(self, dtype: str, ids: Any = None, prefix: str = "") -> Any:
         """`[f(U), g(U A + b)]` for all tokens, or for `ids`."""
-        if self.rounding is not None:
+        if self.quantization is not None:
             # Of all tokens: how one is rounded depends on the others.
             features = round_in_place(
-                *self.stored_factors(prefix), self.rounding
+                *self.stored_factors(prefix), self.quantization
             )
             if ids is not None:
                 features = ops.take(features, ids, axis=0)
@@ -579,7 +579,7 @@ class DistilledEmbedding(
                 ),
                 "lora_rank": self.lora_rank,
                 "lora_alpha": self.lora_alpha,
-                "rounding": self.rounding,
+                "rounding": self.quantization,
             }
         )
         return config

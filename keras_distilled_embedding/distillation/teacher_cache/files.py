@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distilled_embedding._files import final_name
+from keras_distilled_embedding._utils.files import final_name
 
 FORMAT = "keras_distilled_embedding.teacher_cache"
 VERSION = 1

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding.distillation.logits_distillation import (
     TopPredictions,
 )

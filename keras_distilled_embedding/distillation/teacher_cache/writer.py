@@ -12,13 +12,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_distilled_embedding._arguments import as_integer
-from keras_distilled_embedding._arguments import as_positive_number
-from keras_distilled_embedding._arguments import check_built_model
-from keras_distilled_embedding._datasets import iterate_batches
-from keras_distilled_embedding._datasets import num_batches
-from keras_distilled_embedding._files import FolderLock
-from keras_distilled_embedding._files import write_atomically
+from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_positive_number
+from keras_distilled_embedding._utils.arguments import check_built_model
+from keras_distilled_embedding._utils.datasets import iterate_batches
+from keras_distilled_embedding._utils.datasets import num_batches
+from keras_distilled_embedding._utils.files import FolderLock
+from keras_distilled_embedding._utils.files import write_atomically
 from keras_distilled_embedding.distillation.teacher_cache import batches
 from keras_distilled_embedding.distillation.teacher_cache import files
 from keras_distilled_embedding.distillation.teacher_cache.reader import (

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_distilled_embedding import _surgery
 from keras_distilled_embedding import compress
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.layers import DistilledEmbedding
 from tests.containers import VOCABULARY
 from tests.containers import WIDTH
@@ -30,7 +30,9 @@ def randomize(model):
 
 
 def all_of(model, kind):
-    return [x for x in _surgery.iterate_layers(model) if isinstance(x, kind)]
+    return [
+        x for x in keras_internals.iterate_layers(model) if isinstance(x, kind)
+    ]
 
 
 def assert_equals_dense(model, student, inputs=IDS, names=None):
@@ -53,10 +55,10 @@ def assert_equals_dense(model, student, inputs=IDS, names=None):
 # What is relied on
 
 
-@pytest.mark.parametrize("assumption", list(_surgery.ASSUMPTIONS))
+@pytest.mark.parametrize("assumption", list(keras_internals.ASSUMPTIONS))
 def test_assumption(assumption):
     """If this fails, Keras has changed: see where the file relies on it."""
-    assert _surgery.ASSUMPTIONS[assumption]()
+    assert keras_internals.ASSUMPTIONS[assumption]()
 
 
 @pytest.mark.parametrize(
@@ -69,15 +71,15 @@ def test_assumption(assumption):
 def test_another_keras_is_refused_with_the_versions_tested(
     holds, told, monkeypatch
 ):
-    monkeypatch.setitem(_surgery.ASSUMPTIONS, "grass is green", holds)
-    _surgery.check_internals.cache_clear()
+    monkeypatch.setitem(keras_internals.ASSUMPTIONS, "grass is green", holds)
+    keras_internals.check_internals.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=told) as error:
-            _surgery.copy_models([], {})
-        assert f"keras{_surgery.TESTED_KERAS}" in str(error.value)
+            keras_internals.copy_models([], {})
+        assert f"keras{keras_internals.TESTED_KERAS}" in str(error.value)
         assert keras.__version__ in str(error.value)
     finally:
-        _surgery.check_internals.cache_clear()
+        keras_internals.check_internals.cache_clear()
 
 
 # Where layers are kept
@@ -94,8 +96,8 @@ def test_subclassed_model_keeps_its_layers_in_containers():
     assert len(student.weights) == 8
     assert student.in_dict["b"][0] is student.tokens
     assert student.in_tuple[1]["c"][0] is student.tokens
-    names = [layer.name for layer in _surgery.iterate_layers(model)]
-    assert [x.name for x in _surgery.iterate_layers(student)] == names
+    names = [layer.name for layer in keras_internals.iterate_layers(model)]
+    assert [x.name for x in keras_internals.iterate_layers(student)] == names
     assert_equals_dense(model, student)
 
 
@@ -170,7 +172,7 @@ def test_several_models_share_a_table():
     states = keras.Input((None, WIDTH))
     decoder = keras.Model(states, shared(states, reverse=True))
     factors = DistilledEmbedding.from_embedding(shared, rank=3)
-    copies = _surgery.copy_models([encoder, decoder], {shared: factors})
+    copies = keras_internals.copy_models([encoder, decoder], {shared: factors})
     for copy in copies:
         assert all_of(copy, DistilledEmbedding) == [factors]
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding._surgery.keras_internals import DotNotTrackScope
-from keras_distilled_embedding._surgery.keras_internals import Functional
-from keras_distilled_embedding._surgery.keras_internals import KerasHistory
-from keras_distilled_embedding._surgery.keras_internals import map_graph
+from keras_distilled_embedding.keras_internals.private_keras import (
+    DotNotTrackScope,
+)
+from keras_distilled_embedding.keras_internals.private_keras import Functional
+from keras_distilled_embedding.keras_internals.private_keras import KerasHistory
+from keras_distilled_embedding.keras_internals.private_keras import map_graph
 
 
 def swap_layers(

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding._progress import make_progress
+from keras_distilled_embedding._utils.progress import make_progress
 
 
 def num_batches(dataset: Any) -> int | None:

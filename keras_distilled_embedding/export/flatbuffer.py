@@ -13,9 +13,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distilled_embedding.export.stored_table import StoredTable
-from keras_distilled_embedding.export.stored_table import TablePart
-from keras_distilled_embedding.rounding import BLOCK
+from keras_distilled_embedding.export.graph_table import GraphTable
+from keras_distilled_embedding.export.graph_table import TablePart
+from keras_distilled_embedding.quantization import BLOCK
 
 # Bytes from which a matrix is worth storing in 8 bits.
 _LARGE = 4_096
@@ -23,7 +23,7 @@ _LARGE = 4_096
 
 def quantize_file(
     content: bytes,
-    tables: Iterable[StoredTable],
+    tables: Iterable[GraphTable],
     other_shapes: Sequence[tuple[int, ...]] = (),
 ) -> tuple[bytes, dict[str, int]]:
     """Stores tables as their integers, and other matrices in 8 bits.
@@ -46,7 +46,7 @@ def quantize_file(
     names = [name for _, part in parts for name in model.readers(part)]
     model = _Model(_quantize_the_rest(content, names))
     for table, part in parts:
-        model.store(part, table.rounding)
+        model.store(part, table.quantization)
     model.store_what_is_read_by_rows()
     model.drop_names()
     counts: dict[str, int] = {}
@@ -63,7 +63,7 @@ def quantize_file(
 
 def stored_bytes(
     models: Iterable[keras.Model],
-    stored: Mapping[keras.layers.Layer, StoredTable],
+    stored: Mapping[keras.layers.Layer, GraphTable],
 ) -> int:
     """Bytes of the models' weights, each counted once.
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding._surgery.keras_internals import TESTED_KERAS
-from keras_distilled_embedding._surgery.keras_internals import KerasHistory
-from keras_distilled_embedding._surgery.keras_internals import map_graph
-from keras_distilled_embedding._surgery.keras_internals import saving_lib
-from keras_distilled_embedding._surgery.rebuilding import is_default
+from keras_distilled_embedding.keras_internals.private_keras import TESTED_KERAS
+from keras_distilled_embedding.keras_internals.private_keras import KerasHistory
+from keras_distilled_embedding.keras_internals.private_keras import map_graph
+from keras_distilled_embedding.keras_internals.private_keras import saving_lib
+from keras_distilled_embedding.keras_internals.rebuilding import is_default
 
 
 def _assumptions() -> dict[str, Callable[[], bool]]:

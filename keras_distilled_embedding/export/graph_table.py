@@ -12,13 +12,13 @@ from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
-from keras_distilled_embedding.rounding import dequantize
-from keras_distilled_embedding.rounding import integer_bytes
-from keras_distilled_embedding.rounding import round_codes
-from keras_distilled_embedding.rounding import round_table
+from keras_distilled_embedding.quantization import dequantize
+from keras_distilled_embedding.quantization import integer_bytes
+from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.quantization import round_table
 
 
-class StoredTable(keras.layers.Layer):
+class GraphTable(keras.layers.Layer):
     """An embedding as a file is to hold it, called as it was.
 
     `E = C B + 1 o`, with the codes `C` that are stored as integers. Look-ups
@@ -33,7 +33,7 @@ class StoredTable(keras.layers.Layer):
 
     def __init__(self, embedding: keras.layers.Layer, rounding: str) -> None:
         super().__init__(name=embedding.name, dtype="float32")
-        self.rounding = rounding
+        self.quantization = rounding
         self.output_dim = embedding.output_dim
         self.mask_zero = getattr(embedding, "mask_zero", False)
         self.supports_masking = True
@@ -53,7 +53,7 @@ class StoredTable(keras.layers.Layer):
     @property
     def stored_bytes(self) -> int:
         """Bytes of its integers, scales, bases and offsets in a file."""
-        return sum(part.stored_bytes(self.rounding) for part in self.parts)
+        return sum(part.stored_bytes(self.quantization) for part in self.parts)
 
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         if not reverse:

@@ -8,8 +8,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distilled_embedding import _surgery
-from keras_distilled_embedding._arguments import as_integer
+from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -114,7 +114,7 @@ class ChunkedCrossEntropy(keras.losses.Loss):
             return
         found = [
             layer
-            for layer in _surgery.iterate_layers(model)
+            for layer in keras_internals.iterate_layers(model)
             if layer.name == self.projection
             and isinstance(layer, DistilledEmbedding | VocabularyProjection)
         ]
@@ -155,7 +155,7 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         )
         losses = ops.reshape(losses, ops.shape(labels))
         if counts is not None:
-            _surgery.hide(losses, counts)
+            keras_internals.set_mask(losses, counts)
         return losses
 
     def get_config(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def without_projection(model: keras.Model) -> keras.Model:
         raise TypeError(
             f"`model` must be a `keras.Model`. Received: model={model!r}"
         )
-    hidden, projection = _surgery.before_last_layer(model)
+    hidden, projection = keras_internals.before_last_layer(model)
     if not isinstance(
         projection, DistilledEmbedding | VocabularyProjection
     ) or not keras.backend.is_float_dtype(hidden.dtype):  # a look-up
@@ -208,7 +208,7 @@ def without_projection(model: keras.Model) -> keras.Model:
             f"makes them. Received: model '{model.name}', which ends with "
             f"{projection!r}"
         )
-    inputs = _surgery.input_structure(model)
+    inputs = keras_internals.input_structure(model)
     trunk = keras.Model(inputs, hidden, name=f"{model.name}_trunk")
     # Tracked, even where the look-up does not use it too.
     trunk.projection = projection

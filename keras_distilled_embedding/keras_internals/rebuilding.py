@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding._surgery.swapping import swap_layers
+from keras_distilled_embedding.keras_internals.swapping import swap_layers
 
 
 @dataclasses.dataclass(frozen=True)

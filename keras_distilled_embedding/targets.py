@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distilled_embedding import _surgery
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -129,7 +129,7 @@ def choose_targets(
     """
     targets = [
         Target(layer)
-        for layer in _surgery.iterate_layers(model)
+        for layer in keras_internals.iterate_layers(model)
         if is_embedding(layer)
     ]
     known = [target.name for target in targets]
@@ -167,7 +167,7 @@ def heads_of(
     vocabularies = {target.input_dim for target in targets}
     return [
         layer
-        for layer in _surgery.iterate_layers(model)
+        for layer in keras_internals.iterate_layers(model)
         if is_head(layer, vocabularies)
     ]
 

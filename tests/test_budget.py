@@ -15,16 +15,16 @@ from keras_distilled_embedding import compression_report
 from keras_distilled_embedding import load_model
 from keras_distilled_embedding import planning
 from keras_distilled_embedding import save_model
-from keras_distilled_embedding._targets import Target
 from keras_distilled_embedding._weights import TableWeights
-from keras_distilled_embedding.planning import Wanted
-from keras_distilled_embedding.planning import plan
+from keras_distilled_embedding.budget import SizeRequest
+from keras_distilled_embedding.budget import plan
+from keras_distilled_embedding.targets import Target
 from tests.test_compression import make_model
 from tests.test_compression import no_work  # noqa: F401
 from tests.test_ranks import table_with_spectrum
 
-ROUNDINGS = (None, "int8", "int4")
-ROUNDING = pytest.mark.parametrize("rounding", ROUNDINGS)
+QUANTIZATIONS = (None, "int8", "int4")
+ROUNDING = pytest.mark.parametrize("rounding", QUANTIZATIONS)
 LIFTED = pytest.mark.parametrize("activation", [None, "relu"])
 
 
@@ -71,10 +71,10 @@ def model_of(*layers):
     return keras.Model(ids, layers[0](x, reverse=True), name="model")
 
 
-def planned(layers, optional=True, **wanted):
+def planned(layers, optional=True, **request):
     targets = [Target(layer) for layer in layers]
-    wanted = Wanted(**{"compression": None, **wanted})
-    ranks, rounding = plan(targets, wanted, TableWeights(None, None), optional)
+    request = SizeRequest(**{"compression": None, **request})
+    ranks, rounding = plan(targets, request, TableWeights(None, None), optional)
     return {target.name: rank for target, rank in ranks.items()}, rounding
 
 
@@ -136,7 +136,7 @@ def test_one_table_has_the_best_rank_there_is(rounding, activation):
     columns=st.tuples(st.integers(8, 100), st.integers(8, 100)),
     decays=st.tuples(st.floats(0.8, 1.0), st.floats(0.8, 1.0)),
     share=st.floats(0.01, 1.0),
-    quantization=st.sampled_from([*ROUNDINGS, "auto"]),
+    quantization=st.sampled_from([*QUANTIZATIONS, "auto"]),
     min_speedup=st.sampled_from([None, 1.0, 1.7, 4.0]),
     activation=st.sampled_from([None, "relu"]),
     untied=st.booleans(),
@@ -176,7 +176,7 @@ def test_the_budget_is_held(
             for n, r in ranks.items()
         )
 
-    roundings = ROUNDINGS if quantization == "auto" else (quantization,)
+    roundings = QUANTIZATIONS if quantization == "auto" else (quantization,)
     # Tables that are too small for any rank are left as they are.
     chosen = [n for n in "ab" if any(allowed(n, r) for r in roundings)]
     able = [r for r in roundings if all(allowed(n, r) for n in chosen)]
@@ -277,7 +277,7 @@ def test_auto_takes_what_loses_least(activation, weighted):
             verbose=0,
         )
         errors = {}
-        for rounding in ROUNDINGS:
+        for rounding in QUANTIZATIONS:
             try:
                 student = compress(model, quantization=rounding, **options)
             except ValueError as error:
@@ -286,12 +286,12 @@ def test_auto_takes_what_loses_least(activation, weighted):
             errors[rounding] = lost_by(student, model, weights=frequencies)
         best = min(errors, key=errors.get)
         student = compress(model, quantization="auto", **options)
-        assert student.get_layer("tokens").rounding == best, errors
+        assert student.get_layer("tokens").quantization == best, errors
         assert lost_by(student, model, weights=frequencies) == pytest.approx(
             errors[best], rel=1e-5
         )
         winners.add(best)
-    assert winners == set(ROUNDINGS)
+    assert winners == set(QUANTIZATIONS)
 
 
 def test_auto_weighs_the_rows():
@@ -305,8 +305,8 @@ def test_auto_weighs_the_rows():
     options = dict(max_bytes=34_816, quantization="auto", verbose=0)
     plain = compress(model, **options).get_layer("tokens")
     weighted = compress(model, token_frequencies=frequencies, **options)
-    assert plain.rounding == "int4"
-    assert weighted.get_layer("tokens").rounding == "int8"
+    assert plain.quantization == "int4"
+    assert weighted.get_layer("tokens").quantization == "int8"
     errors = {
         rounding: lost_by(
             compress(
@@ -317,7 +317,7 @@ def test_auto_weighs_the_rows():
             model,
             weights=frequencies,
         )
-        for rounding in ROUNDINGS
+        for rounding in QUANTIZATIONS
     }
     assert min(errors, key=errors.get) == "int8"
 
@@ -397,19 +397,19 @@ def test_min_speedup_with_a_rank(rounding):
 
 def test_tables_that_cannot_be_so_fast_are_left_or_refused():
     layers = [embedding(300, np.ones(64)), embedding(5, np.ones(5), "few")]
-    wanted = dict(max_bytes=10**6, min_speedup=4.0)
-    assert planned(layers, **wanted)[0] == {"tokens": 13}
+    request = dict(max_bytes=10**6, min_speedup=4.0)
+    assert planned(layers, **request)[0] == {"tokens": 13}
     assert planned(layers, rank=3, min_speedup=4.0)[0] == {"tokens": 3}
     named = "'few': min_speedup=4.0 is out of reach .*rank 1 takes 2.5 times"
     with pytest.raises(ValueError, match=named):
-        planned(layers, optional=False, **wanted)
+        planned(layers, optional=False, **request)
     with pytest.raises(ValueError, match=named):
-        planned(layers[1:], **wanted)
+        planned(layers[1:], **request)
     with pytest.raises(ValueError, match="which int4 stores as 32, takes 1.6"):
-        planned(layers[:1], quantization="int4", **wanted)
+        planned(layers[:1], quantization="int4", **request)
     # Whole blocks are too slow here: int4 is out, and nothing else.
-    assert planned(layers, quantization="auto", **wanted)[1] is None
-    assert planned(layers, quantization="int8", **wanted)[1] == "int8"
+    assert planned(layers, quantization="auto", **request)[1] is None
+    assert planned(layers, quantization="int8", **request)[1] == "int8"
 
 
 # The model that comes out
@@ -423,21 +423,21 @@ def test_layers_compute_as_they_are_stored(quantization, tmp_path):
         model, max_bytes=9_000, quantization=quantization, verbose=0
     )
     layer = student.get_layer("tokens")
-    assert layer.rounding == quantization
+    assert layer.quantization == quantization
     shape = (layer.rank, layer.input_dim, layer.output_dim)
     assert stored_bytes(*shape, quantization) <= 9_000
     floats = compress(model, rank=layer.rank, verbose=0)
     rounded = floats.get_layer("tokens")
-    assert rounded.rounding is None
+    assert rounded.quantization is None
     ids = np.arange(300)[np.newaxis]
     assert np.abs(to_numpy(student(ids)) - to_numpy(floats(ids))).max() > 0
-    rounded.rounding = quantization
+    rounded.quantization = quantization
     np.testing.assert_allclose(
         to_numpy(student(ids)), to_numpy(floats(ids)), rtol=1e-6, atol=1e-6
     )
     save_model(student, tmp_path / "student.keras")
     loaded = load_model(tmp_path / "student.keras")
-    assert loaded.get_layer("tokens").rounding == quantization
+    assert loaded.get_layer("tokens").quantization == quantization
     np.testing.assert_array_equal(to_numpy(loaded(ids)), to_numpy(student(ids)))
 
 
@@ -455,7 +455,7 @@ def test_one_quantization_for_all_tables_and_heads():
     )
     report = compression_report(student)
     assert [row.layer for row in report.rows] == ["a", "b", "head"]
-    assert {row.rounding for row in report.rows} == {"int8"}
+    assert {row.quantization for row in report.rows} == {"int8"}
 
 
 # What is refused, before any work

@@ -10,24 +10,24 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding._surgery.configs import configs_allowed
-from keras_distilled_embedding._surgery.keras_internals import (
+from keras_distilled_embedding.keras_internals.configs import configs_allowed
+from keras_distilled_embedding.keras_internals.private_keras import (
     ObjectSharingScope,
 )
-from keras_distilled_embedding._surgery.keras_internals import saving_lib
+from keras_distilled_embedding.keras_internals.private_keras import saving_lib
 
 
-def write_archive(model: keras.Model, recipe: Any, file: IO[bytes]) -> None:
-    """Writes a file in Keras's own format, whose loading follows a recipe.
+def write_archive(model: keras.Model, saved: Any, file: IO[bytes]) -> None:
+    """Writes a file in Keras's own format, whose loading follows a saved.
 
     Args:
         model: The model, whose state is written.
-        recipe: What Keras's loader makes the model from: of a registered
+        saved: What Keras's loader makes the model from: of a registered
             class, with `get_config()`, its `from_config()` returns the model.
         file: Open for writing in binary.
     """
     with ObjectSharingScope(), configs_allowed():
-        config = json.dumps(keras.saving.serialize_keras_object(recipe))
+        config = json.dumps(keras.saving.serialize_keras_object(saved))
     metadata = json.dumps({"keras_version": keras.__version__})
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(saving_lib._METADATA_FILENAME, metadata)

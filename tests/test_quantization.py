@@ -10,11 +10,11 @@ from keras_distilled_embedding import EmbeddingDistillation
 from keras_distilled_embedding import LogitsDistillation
 from keras_distilled_embedding import compress
 from keras_distilled_embedding.layers import DistilledEmbedding
-from keras_distilled_embedding.rounding import BLOCK
-from keras_distilled_embedding.rounding import dequantize
-from keras_distilled_embedding.rounding import round_codes
-from keras_distilled_embedding.rounding import round_in_place
-from keras_distilled_embedding.rounding import round_table
+from keras_distilled_embedding.quantization import BLOCK
+from keras_distilled_embedding.quantization import dequantize
+from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.quantization import round_in_place
+from keras_distilled_embedding.quantization import round_table
 
 ROUNDING = pytest.mark.parametrize("rounding", ["int8", "int4"])
 # Share of the table's energy around its mean that rounding may cost.
@@ -67,7 +67,7 @@ def test_rounded_codes_stand_for_the_table(rounding, rank):
 @ROUNDING
 def test_coordinates_alone_cost_nothing(rounding, monkeypatch):
     """What is lost is lost by rounding."""
-    from keras_distilled_embedding import rounding as module
+    from keras_distilled_embedding import quantization as module
 
     monkeypatch.setattr(
         module,
@@ -125,7 +125,7 @@ def test_whole_table(rounding):
 
 
 def make_layer(rounding, **options):
-    layer = DistilledEmbedding(200, 24, 9, rounding=rounding, **options)
+    layer = DistilledEmbedding(200, 24, 9, quantization=rounding, **options)
     layer.build()
     codes, basis = factors()
     layer.codes.assign(codes - 0.3)
@@ -189,13 +189,16 @@ def test_gradients_are_straight_through(rounding):
 def test_configuration():
     layer = make_layer("int4")
     copy = DistilledEmbedding.from_config(layer.get_config())
-    assert copy.rounding == "int4"
+    assert copy.quantization == "int4"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounding": "int2"}, r"`rounding`.*'int8', 'int4'.*rounding='int2'"),
+        (
+            {"rounding": "int2"},
+            r"`rounding`.*'int8', 'int4'.*quantization='int2'",
+        ),
         ({"rounding": "int8", "hidden_dim": 3}, "hidden_dim=3"),
     ],
 )
@@ -225,9 +228,9 @@ def test_distiller_trains_the_rounded_student(rounding, jit_compile):
         student,
         [EmbeddingDistillation(), LogitsDistillation()],
         student_loss_weight=0.0,
-        rounding=rounding,
+        quantization=rounding,
     )
-    assert student.get_layer("tokens").rounding == rounding
+    assert student.get_layer("tokens").quantization == rounding
     distiller.compile(keras.optimizers.Adam(1e-3), jit_compile=jit_compile)
     ids = np.random.default_rng(0).integers(200, size=(8, 5))
     before = distiller.evaluate(ids, verbose=0, return_dict=True)
@@ -246,8 +249,8 @@ def test_distiller_refuses_what_cannot_be_rounded():
     teacher = make_teacher()
     student = compress(teacher, rank=6, verbose=0)
     loss = [EmbeddingDistillation()]
-    with pytest.raises(ValueError, match="rounding='int3'"):
-        Distiller(teacher, student, loss, rounding="int3")
+    with pytest.raises(ValueError, match="quantization='int3'"):
+        Distiller(teacher, student, loss, quantization="int3")
     student = compress(teacher, rank=4, hidden_dim=8, verbose=0)
     with pytest.raises(ValueError, match=r"hidden_dim.*\['tokens'\]"):
-        Distiller(teacher, student, loss, rounding="int8")
+        Distiller(teacher, student, loss, quantization="int8")

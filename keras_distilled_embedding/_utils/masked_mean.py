@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distilled_embedding import _surgery
+from keras_distilled_embedding import keras_internals
 
 
 class _Mean(keras.losses.Loss):
@@ -67,7 +67,7 @@ def weights_of_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
         Float32 of the shape of `values`, or `None`: all count alike.
     """
     weights = None
-    for given in (sample_weight, _surgery.keras_mask(outputs)):
+    for given in (sample_weight, keras_internals.keras_mask(outputs)):
         if given is None:
             continue
         given = ops.cast(given, "float32")

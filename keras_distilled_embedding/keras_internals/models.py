@@ -9,10 +9,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distilled_embedding._arguments import check_built_model
-from keras_distilled_embedding._surgery.keras_internals import Functional
-from keras_distilled_embedding._surgery.keras_internals import get_keras_mask
-from keras_distilled_embedding._surgery.keras_internals import set_keras_mask
+from keras_distilled_embedding._utils.arguments import check_built_model
+from keras_distilled_embedding.keras_internals.private_keras import Functional
+from keras_distilled_embedding.keras_internals.private_keras import (
+    get_keras_mask,
+)
+from keras_distilled_embedding.keras_internals.private_keras import (
+    set_keras_mask,
+)
 
 
 def iterate_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
@@ -100,7 +104,7 @@ def keras_mask(tensor: Any) -> Any:
     return get_keras_mask(tensor)
 
 
-def hide(tensor: Any, mask: Any) -> None:
+def set_mask(tensor: Any, mask: Any) -> None:
     """Has Keras leave out where `mask` is false, as it leaves out padding."""
     set_keras_mask(tensor, mask)
 

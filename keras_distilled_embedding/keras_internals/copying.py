@@ -13,14 +13,20 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distilled_embedding._surgery.assumptions import check_internals
-from keras_distilled_embedding._surgery.configs import configs_allowed
-from keras_distilled_embedding._surgery.keras_internals import Functional
-from keras_distilled_embedding._surgery.keras_internals import SafeModeScope
-from keras_distilled_embedding._surgery.rebuilding import LayerTree
-from keras_distilled_embedding._surgery.rebuilding import Rebuilder
-from keras_distilled_embedding._surgery.rebuilding import not_as_configured
-from keras_distilled_embedding._surgery.rebuilding import own_variables
+from keras_distilled_embedding.keras_internals.assumptions import (
+    check_internals,
+)
+from keras_distilled_embedding.keras_internals.configs import configs_allowed
+from keras_distilled_embedding.keras_internals.private_keras import Functional
+from keras_distilled_embedding.keras_internals.private_keras import (
+    SafeModeScope,
+)
+from keras_distilled_embedding.keras_internals.rebuilding import LayerTree
+from keras_distilled_embedding.keras_internals.rebuilding import Rebuilder
+from keras_distilled_embedding.keras_internals.rebuilding import (
+    not_as_configured,
+)
+from keras_distilled_embedding.keras_internals.rebuilding import own_variables
 
 
 def copy_models(

@@ -1,6 +1,6 @@
 """How codes are rounded where they are stored as small integers.
 
-One place for what training rounds (`layers.DistilledEmbedding(rounding=...)`)
+One place for what training rounds (`layers.DistilledEmbedding(quantization=...)`)
 and what a file holds: the same operations on the same numbers.
 
 A table `N W` (of codes `N`, after their activation) is also
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-ROUNDINGS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4")
 BLOCK = 32
 # Of the largest number of a block: a smaller one clips it, and rounds the
 # others more finely.
@@ -47,15 +47,15 @@ class RoundedCodes(NamedTuple):
     offset: Any
 
 
-def check_rounding(name: str, value: Any) -> None:
+def check_quantization(name: str, value: Any) -> None:
     """Refuses what is neither `None` nor a rounding.
 
     Raises:
         ValueError: Naming the argument.
     """
-    if value is not None and value not in ROUNDINGS:
+    if value is not None and value not in QUANTIZATIONS:
         raise ValueError(
-            f"`{name}` must be None or one of {ROUNDINGS}. "
+            f"`{name}` must be None or one of {QUANTIZATIONS}. "
             f"Received: {name}={value!r}"
         )
 

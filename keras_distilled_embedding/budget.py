@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_distilled_embedding._arguments import as_integer
-from keras_distilled_embedding._targets import Target
+from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding._weights import TableWeights
 from keras_distilled_embedding.factorization import Table
+from keras_distilled_embedding.factorization import allocate_ranks
 from keras_distilled_embedding.factorization import energy_shares
 from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.factorization import is_lifted
@@ -21,16 +21,16 @@ from keras_distilled_embedding.factorization import largest_useful_rank
 from keras_distilled_embedding.factorization import rank_for_compression
 from keras_distilled_embedding.factorization import rank_for_error
 from keras_distilled_embedding.factorization import rank_for_speedup
-from keras_distilled_embedding.factorization import spread_ranks
 from keras_distilled_embedding.factorization import useful_ranks
 from keras_distilled_embedding.factorization import validate_rank
-from keras_distilled_embedding.factorization.exact import linear_factors
-from keras_distilled_embedding.factorization.exact import relu_factors
+from keras_distilled_embedding.factorization.closed_form import linear_factors
+from keras_distilled_embedding.factorization.closed_form import relu_factors
 from keras_distilled_embedding.factorization.ranks import check_speedup
 from keras_distilled_embedding.factorization.table import lost_energy
+from keras_distilled_embedding.quantization import QUANTIZATIONS
+from keras_distilled_embedding.quantization import round_in_place
 from keras_distilled_embedding.report import dtype_bytes
-from keras_distilled_embedding.rounding import ROUNDINGS
-from keras_distilled_embedding.rounding import round_in_place
+from keras_distilled_embedding.targets import Target
 
 AUTO = "auto"
 
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class SizeRequest:
     """What is asked of all tables: arguments of `compress`, and as there."""
 
     compression: float | None
@@ -76,9 +76,9 @@ class Wanted:
             )
         as_integer("max_bytes", self.max_bytes, or_none=True)
         as_integer("hidden_dim", self.hidden_dim, or_none=True)
-        if self.quantization not in (None, *ROUNDINGS, AUTO):
+        if self.quantization not in (None, *QUANTIZATIONS, AUTO):
             raise ValueError(
-                f"`quantization` must be None or one of {(*ROUNDINGS, AUTO)}. "
+                f"`quantization` must be None or one of {(*QUANTIZATIONS, AUTO)}. "
                 f"Received: quantization={self.quantization!r}"
             )
         if self.quantization == AUTO and self.max_bytes is None:
@@ -103,7 +103,7 @@ class Wanted:
     def roundings(self) -> tuple[str | None, ...]:
         """Those to choose from."""
         if self.quantization == AUTO:
-            return (None, *ROUNDINGS)
+            return (None, *QUANTIZATIONS)
         return (self.quantization,)
 
     @property
@@ -113,7 +113,7 @@ class Wanted:
 
 def plan(
     targets: Iterable[Target],
-    wanted: Wanted,
+    request: SizeRequest,
     weights: TableWeights,
     optional: bool,
 ) -> Plan:
@@ -121,7 +121,7 @@ def plan(
 
     Args:
         targets: The tables.
-        wanted: What is asked of them.
+        request: What is asked of them.
         weights: Of their rows and columns.
         optional: Whether tables may be left out for which no rank will do,
             of a few rows, segments say. At least one has to remain.
@@ -129,47 +129,47 @@ def plan(
     Raises:
         ValueError: If there is no such plan.
     """
-    if wanted.max_bytes is None and wanted.max_error is None:
-        return _plan_by_parameters(targets, wanted, optional)
+    if request.max_bytes is None and request.max_error is None:
+        return _plan_by_parameters(targets, request, optional)
     large_enough = [
         target
         for target in targets
-        if largest_useful_rank(*_shape(target), wanted.hidden_dim)
+        if largest_useful_rank(*_shape(target), request.hidden_dim)
     ]
     if not large_enough:
         raise ValueError(
             "No rank makes a table smaller. Received: tables of shapes "
             f"{[_shape(target) for target in targets]}"
         )
-    if wanted.max_error is not None:
-        return _plan_by_error(large_enough, wanted, weights, optional)
-    return _plan_by_bytes(large_enough, wanted, weights, optional)
+    if request.max_error is not None:
+        return _plan_by_error(large_enough, request, weights, optional)
+    return _plan_by_bytes(large_enough, request, weights, optional)
 
 
 def _plan_by_parameters(
-    targets: Iterable[Target], wanted: Wanted, optional: bool
+    targets: Iterable[Target], request: SizeRequest, optional: bool
 ) -> Plan:
-    (rounding,) = wanted.roundings
+    (rounding,) = request.roundings
 
     def rank_of(target: Target) -> int:
-        sizes = (*_shape(target), wanted.hidden_dim)
-        rank = wanted.rank
+        sizes = (*_shape(target), request.hidden_dim)
+        rank = request.rank
         if rank is None:
             rank = rank_for_compression(
-                *sizes[:2], wanted.compression, wanted.hidden_dim
+                *sizes[:2], request.compression, request.hidden_dim
             )
         else:
             validate_rank(rank, *sizes)
-        return _limited(rank, target, wanted, rounding)
+        return _limited(rank, target, request, rounding)
 
     ranks = _for_each(targets, rank_of, optional)
-    if wanted.rank is not None:
+    if request.rank is not None:
         for target, rank in ranks.items():
-            if rank < wanted.rank:
+            if rank < request.rank:
                 raise ValueError(
                     f"Layer '{target.name}': `rank` must be at most {rank} for "
-                    f"`min_speedup`. Received: rank={wanted.rank}, "
-                    f"min_speedup={wanted.min_speedup}"
+                    f"`min_speedup`. Received: rank={request.rank}, "
+                    f"min_speedup={request.min_speedup}"
                     + (f", quantization={rounding!r}" if rounding else "")
                 )
     return Plan(ranks, rounding)
@@ -177,20 +177,20 @@ def _plan_by_parameters(
 
 def _plan_by_error(
     targets: Iterable[Target],
-    wanted: Wanted,
+    request: SizeRequest,
     weights: TableWeights,
     optional: bool,
 ) -> Plan:
-    (rounding,) = wanted.roundings
+    (rounding,) = request.roundings
     tables = weights.tables(targets)
 
     def rank_of(target: Target) -> int:
         rank = max(
-            rank_for_error(table, wanted.max_error, wanted.is_lifted)
+            rank_for_error(table, request.max_error, request.is_lifted)
             for table in tables[target]
         )
-        rank = _limited(rank, target, wanted, rounding)
-        validate_rank(rank, *_shape(target), wanted.hidden_dim)
+        rank = _limited(rank, target, request, rounding)
+        validate_rank(rank, *_shape(target), request.hidden_dim)
         return rank
 
     return Plan(_for_each(targets, rank_of, optional), rounding)
@@ -198,15 +198,15 @@ def _plan_by_error(
 
 def _plan_by_bytes(
     targets: Iterable[Target],
-    wanted: Wanted,
+    request: SizeRequest,
     weights: TableWeights,
     optional: bool,
 ) -> Plan:
     def largest_rank(target: Target, rounding: str | None) -> int:
-        largest = largest_useful_rank(*_shape(target), wanted.hidden_dim)
-        return _limited(largest, target, wanted, rounding)
+        largest = largest_useful_rank(*_shape(target), request.hidden_dim)
+        return _limited(largest, target, request, rounding)
 
-    first, *others = wanted.roundings
+    first, *others = request.roundings
     limits = {
         first: _for_each(targets, lambda t: largest_rank(t, first), optional)
     }
@@ -218,7 +218,7 @@ def _plan_by_bytes(
     tables = weights.tables(chosen)
     costs = {
         rounding: [
-            _prices(target, len(tables[target]), largest, wanted, rounding)
+            _prices(target, len(tables[target]), largest, request, rounding)
             for target, largest in ranks.items()
         ]
         for rounding, ranks in limits.items()
@@ -228,18 +228,18 @@ def _plan_by_bytes(
         for rounding, of_all in costs.items()
     }
     cheapest = min(smallest, key=smallest.get)
-    if wanted.max_bytes < smallest[cheapest]:
+    if request.max_bytes < smallest[cheapest]:
         raise ValueError(
             "`max_bytes` is too small: the smallest factors of all tables take "
             f"{smallest[cheapest]} bytes as {cheapest or 'floats'}. "
-            f"Received: max_bytes={wanted.max_bytes}"
+            f"Received: max_bytes={request.max_bytes}"
         )
     shares = [energy_shares(tables[target]) for target in chosen]
     plans = []
     for rounding, prices in costs.items():
-        if smallest[rounding] <= wanted.max_bytes:
-            ranks = spread_ranks(
-                shares, prices, wanted.max_bytes, wanted.is_lifted
+        if smallest[rounding] <= request.max_bytes:
+            ranks = allocate_ranks(
+                shares, prices, request.max_bytes, request.is_lifted
             )
             plans.append(Plan(dict(zip(chosen, ranks)), rounding))
     if len(plans) == 1:
@@ -247,7 +247,7 @@ def _plan_by_bytes(
 
     def loss(plan: Plan) -> float:
         return sum(
-            expected_loss(table, rank, wanted.is_lifted, plan.rounding)
+            expected_loss(table, rank, request.is_lifted, plan.quantization)
             for target, rank in plan.ranks.items()
             for table in tables[target]
         )
@@ -304,17 +304,17 @@ def _for_each(
 
 
 def _limited(
-    rank: int, target: Target, wanted: Wanted, rounding: str | None
+    rank: int, target: Target, request: SizeRequest, rounding: str | None
 ) -> int:
     """The rank, or what `min_speedup` allows at most.
 
     Raises:
         ValueError: If it allows none.
     """
-    if wanted.min_speedup is None:
+    if request.min_speedup is None:
         return rank
     fast_enough = rank_for_speedup(
-        *_shape(target), wanted.min_speedup, rounding
+        *_shape(target), request.min_speedup, rounding
     )
     return min(rank, fast_enough)
 
@@ -323,7 +323,7 @@ def _prices(
     target: Target,
     num_tables: int,
     largest: int,
-    wanted: Wanted,
+    request: SizeRequest,
     rounding: str | None,
 ) -> dict[int, int]:
     """Bytes by rank; those of floats in the layer's own dtype."""
@@ -331,7 +331,7 @@ def _prices(
     return {
         rank: num_tables
         * factor_bytes(
-            rank, *_shape(target), rounding, wanted.hidden_dim, itemsize
+            rank, *_shape(target), rounding, request.hidden_dim, itemsize
         )
         for rank in useful_ranks(largest, rounding)
     }

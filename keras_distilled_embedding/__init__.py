@@ -57,11 +57,11 @@ __all__ = [
     "count_tokens",
     "export_litert",
     "factorize",
-    "second_moment",
     "inspect_model",
     "layers",
     "load_model",
     "save_model",
+    "second_moment",
     "vocabulary_layout_map",
     "without_projection",
 ]

@@ -78,7 +78,8 @@ class SizeRequest:
         as_integer("hidden_dim", self.hidden_dim, or_none=True)
         if self.quantization not in (None, *QUANTIZATIONS, AUTO):
             raise ValueError(
-                f"`quantization` must be None or one of {(*QUANTIZATIONS, AUTO)}. "
+                "`quantization` must be None or one of "
+                f"{(*QUANTIZATIONS, AUTO)}. "
                 f"Received: quantization={self.quantization!r}"
             )
         if self.quantization == AUTO and self.max_bytes is None:

@@ -1,7 +1,7 @@
 """How codes are rounded where they are stored as small integers.
 
-One place for what training rounds (`layers.DistilledEmbedding(quantization=...)`)
-and what a file holds: the same operations on the same numbers.
+One place for what training rounds (`layers.DistilledEmbedding` with
+`quantization`) and what a file holds: the same operations on the same numbers.
 
 A table `N W` (of codes `N`, after their activation) is also
 `C B + 1 (c W)`, with the codes in other coordinates, `C`, and a basis and an

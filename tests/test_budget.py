@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
+from keras_distilled_embedding import budget
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import compression_report
 from keras_distilled_embedding import load_model
-from keras_distilled_embedding import planning
 from keras_distilled_embedding import save_model
 from keras_distilled_embedding._weights import TableWeights
 from keras_distilled_embedding.budget import SizeRequest
@@ -340,7 +340,7 @@ def test_what_is_expected_is_what_is_lost(rounding, activation):
     factors = student.get_layer("tokens")
     tables = TableWeights(None, None).tables([Target(layer)])
     expected = [
-        planning.expected_loss(
+        budget.expected_loss(
             table, factors.rank, activation == "relu", rounding
         )
         for table in next(iter(tables.values()))

@@ -460,7 +460,7 @@ def _set_rounding(student: keras.Model, rounding: str) -> None:
     if refused or not layers:
         raise ValueError(
             "`rounding` needs a student with `DistilledEmbedding` layers "
-            f"without `hidden_dim`. Received: quantization={rounding!r}, student "
+            f"without `hidden_dim`. Received: rounding={rounding!r}, student "
             f"'{student.name}' with such layers {refused or 'missing'}"
         )
     for layer in layers:

@@ -112,7 +112,8 @@ def export_litert(
     if quantization not in (None, FLOAT32, *QUANTIZATIONS):
         raise ValueError(
             "`quantization` must be None or one of "
-            f"{(FLOAT32, *QUANTIZATIONS)}. Received: quantization={quantization!r}"
+            f"{(FLOAT32, *QUANTIZATIONS)}. Received: "
+            f"quantization={quantization!r}"
         )
     check_destination("filepath", filepath)
     sequence_length = as_integer(

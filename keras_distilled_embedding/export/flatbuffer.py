@@ -1,105 +1,309 @@
-"""A float LiteRT file made one of integers, each table still stored once."""
+"""Reading a LiteRT file, and storing its matrices as integers.
+
+Tables are stored here, all other matrices by ai-edge-quantizer. It would
+choose scales by operator, and store a table that is both looked up and
+multiplied with twice. Its `DEQUANTIZED_WEIGHT_RECOVERY`, which keeps integers
+that are already there, gave the same bytes as this module for tied, untied,
+dense and several-signature files, in int8 with one scale and in int4 and int2
+with one scale, one a row or one for 32, 64, 128 or 256 columns. But it guesses
+scales from the smallest difference of two numbers: rows of eight integers in
+four bits, or a table with numbers of several thousand, are refused. And other
+sizes of blocks, such as one of 96 columns a row, are not offered.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 
-import keras
+import flatbuffers
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.tools import flatbuffer_utils
 
-from keras_distilled_embedding.export.graph_table import GraphTable
-from keras_distilled_embedding.export.graph_table import TablePart
-from keras_distilled_embedding.quantization import BLOCK
+from keras_distilled_embedding.export.graph_table import StoredTable
+from keras_distilled_embedding.layers.conversion import to_numpy
 
+_OPERATORS = schema.BuiltinOperator
+_TYPES = schema.TensorType
+_INTEGERS = {8: _TYPES.INT8, 4: _TYPES.INT4, 2: _TYPES.INT2}
 # Bytes from which a matrix is worth storing in 8 bits.
 _LARGE = 4_096
+# Rows that are compared to tell whether matrices are proportional.
+_SAMPLE = 1_000
 
 
-def quantize_file(
-    content: bytes,
-    tables: Iterable[GraphTable],
-    other_shapes: Sequence[tuple[int, ...]] = (),
-) -> tuple[bytes, dict[str, int]]:
+class LiteRTFile:
+    """A LiteRT file, taken apart.
+
+    Args:
+        content: Its bytes.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        view = memoryview(content)  # of which buffers are slices, not copies
+        self._model = flatbuffer_utils.read_model_from_bytearray(view)
+        self.graphs = self._model.subgraphs
+
+    def to_bytes(self) -> bytes:
+        """The file, in which equal scales and zero points are written once."""
+        builder = _SharingBuilder(1 << 20)
+        builder.Finish(self._model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+    def operator(self, operator: Any) -> int:
+        """The `BuiltinOperator` that an operator of a graph is."""
+        return self._model.operatorCodes[operator.opcodeIndex].builtinCode
+
+    def matrices(self) -> Iterator[tuple[Any, int, np.ndarray]]:
+        """Every float matrix, with its graph and its index there."""
+        for graph in self.graphs:
+            for i, tensor in enumerate(graph.tensors):
+                data = self._model.buffers[tensor.buffer].data
+                if (
+                    data is not None
+                    and tensor.type == _TYPES.FLOAT32
+                    and tensor.shape is not None
+                    and len(tensor.shape) == 2
+                ):
+                    values = np.frombuffer(data, "float32")
+                    yield graph, i, values.reshape(tensor.shape)
+
+    def find(self, values: np.ndarray) -> list[tuple[Any, int]]:
+        """The tensors that hold a matrix: their graphs, and indices there."""
+        return [
+            (graph, i)
+            for graph, i, matrix in self.matrices()
+            if np.array_equal(matrix, values)
+        ]
+
+    def count_copies(
+        self, table: np.ndarray, weights: Iterable[np.ndarray]
+    ) -> int:
+        """How many times the file holds a float matrix.
+
+        Also transposed, or multiplied with a number for each row or column,
+        as the converter may have multiplied it. Where some of the model's
+        weights are such multiples of each other, the copies are shared among
+        them.
+
+        Args:
+            table: The matrix.
+            weights: All matrices of the model, the table among them.
+        """
+        found = {
+            graph.tensors[i].buffer
+            for graph, i, matrix in self.matrices()
+            if _is_multiple(matrix, table) or _is_multiple(matrix.T, table)
+        }
+        alike = sum(_is_multiple(weight, table) for weight in weights)
+        return math.ceil(len(found) / max(alike, 1))
+
+    def store(self, table: StoredTable) -> list[str]:
+        """Puts the integers of a table in the place of its floats.
+
+        Returns:
+            Names of what is multiplied with it.
+        """
+        tensors = self.find(to_numpy(table.codes))
+        for graph, i in tensors:
+            buffer = self._model.buffers[graph.tensors[i].buffer]
+            buffer.data = table.format.pack(table.integers)
+        scales = None
+        if table.format.block is not None:
+            scales = self._add_buffer(table.scales.astype("float16"))
+        products = []
+        for graph, i in tensors:
+            for operator in _readers(graph, i):
+                if self.operator(operator) == _OPERATORS.GATHER:
+                    # It takes rows of floats only.
+                    operator.inputs = [operator.inputs[1], i]
+                    operator.builtinOptions = None
+                    operator.builtinOptionsType = schema.BuiltinOptions.NONE
+                    operator.opcodeIndex = self._operator_code(
+                        _OPERATORS.EMBEDDING_LOOKUP, 4
+                    )
+                elif self.operator(operator) == _OPERATORS.FULLY_CONNECTED:
+                    output = graph.tensors[operator.outputs[0]]
+                    products.append(output.name.decode())
+                else:
+                    raise RuntimeError(
+                        "The converter made an operator of a table that does "
+                        f"not take integers: {self.operator(operator)}"
+                    )
+            tensor = graph.tensors[i]
+            tensor.type = _INTEGERS[table.format.bits]
+            tensor.quantization = self._quantization(
+                graph, table.scales, scales, table.integers.shape[1]
+            )
+        return products
+
+    def _quantization(
+        self,
+        graph: Any,
+        scales: np.ndarray,
+        buffer: int | None,
+        columns: int,
+    ) -> Any:
+        """How LiteRT writes scales: one, one a row, or one a block.
+
+        Args:
+            graph: The graph of the tensor.
+            scales: `(1, 1)`, `(rows, 1)`, or `(rows, blocks)`.
+            buffer: That of the scales of blocks, in float16.
+            columns: Columns of the tensor.
+        """
+        quantization = schema.QuantizationParametersT()
+        if buffer is None:
+            quantization.scale = scales.reshape(-1).astype("float32")
+            quantization.zeroPoint = np.zeros(scales.size, "int64")
+            return quantization
+        tensor = schema.TensorT()
+        tensor.shape = list(scales.shape)
+        tensor.type = _TYPES.FLOAT16
+        tensor.buffer = buffer
+        graph.tensors.append(tensor)
+        details = schema.BlockwiseQuantizationT()
+        details.scales = len(graph.tensors) - 1
+        details.zeroPoints = -1
+        details.blockSize = columns // scales.shape[1]
+        quantization.details = details
+        quantization.detailsType = (
+            schema.QuantizationDetails.BlockwiseQuantization
+        )
+        return quantization
+
+    def store_what_is_read_by_rows(self) -> None:
+        """Stores tables of positions and the like in 8 bits.
+
+        ai-edge-quantizer leaves them as floats, since nothing is multiplied
+        with them: rows are taken of the integers, and made floats.
+        """
+        uses = [t.buffer for graph in self.graphs for t in graph.tensors]
+        for graph, i, matrix in list(self.matrices()):
+            readers = _readers(graph, i)
+            if (
+                matrix.nbytes >= _LARGE
+                and readers
+                and uses.count(graph.tensors[i].buffer) == 1
+                and all(
+                    self.operator(reader)
+                    in (
+                        _OPERATORS.GATHER,
+                        _OPERATORS.SLICE,
+                        _OPERATORS.STRIDED_SLICE,
+                    )
+                    for reader in readers
+                )
+            ):
+                self._store_in_8_bits(graph, i, matrix, readers)
+
+    def _store_in_8_bits(
+        self, graph: Any, i: int, matrix: np.ndarray, readers: list[Any]
+    ) -> None:
+        scale = max(float(np.abs(matrix).max()) / 127.0, 1e-30)
+        tensor = graph.tensors[i]
+        tensor.type = _TYPES.INT8
+        integers = np.round(matrix / scale).astype("int8")
+        self._model.buffers[tensor.buffer].data = integers.view("uint8").ravel()
+        tensor.quantization = schema.QuantizationParametersT()
+        tensor.quantization.scale = np.array([scale], "float32")
+        tensor.quantization.zeroPoint = np.zeros(1, "int64")
+        for reader in readers:
+            code = self._model.operatorCodes[reader.opcodeIndex]
+            code.version = max(code.version, 2)  # that of integers
+            (output,) = reader.outputs
+            rows = schema.TensorT()
+            rows.shape = graph.tensors[output].shape
+            rows.shapeSignature = graph.tensors[output].shapeSignature
+            rows.type = _TYPES.INT8
+            rows.quantization = tensor.quantization
+            graph.tensors.append(rows)
+            reader.outputs = [len(graph.tensors) - 1]
+            dequantize = schema.OperatorT()
+            dequantize.opcodeIndex = self._operator_code(
+                _OPERATORS.DEQUANTIZE, 2
+            )
+            dequantize.inputs = reader.outputs
+            dequantize.outputs = [output]
+            place = [o is reader for o in graph.operators].index(True)
+            graph.operators.insert(place + 1, dequantize)
+
+    def clear_names(self) -> None:
+        """Clears the names of internal tensors, to save bytes."""
+        for graph in self.graphs:
+            named = {*graph.inputs, *graph.outputs}
+            for i, tensor in enumerate(graph.tensors):
+                if i not in named:
+                    tensor.name = b""
+
+    def _operator_code(self, builtin: int, version: int) -> int:
+        codes = self._model.operatorCodes
+        for i, code in enumerate(codes):
+            if code.builtinCode == builtin:
+                return i
+        code = schema.OperatorCodeT()
+        code.builtinCode = builtin
+        code.deprecatedBuiltinCode = min(builtin, 127)
+        code.version = version
+        codes.append(code)
+        return len(codes) - 1
+
+    def _add_buffer(self, values: np.ndarray) -> int:
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer(values.tobytes(), "uint8")
+        self._model.buffers.append(buffer)
+        return len(self._model.buffers) - 1
+
+
+class _SharingBuilder(flatbuffers.Builder):
+    """Writes equal vectors of scales and zero points once."""
+
+    def __init__(self, initial_size: int) -> None:
+        super().__init__(initial_size)
+        self._written: dict[tuple[str, bytes], int] = {}
+
+    def CreateNumpyVector(self, x: np.ndarray) -> int:
+        if x.dtype == np.uint8:  # a buffer, which tensors share already
+            return super().CreateNumpyVector(x)
+        key = x.dtype.str, x.tobytes()
+        if key not in self._written:
+            self._written[key] = super().CreateNumpyVector(x)
+        return self._written[key]
+
+
+def quantize(file: LiteRTFile, tables: Sequence[StoredTable]) -> bytes:
     """Stores tables as their integers, and other matrices in 8 bits.
 
-    The converter and ai-edge-quantizer choose scales by operator: a table
-    that is both looked up and multiplied with gets two kinds, and is stored
-    twice. So the tables are written here, with the integers that they are
-    already rounded to; ai-edge-quantizer does the rest.
-
     Args:
-        content: A float file, in whose graph the tables' `values` are.
-        tables: The layers that stand for them.
-        other_shapes: Those of the model's other weights.
+        file: A file of floats, which is changed.
+        tables: Its tables.
 
     Returns:
-        The file, and how many buffers hold each table, by layer name.
+        The file of integers.
     """
-    parts = [(table, part) for table in tables for part in table.parts]
-    model = _Model(content)
-    names = [name for _, part in parts for name in model.readers(part)]
-    model = _Model(_quantize_the_rest(content, names))
-    for table, part in parts:
-        model.store(part, table.quantization)
-    model.store_what_is_read_by_rows()
-    model.drop_names()
-    counts: dict[str, int] = {}
-    for table, part in parts:
-        # Whatever is as large, so that no copy goes unseen that the converter
-        # has put a factor into; other weights of that shape have one each.
-        shape = part.values.shape
-        shapes = [p.values.shape for _, p in parts] + list(other_shapes)
-        alike = sum(s in (shape, shape[::-1]) for s in shapes)
-        copies = math.ceil(model.count(shape) / alike)
-        counts[table.name] = max(counts.get(table.name, 0), copies)
-    return model.pack(), counts
+    products = [name for table in tables for name in file.store(table)]
+    file = LiteRTFile(_quantize_the_rest(file.to_bytes(), products))
+    file.store_what_is_read_by_rows()
+    file.clear_names()
+    return file.to_bytes()
 
 
-def stored_bytes(
-    models: Iterable[keras.Model],
-    stored: Mapping[keras.layers.Layer, GraphTable],
-) -> int:
-    """Bytes of the models' weights, each counted once.
+def _quantize_the_rest(content: bytes, products: Iterable[str]) -> bytes:
+    """Dynamic-range int8 of all matrices but those of the named products."""
+    from ai_edge_quantizer import qtyping
+    from ai_edge_quantizer import quantizer
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
-    Args:
-        models: The Keras models of a file.
-        stored: Their tables as integers; none if the file is of floats.
-    """
-    weights = {id(w): w for model in models for w in model.weights}
-    if not stored:
-        return sum(w.numpy().nbytes for w in weights.values())
-    total = sum(table.stored_bytes for table in stored.values())
-    for layer in stored:
-        for weight in layer.weights:
-            weights.pop(id(weight), None)
-    for weight in weights.values():
-        size = int(np.prod(weight.shape))
-        total += size if len(weight.shape) > 1 else 4 * size
-    return total
-
-
-def _quantize_the_rest(content: bytes, names: list[str]) -> bytes:
-    """Dynamic-range int8 of all matrices but those of the operators named."""
-    try:
-        from ai_edge_quantizer import qtyping
-        from ai_edge_quantizer import quantizer
-        from ai_edge_quantizer.algorithm_manager import AlgorithmName
-    except ImportError as error:
-        raise ImportError(
-            f"Quantized export needs `{error.name}`: "
-            'pip install "keras-distilled-embedding[litert]"'
-        ) from error
     work = quantizer.Quantizer(content)
     operators = qtyping.TFLOperationName
     for operator in (operators.FULLY_CONNECTED, operators.BATCH_MATMUL):
         work.add_dynamic_config(".*", operator, num_bits=8)
-    for name in names:
+    for name in products:
         work.update_quantization_recipe(
             f"^{re.escape(name)}",
             operators.FULLY_CONNECTED,
@@ -111,218 +315,29 @@ def _quantize_the_rest(content: bytes, names: list[str]) -> bytes:
     return bytes(result.quantized_model)
 
 
-class _Model:
-    """A LiteRT file, taken apart."""
+def _readers(graph: Any, tensor: int) -> list[Any]:
+    return [o for o in graph.operators if tensor in o.inputs]
 
-    def __init__(self, content: bytes) -> None:
-        from ai_edge_litert import schema_py_generated as schema
 
-        self._schema = schema
-        self._model = schema.ModelT.InitFromPackedBuf(content, 0)
-        for buffer in self._model.buffers:
-            if buffer.offset > 1:  # kept behind the flatbuffer
-                end = buffer.offset + buffer.size
-                data = content[buffer.offset : end]
-                buffer.data = np.frombuffer(data, "uint8")
-                buffer.offset = buffer.size = 0
+def _is_multiple(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether a matrix is another but for a factor a row, or a column."""
+    if one.shape != other.shape:
+        return False
+    if np.array_equal(one, other):
+        return True
+    rows = np.linspace(0, len(one) - 1, min(len(one), _SAMPLE)).astype(int)
+    one, other = one[rows], other[rows]
+    return any(
+        # A factor for a single number says nothing.
+        len(a) > 1 and _has_columns_of(a, b) and _has_columns_of(b, a)
+        for a, b in ((one, other), (one.T, other.T))
+    )
 
-    def readers(self, part: TablePart) -> list[str]:
-        """Outputs of the operators that multiply with a table."""
-        found = []
-        for graph, tensor in self._tensors_of(part):
-            for operator in graph.operators:
-                if tensor in list(operator.inputs):
-                    found += [
-                        graph.tensors[output].name.decode()
-                        for output in operator.outputs
-                    ]
-        return found
 
-    def count(self, shape: tuple[int, int]) -> int:
-        """How many buffers hold a matrix of a shape, or transposed."""
-        return len(
-            {
-                tensor.buffer
-                for graph in self._model.subgraphs
-                for tensor in graph.tensors
-                if tensor.shape is not None
-                and tuple(tensor.shape) in (shape, shape[::-1])
-                and self._model.buffers[tensor.buffer].data is not None
-            }
-        )
-
-    def store_what_is_read_by_rows(self) -> None:
-        """Stores tables of positions and the like in 8 bits.
-
-        ai-edge-quantizer leaves them, since nothing multiplies with them:
-        rows are taken of the integers, and made floats.
-        """
-        for graph in self._model.subgraphs:
-            for i in range(len(graph.tensors)):
-                readers = [o for o in graph.operators if i in list(o.inputs)]
-                if self._is_read_by_rows(graph.tensors[i], readers):
-                    self._store_in_8_bits(graph, i, readers)
-
-    def _is_read_by_rows(self, tensor: Any, readers: list[Any]) -> bool:
-        data = self._model.buffers[tensor.buffer].data
-        builtin = self._schema.BuiltinOperator
-        return (
-            tensor.type == self._schema.TensorType.FLOAT32
-            and data is not None
-            and len(data) >= _LARGE
-            and tensor.shape is not None
-            and len(tensor.shape) == 2
-            and bool(readers)
-            and all(
-                self._model.operatorCodes[reader.opcodeIndex].builtinCode
-                in (builtin.GATHER, builtin.SLICE, builtin.STRIDED_SLICE)
-                for reader in readers
-            )
-            # Not what another graph reads otherwise.
-            and sum(
-                other.buffer == tensor.buffer
-                for graph in self._model.subgraphs
-                for other in graph.tensors
-            )
-            == 1
-        )
-
-    def _store_in_8_bits(self, graph: Any, i: int, readers: list[Any]) -> None:
-        tensor = graph.tensors[i]
-        buffer = self._model.buffers[tensor.buffer]
-        values = np.asarray(buffer.data, "uint8").view("float32")
-        scale = max(float(np.abs(values).max()) / 127.0, 1e-30)
-        integers = np.round(values / scale).astype("int8")
-        buffer.data = integers.view("uint8")
-        quantization = self._schema.QuantizationParametersT()
-        quantization.scale = np.array([scale], "float32")
-        quantization.zeroPoint = np.zeros(1, "int64")
-        tensor.type = self._schema.TensorType.INT8
-        tensor.quantization = quantization
-        codes = self._model.operatorCodes
-        for reader in readers:
-            code = codes[reader.opcodeIndex]
-            code.version = max(code.version, 2)  # that of integers
-            (output,) = reader.outputs
-            rows = copy.copy(graph.tensors[output])
-            rows.type = self._schema.TensorType.INT8
-            rows.quantization = quantization
-            rows.buffer = 0
-            graph.tensors.append(rows)
-            reader.outputs = np.array([len(graph.tensors) - 1], "int32")
-            dequantize = self._schema.OperatorT()
-            dequantize.opcodeIndex = self._operator_code(
-                self._schema.BuiltinOperator.DEQUANTIZE, 2
-            )
-            dequantize.inputs = reader.outputs
-            dequantize.outputs = np.array([output], "int32")
-            place = next(
-                k for k, o in enumerate(graph.operators) if o is reader
-            )
-            graph.operators.insert(place + 1, dequantize)
-
-    def drop_names(self) -> None:
-        """Of tensors that no signature names: of no use, and not small."""
-        for graph in self._model.subgraphs:
-            named = {int(i) for i in (*graph.inputs, *graph.outputs)}
-            for i, tensor in enumerate(graph.tensors):
-                if i not in named:
-                    tensor.name = b""
-
-    def store(self, part: TablePart, rounding: str) -> None:
-        """Puts integers in the place of a table."""
-        tensors = list(self._tensors_of(part))
-        buffers = {graph.tensors[i].buffer for graph, i in tensors}
-        for buffer in buffers:
-            self._model.buffers[buffer].data = part.packed(rounding)
-        kind = self._schema.TensorType
-        scales = None
-        for graph, i in tensors:
-            for operator in graph.operators:
-                if i in list(operator.inputs):
-                    self._take_rows(graph, operator, i)
-            tensor = graph.tensors[i]
-            tensor.type = kind.INT8 if rounding == "int8" else kind.INT4
-            tensor.quantization = self._schema.QuantizationParametersT()
-            if rounding == "int8":
-                tensor.quantization.scale = part.scales.reshape(-1)
-                tensor.quantization.zeroPoint = np.zeros(1, "int64")
-                continue
-            if scales is None:
-                scales = self._add_buffer(part.scales.astype("float16"))
-            details = self._schema.BlockwiseQuantizationT()
-            details.scales = self._add_tensor(
-                graph, tensor.name + b"_scales", part.scales.shape, scales
-            )
-            details.zeroPoints = -1
-            details.blockSize = BLOCK
-            options = self._schema.QuantizationDetails
-            tensor.quantization.detailsType = options.BlockwiseQuantization
-            tensor.quantization.details = details
-
-    def pack(self) -> bytes:
-        """The file."""
-        import flatbuffers
-
-        builder = flatbuffers.Builder(1 << 20)
-        builder.Finish(self._model.Pack(builder), b"TFL3")
-        return bytes(builder.Output())
-
-    def _tensors_of(self, part: TablePart) -> Iterable[tuple[Any, int]]:
-        """Every tensor, with its graph, that is this table."""
-        wanted = part.values.tobytes()
-        same = {
-            i
-            for i, buffer in enumerate(self._model.buffers)
-            if buffer.data is not None
-            and len(buffer.data) == len(wanted)
-            and np.asarray(buffer.data, "uint8").tobytes() == wanted
-        }
-        for graph in self._model.subgraphs:
-            for i, tensor in enumerate(graph.tensors):
-                if tensor.buffer in same:
-                    yield graph, i
-
-    def _take_rows(self, graph: Any, operator: Any, table: int) -> None:
-        """`GATHER` reads floats row by row; `EMBEDDING_LOOKUP` integers too."""
-        codes = self._model.operatorCodes
-        builtin = self._schema.BuiltinOperator
-        code = codes[operator.opcodeIndex]
-        if code.builtinCode != builtin.GATHER:
-            return
-        ids = operator.inputs[1]
-        if len(graph.tensors[ids].shape) != 1:
-            raise RuntimeError("A table is looked up with ids that are not 1-D")
-        operator.inputs = np.array([ids, table], "int32")
-        operator.builtinOptions = None
-        operator.builtinOptionsType = self._schema.BuiltinOptions.NONE
-        operator.opcodeIndex = self._operator_code(builtin.EMBEDDING_LOOKUP, 4)
-
-    def _operator_code(self, builtin: int, version: int) -> int:
-        codes = self._model.operatorCodes
-        for i, code in enumerate(codes):
-            if code.builtinCode == builtin:
-                return i
-        code = self._schema.OperatorCodeT()
-        code.builtinCode = builtin
-        code.deprecatedBuiltinCode = min(builtin, 127)
-        code.version = version
-        codes.append(code)
-        return len(codes) - 1
-
-    def _add_buffer(self, values: np.ndarray) -> int:
-        buffer = self._schema.BufferT()
-        buffer.data = np.frombuffer(values.tobytes(), "uint8")
-        self._model.buffers.append(buffer)
-        return len(self._model.buffers) - 1
-
-    def _add_tensor(
-        self, graph: Any, name: bytes, shape: tuple[int, ...], buffer: int
-    ) -> int:
-        tensor = self._schema.TensorT()
-        tensor.name = name
-        tensor.shape = np.array(shape, "int32")
-        tensor.type = self._schema.TensorType.FLOAT16
-        tensor.buffer = buffer
-        graph.tensors.append(tensor)
-        return len(graph.tensors) - 1
+def _has_columns_of(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether the columns of a matrix are multiples of those of another."""
+    squares = np.square(other).sum(0)
+    factors = (one * other).sum(0) / np.where(squares > 0, squares, 1)
+    return bool(
+        np.allclose(one, other * factors, rtol=0, atol=1e-4 * np.abs(one).max())
+    )

@@ -1,64 +1,75 @@
-"""The layer that stands for a table in an exported graph."""
+"""The layer that stands for an embedding in an exported graph."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_distilled_embedding.factorization import factor_bytes
+from keras_distilled_embedding.layers.conversion import embedding_tables
+from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
+from keras_distilled_embedding.quantization import FORMATS
 from keras_distilled_embedding.quantization import dequantize
-from keras_distilled_embedding.quantization import integer_bytes
-from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.quantization import round_factors
 from keras_distilled_embedding.quantization import round_table
+from keras_distilled_embedding.sizes import factor_bytes
+from keras_distilled_embedding.sizes import table_bytes
+
+# No hidden state and no logit is below: a maximum with it changes nothing,
+# but keeps a multiplication before or after a table out of the table.
+_LOWEST = -3e38
+# A row whose norm is a smaller share of the usual one is one of zeros.
+_ZERO_ROW = 1e-4
 
 
 class GraphTable(keras.layers.Layer):
-    """An embedding as a file is to hold it, called as it was.
+    """An embedding as a file holds it, called like the layer it stands for.
 
-    `E = C B + 1 o`, with the codes `C` that are stored as integers. Look-ups
-    take 1-D indices, which is what LiteRT's `EMBEDDING_LOOKUP` takes.
+    Every embedding of an exported model is replaced by this layer, whether it
+    is factorized or not, and whether the file holds floats or integers. It
+    makes TensorFlow's converter store each table once: activations of codes
+    are applied before, and no constant stands next to the product with a
+    table, which the converter would multiply a second copy of it with.
 
     Args:
-        embedding: The layer that it stands for: a `DistilledEmbedding`, or a
-            float `Embedding` or `ReversibleEmbedding`, whose own table is
-            stored, without basis and offset.
-        rounding: `"int8"` or `"int4"`.
+        embedding: A built `DistilledEmbedding`, `keras.layers.Embedding` or
+            `keras.layers.ReversibleEmbedding`.
+        quantization: Name of the storage format, or `None` for floats.
     """
 
-    def __init__(self, embedding: keras.layers.Layer, rounding: str) -> None:
+    def __init__(
+        self, embedding: keras.layers.Layer, quantization: str | None
+    ) -> None:
         super().__init__(name=embedding.name, dtype="float32")
-        self.quantization = rounding
-        self.output_dim = embedding.output_dim
+        self.quantization = quantization
         self.mask_zero = getattr(embedding, "mask_zero", False)
         self.supports_masking = True
         self.logit_soft_cap = getattr(embedding, "logit_soft_cap", None)
-        # Ids are whole: nothing is to be cast.
+        # Ids are whole numbers: nothing is to be cast.
         self.autocast = False
-        self.parts = [
-            TablePart(codes, basis, rounding)
-            for codes, basis in _factors(embedding)
+        self._projects = isinstance(
+            embedding, DistilledEmbedding | keras.layers.ReversibleEmbedding
+        )
+        # That of the look-up, and that of the projection.
+        self.tables = [
+            StoredTable(*factors, quantization)
+            for factors in _factors(embedding, quantization)
         ]
         self.built = True
 
     @property
-    def _reverse_part(self) -> TablePart:
-        return self.parts[-1]
-
-    @property
     def stored_bytes(self) -> int:
-        """Bytes of its integers, scales, bases and offsets in a file."""
-        return sum(part.stored_bytes(self.quantization) for part in self.parts)
+        """Bytes of its codes, scales, bases and offsets in a file."""
+        return sum(table.stored_bytes for table in self.tables)
 
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         if not reverse:
-            return self.parts[0].look_up(inputs)
-        logits = self._reverse_part.project(inputs)
+            return self.tables[0].look_up(inputs)
+        logits = self.tables[-1].project(inputs)
         if self.logit_soft_cap is not None:
             cap = self.logit_soft_cap
             logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
@@ -67,88 +78,178 @@ class GraphTable(keras.layers.Layer):
     def compute_output_spec(
         self, inputs: Any, reverse: bool = False
     ) -> keras.KerasTensor:
-        if reverse:
-            shape = (*inputs.shape[:-1], self._reverse_part.integers.shape[0])
-        else:
-            shape = (*inputs.shape, self.output_dim)
+        table = self.tables[-1] if reverse else self.tables[0]
+        shape = (
+            (*inputs.shape[:-1], table.rows)
+            if reverse
+            else (*inputs.shape, table.width)
+        )
         return keras.KerasTensor(shape, dtype="float32")
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        if keras.backend.is_int_dtype(
-            keras.backend.standardize_dtype(inputs.dtype)
-        ):
-            return ops.not_equal(inputs, 0) if self.mask_zero else None
-        return previous_mask
+        # Keras does not tell this method about `reverse`; the dtype does, of a
+        # layer that projects. To others even floats are ids.
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if self._projects and not keras.backend.is_int_dtype(dtype):
+            return previous_mask
+        return ops.not_equal(inputs, 0) if self.mask_zero else None
 
 
-class TablePart:
-    """One table of integers; plain arrays, constants of the graph.
+class StoredTable(keras.layers.Layer):
+    """One table of a file: `E = C B + 1 o`, or `E = C` if not factorized.
+
+    Its arrays are weights of the graph. As constants they would be copied for
+    each function that reads them, and count towards the 2 GB of a graph.
 
     Args:
-        codes: What is stored as integers, float32 `(input_dim, k)`.
-        basis: What it is multiplied with, or `None` for a dense table.
-        rounding: `"int8"` or `"int4"`.
+        codes: Float32 `(input_dim, k)`: `f(U)`, or the table itself.
+        basis: Float32 `(k, output_dim)`, or `None`.
+        offset: Float32 `(output_dim,)`, or `None`.
+        quantization: Name of the storage format, or `None` for floats.
+
+    Attributes:
+        codes: What the file is to hold, in floats.
+        integers: The same as int8 array, or `None` in a file of floats.
+        scales: What the integers are multiplied with.
     """
 
-    def __init__(self, codes: Any, basis: Any | None, rounding: str) -> None:
-        to_numpy = ops.convert_to_numpy
-        self.basis = self.offset = None
-        self.width = codes.shape[1]
-        if basis is None:
-            integers, scales = round_table(codes, rounding)
-        else:
-            integers, scales, *rest = round_codes(codes, basis, rounding)
-            self.basis, self.offset = map(to_numpy, rest)
-            self.width = self.basis.shape[1]
-        self.integers = to_numpy(integers).astype("int8")
-        self.scales = to_numpy(scales)
-        self.values = to_numpy(dequantize(integers, scales))
+    def __init__(
+        self, codes: Any, basis: Any, offset: Any, quantization: str | None
+    ) -> None:
+        super().__init__(dtype="float32")
+        self.format = FORMATS.get(quantization)
+        self.rows, self.rank = codes.shape
+        self.width = (codes if basis is None else basis).shape[1]
+        self._use_bias = offset is not None
+        self.integers = self.scales = None
+        if self.format is not None:
+            given = codes, basis, offset
+            if basis is None:
+                integers, scales = round_table(codes, quantization)
+            else:
+                integers, scales, basis, offset = round_factors(
+                    *given, quantization
+                )
+            self.integers = to_numpy(integers).astype("int8")
+            self.scales = to_numpy(scales)
+            codes = dequantize(integers, scales)
+        self.codes = self._constant("codes", codes)
+        self.basis = self._look_up_basis = self._constant("basis", basis)
+        self.offset = self._look_up_offset = self._constant("offset", offset)
+        self._first_row_is_zero = False
+        if self.integers is not None and basis is not None:
+            self._first_row_is_zero = _first_row_is_zero(*given)
+            basis = _round_to_int8(basis)
+            offset = _mean(*given) - _mean(codes, basis)
+            self._look_up_basis = self._constant("look_up_basis", basis)
+            self._look_up_offset = self._constant("look_up_offset", offset)
+        self.built = True
 
-    def packed(self, rounding: str) -> np.ndarray:
-        """The integers as bytes: two of four bits in one, the first lower."""
-        if rounding == "int8":
-            return np.frombuffer(self.integers.tobytes(), "uint8")
-        pairs = self.integers.reshape(-1, 2).view("uint8") & 15
-        return pairs[:, 0] | (pairs[:, 1] << 4)
+    def _constant(self, name: str, value: Any) -> keras.Variable | None:
+        if value is None:
+            return None
+        variable = self.add_weight(
+            name=name, shape=value.shape, initializer="zeros", trainable=False
+        )
+        variable.assign(value)
+        return variable
 
-    def stored_bytes(self, rounding: str) -> int:
-        """Bytes in a file, the basis counted once and in 8 bits."""
-        rows = len(self.integers)
-        if self.basis is None:
-            return integer_bytes(rows, self.width, rounding)
-        return factor_bytes(len(self.basis), rows, self.width, rounding)
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in a file, basis and offset counted once."""
+        if self.basis is not None:
+            return factor_bytes(
+                self.rank,
+                self.rows,
+                self.width,
+                self.format and self.format.name,
+                self._use_bias,
+            )
+        if self.format is None:
+            return table_bytes(self.rows, self.width)
+        return self.format.table_bytes(self.rows, self.width)
 
     def look_up(self, ids: Any) -> Any:
         """Rows of the table, `(..., width)`."""
+        # LiteRT's look-up of integers takes one-dimensional ids.
         flat = ops.reshape(ops.cast(ids, "int32"), (-1,))
-        rows = ops.take(ops.convert_to_tensor(self.values), flat, axis=0)
+        rows = ops.take(self.codes, flat, axis=0)
         if self.basis is not None:
-            rows = ops.add(ops.matmul(rows, self.basis), self.offset)
+            rows = _affine(rows, self._look_up_basis, self._look_up_offset)
         else:
             rows = rows[:, : self.width]
+        if self._first_row_is_zero:
+            keep = ops.cast(ops.not_equal(flat, 0), "float32")
+            rows = ops.multiply(rows, ops.expand_dims(keep, -1))
         return ops.reshape(rows, (*ops.shape(ids), self.width))
 
     def project(self, hidden: Any) -> Any:
-        """Products with all rows of the table."""
-        if self.basis is None:
-            padding = self.values.shape[1] - self.width
+        """Products with all rows of the table, `(..., rows)`."""
+        hidden = states = ops.cast(hidden, "float32")
+        if self.basis is not None:
+            states = ops.matmul(hidden, ops.transpose(self.basis))
+        else:
+            states = ops.maximum(states, _LOWEST)
+            padding = self.codes.shape[1] - self.width
             if padding:
-                before = [[0, 0]] * (len(hidden.shape) - 1)
-                hidden = ops.pad(hidden, [*before, [0, padding]])
-            return ops.matmul(hidden, self.values.T)
-        logits = ops.matmul(ops.matmul(hidden, self.basis.T), self.values.T)
-        return ops.add(logits, ops.matmul(hidden, self.offset[:, None]))
+                before = [[0, 0]] * (len(states.shape) - 1)
+                states = ops.pad(states, [*before, [0, padding]])
+        logits = ops.matmul(states, ops.transpose(self.codes))
+        if self.offset is None:
+            return ops.maximum(logits, _LOWEST)
+        shift = ops.matmul(hidden, ops.expand_dims(self.offset, -1))
+        return ops.add(logits, shift)
 
 
-def _factors(embedding: keras.layers.Layer) -> list[tuple[Any, Any | None]]:
-    """Codes and basis of the look-up, and of the projection if untied."""
-    untied = not getattr(embedding, "tie_weights", True)
+def _factors(
+    embedding: keras.layers.Layer, quantization: str | None
+) -> list[tuple[Any, Any, Any]]:
+    """Codes, basis and offset of the look-up, and of an untied projection."""
     if not isinstance(embedding, DistilledEmbedding):
-        tables = [ops.cast(embedding.embeddings, "float32")]
-        if untied:
-            tables.append(
-                ops.transpose(ops.cast(embedding.reverse_embeddings, "float32"))
-            )
-        return [(table, None) for table in tables]
-    prefixes = ["", "reverse_"] if untied else [""]
-    return [embedding.stored_factors(prefix) for prefix in prefixes]
+        tables = embedding_tables(embedding)
+        return [(ops.convert_to_tensor(t), None, None) for t in tables]
+    found = []
+    for prefix in [""] if embedding.tie_weights else ["", "reverse_"]:
+        read = embedding._read
+        if quantization is None:
+            # Rounded, where the layer computes with rounded codes.
+            codes = embedding._features("float32", prefix=prefix)
+        else:
+            codes = embedding.activation(read(f"{prefix}codes", "float32"))
+        offset = None
+        if embedding.use_bias:
+            offset = read(f"{prefix}offset", "float32")
+        found.append((codes, read(f"{prefix}basis", "float32"), offset))
+    return found
+
+
+def _affine(codes: Any, basis: Any, offset: Any = None) -> Any:
+    rows = ops.matmul(codes, basis)
+    return rows if offset is None else ops.add(rows, offset)
+
+
+def _mean(codes: Any, basis: Any, offset: Any = None) -> Any:
+    """The mean of the rows of a table."""
+    mean = ops.mean(codes, axis=0, keepdims=True)
+    return _affine(mean, basis, offset)[0]
+
+
+def _first_row_is_zero(codes: Any, basis: Any, offset: Any) -> bool:
+    """Whether row 0 is as good as zero, among the first rows of a table.
+
+    As that of padding often is: sums over padded sequences must not add up
+    its rounding error.
+    """
+    norms = ops.norm(_affine(codes[:1_000], basis, offset), axis=1)
+    return bool(norms[0] < _ZERO_ROW * ops.mean(norms))
+
+
+def _round_to_int8(basis: Any) -> Any:
+    """Rounds each column to multiples of a 127th of its largest number.
+
+    As ai-edge-quantizer will round it, so that the offset of the look-up can
+    make up for the mean of the rows' errors.
+    """
+    scales = ops.divide(ops.max(ops.abs(basis), axis=0), 127.0)
+    scales = ops.where(ops.greater(scales, 0.0), scales, 1.0)
+    return ops.multiply(ops.round(ops.divide(basis, scales)), scales)

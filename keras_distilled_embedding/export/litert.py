@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from keras_distilled_embedding import keras_internals
-from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.files import check_destination
 from keras_distilled_embedding._utils.files import write_atomically
 from keras_distilled_embedding.export.graph_table import GraphTable
@@ -121,10 +121,8 @@ def export_litert(
             f"{(FLOAT32, *FORMATS)}. Received: quantization={quantization!r}"
         )
     check_destination("filepath", filepath)
-    batch_size = as_integer("batch_size", batch_size, or_none=True)
-    sequence_length = as_integer(
-        "sequence_length", sequence_length, or_none=True
-    )
+    batch_size = as_optional_integer("batch_size", batch_size)
+    sequence_length = as_optional_integer("sequence_length", sequence_length)
     models = _check_signatures(model, signatures)
     _check_float32(model)
     quantization = _choose_quantization(models.values(), quantization)
@@ -243,14 +241,10 @@ def _store(
     matrices = [to_numpy(w) for w in weights.values() if len(w.shape) == 2]
     counts: dict[str, int] = {}
     for table in tables.values():
-        # The largest number, of layers of one name in nested models.
-        counts[table.name] = max(
-            counts.get(table.name, 0),
-            *(
-                file.count_copies(to_numpy(part.codes), matrices)
-                for part in table.tables
-            ),
-        )
+        for part in table.tables:
+            count = file.count_copies(to_numpy(part.codes), matrices)
+            # The largest number, of layers of one name in nested models.
+            counts[table.name] = max(count, counts.get(table.name, 0))
     repeated = {name: count for name, count in counts.items() if count > 1}
     if repeated:
         raise RuntimeError(

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from collections.abc import Iterator
-from collections.abc import Sequence
 from typing import Any
 
 import flatbuffers
@@ -107,7 +107,7 @@ class LiteRTFile:
         """Puts the integers of a table in the place of its floats.
 
         Returns:
-            Names of what is multiplied with it.
+            Names of the products with it.
         """
         tensors = self.find(to_numpy(table.codes))
         for graph, i in tensors:
@@ -138,43 +138,39 @@ class LiteRTFile:
             tensor = graph.tensors[i]
             tensor.type = _INTEGERS[table.format.bits]
             tensor.quantization = self._quantization(
-                graph, table.scales, scales, table.integers.shape[1]
+                graph, tensor.name, table, scales
             )
         return products
 
     def _quantization(
-        self,
-        graph: Any,
-        scales: np.ndarray,
-        buffer: int | None,
-        columns: int,
+        self, graph: Any, name: bytes, table: StoredTable, scales: int | None
     ) -> Any:
-        """How LiteRT writes scales: one, one a row, or one a block.
+        """The scales of a table: one, one a row, or one a block of a row.
 
         Args:
             graph: The graph of the tensor.
-            scales: `(1, 1)`, `(rows, 1)`, or `(rows, blocks)`.
-            buffer: That of the scales of blocks, in float16.
-            columns: Columns of the tensor.
+            name: Its name.
+            table: The table.
+            scales: The buffer of the scales of blocks.
         """
         quantization = schema.QuantizationParametersT()
-        if buffer is None:
-            quantization.scale = scales.reshape(-1).astype("float32")
-            quantization.zeroPoint = np.zeros(scales.size, "int64")
+        if scales is None:
+            quantization.scale = table.scales.reshape(-1)
+            quantization.zeroPoint = np.zeros(table.scales.size, "int64")
             return quantization
         tensor = schema.TensorT()
-        tensor.shape = list(scales.shape)
+        tensor.name = name + b"_scales"
+        tensor.shape = list(table.scales.shape)
         tensor.type = _TYPES.FLOAT16
-        tensor.buffer = buffer
+        tensor.buffer = scales
         graph.tensors.append(tensor)
         details = schema.BlockwiseQuantizationT()
         details.scales = len(graph.tensors) - 1
         details.zeroPoints = -1
-        details.blockSize = columns // scales.shape[1]
+        details.blockSize = table.integers.shape[1] // table.scales.shape[1]
+        kinds = schema.QuantizationDetails
+        quantization.detailsType = kinds.BlockwiseQuantization
         quantization.details = details
-        quantization.detailsType = (
-            schema.QuantizationDetails.BlockwiseQuantization
-        )
         return quantization
 
     def store_what_is_read_by_rows(self) -> None:
@@ -276,7 +272,7 @@ class _SharingBuilder(flatbuffers.Builder):
         return self._written[key]
 
 
-def quantize(file: LiteRTFile, tables: Sequence[StoredTable]) -> bytes:
+def quantize(file: LiteRTFile, tables: Iterable[StoredTable]) -> bytes:
     """Stores tables as their integers, and other matrices in 8 bits.
 
     Args:
@@ -286,20 +282,12 @@ def quantize(file: LiteRTFile, tables: Sequence[StoredTable]) -> bytes:
     Returns:
         The file of integers.
     """
-    products = [name for table in tables for name in file.store(table)]
-    file = LiteRTFile(_quantize_the_rest(file.to_bytes(), products))
-    file.store_what_is_read_by_rows()
-    file.clear_names()
-    return file.to_bytes()
-
-
-def _quantize_the_rest(content: bytes, products: Iterable[str]) -> bytes:
-    """Dynamic-range int8 of all matrices but those of the named products."""
     from ai_edge_quantizer import qtyping
     from ai_edge_quantizer import quantizer
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
-    work = quantizer.Quantizer(content)
+    products = [name for table in tables for name in file.store(table)]
+    work = quantizer.Quantizer(file.to_bytes())
     operators = qtyping.TFLOperationName
     for operator in (operators.FULLY_CONNECTED, operators.BATCH_MATMUL):
         work.add_dynamic_config(".*", operator, num_bits=8)
@@ -309,10 +297,16 @@ def _quantize_the_rest(content: bytes, products: Iterable[str]) -> bytes:
             operators.FULLY_CONNECTED,
             algorithm_key=AlgorithmName.NO_QUANTIZE,
         )
-    result = work.quantize(
-        enable_progress_bar=False, enable_progress_report=False
-    )
-    return bytes(result.quantized_model)
+    with warnings.catch_warnings():
+        # That there are integers already: it leaves them as they are.
+        warnings.simplefilter("ignore", UserWarning)
+        result = work.quantize(
+            enable_progress_bar=False, enable_progress_report=False
+        )
+    file = LiteRTFile(bytes(result.quantized_model))
+    file.store_what_is_read_by_rows()
+    file.clear_names()
+    return file.to_bytes()
 
 
 def _readers(graph: Any, tensor: int) -> list[Any]:

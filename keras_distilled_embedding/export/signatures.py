@@ -42,7 +42,8 @@ class Signature:
         self.model = model
         self._structure = keras_internals.input_structure(model)
         tensors = keras.tree.flatten(self._structure)
-        if _is_flat_dictionary(self._structure):
+        self._is_flat = _is_flat_dictionary(self._structure)
+        if self._is_flat:
             labels = sorted(self._structure)  # Keras's order
         else:
             labels = [tensor.name for tensor in tensors]
@@ -95,11 +96,11 @@ class Signature:
         Raises:
             ValueError: If the batch has other inputs than the model.
         """
-        known = {name: name for name in self.inputs} | self._names
-        if isinstance(batch, Mapping) and set(batch) <= set(known):
-            arrays = {known[key]: value for key, value in batch.items()}
-        elif isinstance(batch, Mapping) and set(batch) != set(self._structure):
-            arrays = dict(batch)
+        nested = isinstance(self._structure, Mapping) and not self._is_flat
+        if isinstance(batch, Mapping) and not (
+            nested and set(batch) == set(self._structure)
+        ):
+            arrays = {self._names.get(key, key): batch[key] for key in batch}
         else:
             arrays = dict(enumerate(keras.tree.flatten(batch)))
             if len(arrays) == len(self.inputs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_distilled_embedding.layers.conversion import embedding_tables
@@ -19,10 +20,7 @@ from keras_distilled_embedding.quantization import round_table
 from keras_distilled_embedding.sizes import factor_bytes
 from keras_distilled_embedding.sizes import table_bytes
 
-# No hidden state and no logit is below: a maximum with it changes nothing,
-# but keeps a multiplication before or after a table out of the table.
-_LOWEST = -3e38
-# A row whose norm is a smaller share of the usual one is one of zeros.
+# Of the mean norm of rows: a row of a smaller norm is one of zeros.
 _ZERO_ROW = 1e-4
 
 
@@ -30,22 +28,22 @@ class GraphTable(keras.layers.Layer):
     """An embedding as a file holds it, called like the layer it stands for.
 
     Every embedding of an exported model is replaced by this layer, whether it
-    is factorized or not, and whether the file holds floats or integers. It
-    makes TensorFlow's converter store each table once: activations of codes
-    are applied before, and no constant stands next to the product with a
-    table, which the converter would multiply a second copy of it with.
+    is factorized or not, and whether the file holds floats or integers.
 
     Args:
         embedding: A built `DistilledEmbedding`, `keras.layers.Embedding` or
             `keras.layers.ReversibleEmbedding`.
         quantization: Name of the storage format, or `None` for floats.
+
+    Attributes:
+        tables: The `StoredTable` of the look-up and, if it is another one,
+            that of the projection.
     """
 
     def __init__(
         self, embedding: keras.layers.Layer, quantization: str | None
     ) -> None:
         super().__init__(name=embedding.name, dtype="float32")
-        self.quantization = quantization
         self.mask_zero = getattr(embedding, "mask_zero", False)
         self.supports_masking = True
         self.logit_soft_cap = getattr(embedding, "logit_soft_cap", None)
@@ -54,9 +52,8 @@ class GraphTable(keras.layers.Layer):
         self._projects = isinstance(
             embedding, DistilledEmbedding | keras.layers.ReversibleEmbedding
         )
-        # That of the look-up, and that of the projection.
         self.tables = [
-            StoredTable(*factors, quantization)
+            StoredTable(*factors, quantization, embedding.name)
             for factors in _factors(embedding, quantization)
         ]
         self.built = True
@@ -98,31 +95,43 @@ class GraphTable(keras.layers.Layer):
 class StoredTable(keras.layers.Layer):
     """One table of a file: `E = C B + 1 o`, or `E = C` if not factorized.
 
-    Its arrays are weights of the graph. As constants they would be copied for
-    each function that reads them, and count towards the 2 GB of a graph.
+    The codes `C` are an input of the converted graph, called `graph_codes`
+    while it is traced; `LiteRTFile.store` then puts their bytes in its place.
+    So TensorFlow never sees them: as constants they would take 30 times their
+    size in memory, count towards the 2 GB of a graph, and the converter might
+    multiply a second copy of them with a factor that stands next to them.
 
     Args:
         codes: Float32 `(input_dim, k)`: `f(U)`, or the table itself.
         basis: Float32 `(k, output_dim)`, or `None`.
         offset: Float32 `(output_dim,)`, or `None`.
         quantization: Name of the storage format, or `None` for floats.
+        name: Name of the embedding.
 
     Attributes:
-        codes: What the file is to hold, in floats.
-        integers: The same as int8 array, or `None` in a file of floats.
+        format: The storage format, or `None` for floats.
+        codes: Array `(input_dim, stored columns)`: floats, or integers of
+            which each takes a byte.
         scales: What the integers are multiplied with.
     """
 
     def __init__(
-        self, codes: Any, basis: Any, offset: Any, quantization: str | None
+        self,
+        codes: Any,
+        basis: Any,
+        offset: Any,
+        quantization: str | None,
+        name: str,
     ) -> None:
-        super().__init__(dtype="float32")
+        super().__init__(name=name, dtype="float32")
         self.format = FORMATS.get(quantization)
         self.rows, self.rank = codes.shape
         self.width = (codes if basis is None else basis).shape[1]
         self._use_bias = offset is not None
-        self.integers = self.scales = None
-        if self.format is not None:
+        self.scales = self.graph_codes = None
+        if self.format is None:
+            self.codes = to_numpy(codes)
+        else:
             given = codes, basis, offset
             if basis is None:
                 integers, scales = round_table(codes, quantization)
@@ -130,22 +139,21 @@ class StoredTable(keras.layers.Layer):
                 integers, scales, basis, offset = round_factors(
                     *given, quantization
                 )
-            self.integers = to_numpy(integers).astype("int8")
+            self.codes = to_numpy(integers).astype("int8")
             self.scales = to_numpy(scales)
-            codes = dequantize(integers, scales)
-        self.codes = self._constant("codes", codes)
-        self.basis = self._look_up_basis = self._constant("basis", basis)
-        self.offset = self._look_up_offset = self._constant("offset", offset)
+        self.basis = self._look_up_basis = self._weight("basis", basis)
+        self.offset = self._look_up_offset = self._weight("offset", offset)
         self._first_row_is_zero = False
-        if self.integers is not None and basis is not None:
-            self._first_row_is_zero = _first_row_is_zero(*given)
+        if self.format is not None and basis is not None:
+            codes = dequantize(integers, scales)
+            self._first_row_is_zero = _first_row_is_zero(codes, basis, offset)
             basis = _round_to_int8(basis)
             offset = _mean(*given) - _mean(codes, basis)
-            self._look_up_basis = self._constant("look_up_basis", basis)
-            self._look_up_offset = self._constant("look_up_offset", offset)
+            self._look_up_basis = self._weight("look_up_basis", basis)
+            self._look_up_offset = self._weight("look_up_offset", offset)
         self.built = True
 
-    def _constant(self, name: str, value: Any) -> keras.Variable | None:
+    def _weight(self, name: str, value: Any) -> keras.Variable | None:
         if value is None:
             return None
         variable = self.add_weight(
@@ -155,15 +163,24 @@ class StoredTable(keras.layers.Layer):
         return variable
 
     @property
+    def input_name(self) -> str:
+        """Name of the graph's input that stands for the codes."""
+        return f"stored_table_{id(self)}"
+
+    @property
+    def data(self) -> np.ndarray:
+        """The codes as the file holds them."""
+        return (
+            self.codes if self.format is None else self.format.pack(self.codes)
+        )
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes in a file, basis and offset counted once."""
         if self.basis is not None:
+            name = None if self.format is None else self.format.name
             return factor_bytes(
-                self.rank,
-                self.rows,
-                self.width,
-                self.format and self.format.name,
-                self._use_bias,
+                self.rank, self.rows, self.width, name, self._use_bias
             )
         if self.format is None:
             return table_bytes(self.rows, self.width)
@@ -173,7 +190,7 @@ class StoredTable(keras.layers.Layer):
         """Rows of the table, `(..., width)`."""
         # LiteRT's look-up of integers takes one-dimensional ids.
         flat = ops.reshape(ops.cast(ids, "int32"), (-1,))
-        rows = ops.take(self.codes, flat, axis=0)
+        rows = ops.take(self.graph_codes, flat, axis=0)
         if self.basis is not None:
             rows = _affine(rows, self._look_up_basis, self._look_up_offset)
         else:
@@ -185,20 +202,22 @@ class StoredTable(keras.layers.Layer):
 
     def project(self, hidden: Any) -> Any:
         """Products with all rows of the table, `(..., rows)`."""
-        hidden = states = ops.cast(hidden, "float32")
+        import tensorflow as tf
+
+        shape = (*ops.shape(hidden)[:-1], self.rows)
+        hidden = ops.reshape(ops.cast(hidden, "float32"), (-1, self.width))
+        states = hidden
         if self.basis is not None:
             states = ops.matmul(hidden, ops.transpose(self.basis))
-        else:
-            states = ops.maximum(states, _LOWEST)
-            padding = self.codes.shape[1] - self.width
-            if padding:
-                before = [[0, 0]] * (len(states.shape) - 1)
-                states = ops.pad(states, [*before, [0, padding]])
-        logits = ops.matmul(states, ops.transpose(self.codes))
-        if self.offset is None:
-            return ops.maximum(logits, _LOWEST)
-        shift = ops.matmul(hidden, ops.expand_dims(self.offset, -1))
-        return ops.add(logits, shift)
+        padding = self.codes.shape[1] - states.shape[1]
+        if padding:
+            states = ops.pad(states, [[0, 0], [0, padding]])
+        # In this form the converter makes it a FULLY_CONNECTED.
+        logits = tf.linalg.matmul(states, self.graph_codes, transpose_b=True)
+        if self.offset is not None:
+            shift = ops.matmul(hidden, ops.expand_dims(self.offset, -1))
+            logits = ops.add(logits, shift)
+        return ops.reshape(logits, shape)
 
 
 def _factors(

@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -19,9 +20,11 @@ from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.files import check_destination
 from keras_distilled_embedding._utils.files import write_atomically
 from keras_distilled_embedding.export.graph_table import GraphTable
+from keras_distilled_embedding.export.graph_table import StoredTable
 from keras_distilled_embedding.export.report import ExportReport
 from keras_distilled_embedding.export.report import measure_fidelity
 from keras_distilled_embedding.export.signatures import Signature
+from keras_distilled_embedding.layers.conversion import embedding_tables
 from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
@@ -127,6 +130,8 @@ def export_litert(
     _check_float32(model)
     quantization = _choose_quantization(models.values(), quantization)
     _check_packages(quantization)
+    from keras_distilled_embedding.export import flatbuffer  # needs LiteRT's
+
     originals = {
         name: Signature(part, batch_size, sequence_length)
         for name, part in models.items()
@@ -134,13 +139,17 @@ def export_litert(
 
     tables = _graph_tables(models.values(), quantization)
     copies = keras_internals.copy_models(list(models.values()), tables)
+    stored = [part for table in tables.values() for part in table.tables]
     content = convert(
         {
             name: Signature(copy, batch_size, sequence_length)
             for name, copy in zip(models, copies)
-        }
+        },
+        stored,
     )
-    content, counts = _store(content, copies, tables, quantization)
+    file = flatbuffer.LiteRTFile(content)
+    counts = _count_copies(file, models.values(), tables)
+    content = flatbuffer.store_tables(file, stored, quantization is not None)
     fidelity = measure_fidelity(content, originals, fidelity_inputs)
     write_atomically(filepath, lambda file: file.write(content))
     report = ExportReport(
@@ -213,59 +222,63 @@ def _layers(models: Iterable[keras.Model]) -> list[keras.layers.Layer]:
     return list(layers.values())
 
 
-def _store(
-    content: bytes,
-    copies: Sequence[keras.Model],
-    tables: Tables,
-    quantization: str | None,
-) -> tuple[bytes, dict[str, int]]:
-    """Stores the tables of a converted file in its format.
+def _count_copies(
+    file: Any, models: Iterable[keras.Model], tables: Tables
+) -> dict[str, int]:
+    """How often a file will hold each table, by layer name.
 
     Args:
-        content: The file, in floats.
-        copies: The models that were converted.
-        tables: Those of `copies`.
-        quantization: The format, or `None` for floats.
-
-    Returns:
-        The file, and how often it holds each table, by layer name.
+        file: The `LiteRTFile` of the converted models, without the tables.
+        models: The models that it was made of.
+        tables: What stands for their embeddings.
 
     Raises:
-        RuntimeError: If it holds one more than once.
+        RuntimeError: If a table is held more than once.
     """
-    from keras_distilled_embedding.export import flatbuffer
-
-    file = flatbuffer.LiteRTFile(content)
-    stored = [part for table in tables.values() for part in table.tables]
-    weights = {id(w): w for copy in copies for w in copy.weights}
-    matrices = [to_numpy(w) for w in weights.values() if len(w.shape) == 2]
+    weights = [
+        to_numpy(weight)
+        for weight in _other_weights(models, tables)
+        if len(weight.shape) == 2
+    ]
     counts: dict[str, int] = {}
-    for table in tables.values():
-        for part in table.tables:
-            count = file.count_copies(to_numpy(part.codes), matrices)
+    for layer in _layers(models):
+        if isinstance(layer, DistilledEmbedding):
+            held = [to_numpy(layer.codes)]
+        elif isinstance(layer, keras.layers.Embedding):
+            held = embedding_tables(layer)
+        else:
+            continue
+        for table in held:
             # The largest number, of layers of one name in nested models.
-            counts[table.name] = max(count, counts.get(table.name, 0))
+            counts[layer.name] = max(
+                file.count_copies(table, weights), counts.get(layer.name, 0)
+            )
     repeated = {name: count for name, count in counts.items() if count > 1}
     if repeated:
         raise RuntimeError(
             "The converter stored tables more than once, so nothing was "
             f"written. Copies by layer: {repeated}"
         )
-    if quantization is not None:
-        content = flatbuffer.quantize(file, stored)
-    return content, counts
+    return counts
+
+
+def _other_weights(
+    models: Iterable[keras.Model], tables: Tables
+) -> list[keras.Variable]:
+    """The weights of some models, but for those of replaced embeddings."""
+    weights = {id(w): w for model in models for w in model.weights}
+    for layer in tables:
+        for weight in layer.weights:
+            weights.pop(id(weight), None)
+    return list(weights.values())
 
 
 def _weights_bytes(
     models: Iterable[keras.Model], tables: Tables, quantization: str | None
 ) -> int:
     """Bytes of the models' weights as they are stored, each counted once."""
-    weights = {id(w): w for model in models for w in model.weights}
-    for layer in tables:
-        for weight in layer.weights:
-            weights.pop(id(weight), None)
     total = sum(table.stored_bytes for table in tables.values())
-    for weight in weights.values():
+    for weight in _other_weights(models, tables):
         in_8_bits = quantization is not None and len(weight.shape) > 1
         total += math.prod(weight.shape) * (1 if in_8_bits else 4)
     return total
@@ -330,12 +343,15 @@ def _check_packages(quantization: str | None) -> None:
 
 
 def convert(
-    signatures: Mapping[str, Signature], optimizations: Sequence[Any] = ()
+    signatures: Mapping[str, Signature],
+    tables: Sequence[StoredTable] = (),
+    optimizations: Sequence[Any] = (),
 ) -> bytes:
     """The LiteRT file that TensorFlow's converter makes, as bytes.
 
     Args:
         signatures: Models by signature name.
+        tables: Those in the models, whose codes become inputs of the file.
         optimizations: The converter's own, of `tf.lite.Optimize`.
 
     Raises:
@@ -346,11 +362,17 @@ def convert(
     archive = keras.export.ExportArchive()
     for name, signature in signatures.items():
         archive.track(signature.model)
+        tensors = signature.inputs | {
+            table.input_name: keras.KerasTensor(table.codes.shape)
+            for table in tables
+        }
         specifications = {
             key: tf.TensorSpec(tensor.shape, tensor.dtype, key)
-            for key, tensor in signature.inputs.items()
+            for key, tensor in tensors.items()
         }
-        archive.add_endpoint(name, signature.call, [specifications])
+        archive.add_endpoint(
+            name, _with_tables(signature, tables), [specifications]
+        )
     with tempfile.TemporaryDirectory() as folder:
         try:
             archive.write_out(folder, verbose=False)
@@ -374,3 +396,14 @@ def convert(
                 "need, or a fixed `sequence_length`. "
                 f"The converter says: {str(error)[:500]}"
             ) from error
+
+
+def _with_tables(
+    signature: Signature, tables: Sequence[StoredTable]
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def endpoint(inputs: dict[str, Any]) -> dict[str, Any]:
+        for table in tables:
+            table.graph_codes = inputs[table.input_name]
+        return signature.call(inputs)
+
+    return endpoint

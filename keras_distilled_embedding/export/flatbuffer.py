@@ -10,6 +10,8 @@ numbers only (docs/on-device.md).
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import warnings
 from collections.abc import Iterable
@@ -30,8 +32,6 @@ _INTEGERS = {8: _TYPES.INT8, 4: _TYPES.INT4, 2: _TYPES.INT2}
 _READ_ROWS = (_OPERATORS.GATHER, _OPERATORS.SLICE, _OPERATORS.STRIDED_SLICE)
 # Bytes from which a matrix is worth storing in 8 bits.
 _LARGE = 4_096
-# Rows that are compared to tell whether matrices resemble each other.
-_SAMPLE = 1_000
 
 
 class LiteRTFile:
@@ -72,26 +72,15 @@ class LiteRTFile:
                 if i not in named:
                     tensor.name = b""
 
-    def count_copies(
-        self, table: np.ndarray, weights: Iterable[np.ndarray]
-    ) -> int:
-        """How often a model's file will hold a table of it.
-
-        That is once where a `StoredTable` stands for it, and once more for
-        each matrix of the file that resembles it and is no other weight.
-
-        Args:
-            table: The table, in floats.
-            weights: The matrices that the file holds beside the tables that
-                are still to be stored.
-        """
-        found = {
-            graph.tensors[i].buffer
-            for graph, i, matrix in self._float_matrices()
-            if _resembles(matrix, table)
-        }
-        expected = sum(_resembles(weight, table) for weight in weights)
-        return 1 + max(0, len(found) - expected)
+    def count_matrices(self, shape: tuple[int, int]) -> int:
+        """How many float matrices of a shape, or its reverse, it holds."""
+        return len(
+            {
+                graph.tensors[i].buffer
+                for graph, i, matrix in self._float_matrices()
+                if matrix.shape in (shape, shape[::-1])
+            }
+        )
 
     def store(self, table: StoredTable) -> list[str]:
         """Puts the codes of a table in the place of the input for them.
@@ -296,8 +285,9 @@ def _quantize_the_rest(content: bytes, products: Iterable[str]) -> bytes:
             operators.FULLY_CONNECTED,
             algorithm_key=AlgorithmName.NO_QUANTIZE,
         )
-    with warnings.catch_warnings():
-        # That there are integers already; it leaves them as they are.
+    # It warns that there are integers already, which it leaves as they are,
+    # and shows a progress bar for larger models even if told not to.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore", UserWarning)
         result = work.quantize(
             enable_progress_bar=False, enable_progress_report=False
@@ -319,32 +309,3 @@ def _one_scale_or_one_a_row(scales: np.ndarray) -> Any:
     quantization.zeroPoint = np.zeros(scales.size, "int64")
     quantization.quantizedDimension = 0
     return quantization
-
-
-def _resembles(matrix: np.ndarray, table: np.ndarray) -> bool:
-    """Whether a matrix is a table, transposed or multiplied by a factor.
-
-    By one for each row or column at most, as the converter multiplies a
-    matrix with the constants that stand before and after a product with it.
-    """
-    if matrix.shape != table.shape:
-        if matrix.shape != table.shape[::-1]:
-            return False
-        matrix = matrix.T
-    if np.array_equal(matrix, table):
-        return True
-    rows = np.linspace(0, len(table) - 1, min(len(table), _SAMPLE)).astype(int)
-    matrix, table = matrix[rows], table[rows]
-    return any(
-        # A factor for each single number says nothing.
-        len(a) > 1 and _has_columns_of(a, b) and _has_columns_of(b, a)
-        for a, b in ((matrix, table), (matrix.T, table.T))
-    )
-
-
-def _has_columns_of(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether the columns of a matrix are multiples of those of another."""
-    squares = np.square(other).sum(0)
-    factors = (one * other).sum(0) / np.where(squares > 0, squares, 1)
-    tolerance = 1e-4 * np.abs(one).max()
-    return bool(np.allclose(one, other * factors, rtol=0, atol=tolerance))

@@ -24,8 +24,6 @@ from keras_distilled_embedding.export.graph_table import StoredTable
 from keras_distilled_embedding.export.report import ExportReport
 from keras_distilled_embedding.export.report import measure_fidelity
 from keras_distilled_embedding.export.signatures import Signature
-from keras_distilled_embedding.layers.conversion import embedding_tables
-from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -92,11 +90,10 @@ def export_litert(
     Raises:
         TypeError: If `model` or a signature is not a Keras model, or a size
             is not an integer.
-        ValueError: If `quantization` is not available, or not the one that a
-            table was trained for; if tables were trained for different ones;
-            if a model has no symbolic inputs or is of another dtype; if a
-            signature is not part of `model`; or if the model needs operators
-            that LiteRT does not have.
+        ValueError: If `quantization` is not available, or not given for tables
+            of different ones; if a model has no symbolic inputs or is of
+            another dtype; if a signature is not part of `model`; or if the
+            model needs operators that LiteRT does not have.
         FileNotFoundError: If the folder of `filepath` does not exist.
         IsADirectoryError: If `filepath` is a folder.
         PermissionError: If its folder cannot be written to.
@@ -132,21 +129,15 @@ def export_litert(
     _check_packages(quantization)
     from keras_distilled_embedding.export import flatbuffer  # needs LiteRT's
 
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
     originals = {
-        name: Signature(part, batch_size, sequence_length)
-        for name, part in models.items()
+        name: Signature(part, **sizes) for name, part in models.items()
     }
 
     tables = _graph_tables(models.values(), quantization)
-    copies = keras_internals.copy_models(list(models.values()), tables)
     stored = [part for table in tables.values() for part in table.tables]
-    content = convert(
-        {
-            name: Signature(copy, batch_size, sequence_length)
-            for name, copy in zip(models, copies)
-        },
-        stored,
-    )
+    copies = keras_internals.copy_models(list(models.values()), tables)
+    content = convert(dict(zip(models, copies)), tables=stored, **sizes)
     file = flatbuffer.LiteRTFile(content)
     counts = _count_copies(file, models.values(), tables)
     content = flatbuffer.store_tables(file, stored, quantization is not None)
@@ -173,32 +164,22 @@ def _choose_quantization(
     """The format of the file, `None` for floats.
 
     Raises:
-        ValueError: If layers were trained for another one.
+        ValueError: If none is asked for, and tables have different ones.
     """
-    if quantization == FLOAT32:
-        return None
-    trained_for = {
+    if quantization is not None:
+        return None if quantization == FLOAT32 else quantization
+    formats = {
         layer.name: layer.quantization
         for layer in _layers(models)
         if isinstance(layer, DistilledEmbedding)
         and layer.quantization is not None
     }
-    formats = set(trained_for.values())
-    if len(formats) > 1:
+    if len(set(formats.values())) > 1:
         raise ValueError(
-            "`model` must have tables of one `quantization`, which is that of "
-            f"the file. Received: {trained_for}"
+            "`quantization` must be given for a `model` whose tables have "
+            f"different ones, since a file has one. Received: tables {formats}"
         )
-    if quantization is None:
-        return next(iter(formats), None)
-    if not formats <= {quantization}:
-        name, trained = next(iter(trained_for.items()))
-        raise ValueError(
-            f"`quantization` must be {trained!r}, as layer '{name}' was "
-            "trained, or 'float32'. Received: "
-            f"quantization={quantization!r}"
-        )
-    return quantization
+    return next(iter(formats.values()), None)
 
 
 def _graph_tables(
@@ -228,36 +209,37 @@ def _count_copies(
     """How often a file will hold each table, by layer name.
 
     Args:
-        file: The `LiteRTFile` of the converted models, without the tables.
+        file: The `LiteRTFile` of the converted models, still without the
+            tables in `tables`.
         models: The models that it was made of.
-        tables: What stands for their embeddings.
+        tables: What stands for their embeddings. An embedding with a `call`
+            of its own is not replaced, and left to the converter.
 
     Raises:
         RuntimeError: If a table is held more than once.
     """
-    weights = [
-        to_numpy(weight)
-        for weight in _other_weights(models, tables)
-        if len(weight.shape) == 2
-    ]
+    shapes = [tuple(w.shape) for w in _other_weights(models, tables)]
     counts: dict[str, int] = {}
     for layer in _layers(models):
-        if isinstance(layer, DistilledEmbedding):
-            held = [to_numpy(layer.codes)]
-        elif isinstance(layer, keras.layers.Embedding):
-            held = embedding_tables(layer)
-        else:
+        if layer not in tables and not isinstance(
+            layer, keras.layers.Embedding
+        ):
             continue
-        for table in held:
-            # The largest number, of layers of one name in nested models.
-            counts[layer.name] = max(
-                file.count_copies(table, weights), counts.get(layer.name, 0)
-            )
+        shape = (layer.input_dim, layer.output_dim)
+        # The converter may have multiplied a copy with something, so any
+        # matrix of the shape is one, unless it is another weight.
+        others = sum(other in (shape, shape[::-1]) for other in shapes)
+        count = 1 + max(0, file.count_matrices(shape) - others)
+        # The largest number, of layers of one name in nested models.
+        counts[layer.name] = max(count, counts.get(layer.name, 0))
     repeated = {name: count for name, count in counts.items() if count > 1}
     if repeated:
         raise RuntimeError(
-            "The converter stored tables more than once, so nothing was "
-            f"written. Copies by layer: {repeated}"
+            "The file would hold tables more than once, so nothing was "
+            "written. This happens if a model reads the table of a layer, "
+            "`layer.embeddings`, instead of calling the layer, for logits "
+            "with `reverse=True`; or if a subclass of `Embedding` has a "
+            f"`call` of its own. Copies by layer: {repeated}"
         )
     return counts
 
@@ -343,8 +325,11 @@ def _check_packages(quantization: str | None) -> None:
 
 
 def convert(
-    signatures: Mapping[str, Signature],
+    signatures: Mapping[str, keras.Model],
+    *,
     tables: Sequence[StoredTable] = (),
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
     optimizations: Sequence[Any] = (),
 ) -> bytes:
     """The LiteRT file that TensorFlow's converter makes, as bytes.
@@ -352,6 +337,8 @@ def convert(
     Args:
         signatures: Models by signature name.
         tables: Those in the models, whose codes become inputs of the file.
+        batch_size: As of `export_litert`.
+        sequence_length: As of `export_litert`.
         optimizations: The converter's own, of `tf.lite.Optimize`.
 
     Raises:
@@ -360,8 +347,9 @@ def convert(
     import tensorflow as tf
 
     archive = keras.export.ExportArchive()
-    for name, signature in signatures.items():
-        archive.track(signature.model)
+    for name, model in signatures.items():
+        archive.track(model)
+        signature = Signature(model, batch_size, sequence_length)
         tensors = signature.inputs | {
             table.input_name: keras.KerasTensor(table.codes.shape)
             for table in tables

@@ -71,9 +71,11 @@ class ExportReport:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
+        table_bytes = self.table_bytes
         tables = ", ".join(
-            f"{name} ({count} {'copy' if count == 1 else 'copies'}, "
-            f"{self.table_bytes[name]:,} bytes)"
+            f"{name} ({count} {'copy' if count == 1 else 'copies'}"
+            + (f", {table_bytes[name]:,} bytes" if name in table_bytes else "")
+            + ")"
             for name, count in self.tables.items()
         )
         lines = [

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.layers.conversion import embedding_tables
 from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
@@ -49,9 +50,6 @@ class GraphTable(keras.layers.Layer):
         self.logit_soft_cap = getattr(embedding, "logit_soft_cap", None)
         # Ids are whole numbers: nothing is to be cast.
         self.autocast = False
-        self._projects = isinstance(
-            embedding, DistilledEmbedding | keras.layers.ReversibleEmbedding
-        )
         self.tables = [
             StoredTable(*factors, quantization, embedding.name)
             for factors in _factors(embedding, quantization)
@@ -65,7 +63,10 @@ class GraphTable(keras.layers.Layer):
 
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         if not reverse:
-            return self.tables[0].look_up(inputs)
+            rows = self.tables[0].look_up(inputs)
+            if self.mask_zero:
+                keras_internals.set_mask(rows, ops.not_equal(inputs, 0))
+            return rows
         logits = self.tables[-1].project(inputs)
         if self.logit_soft_cap is not None:
             cap = self.logit_soft_cap
@@ -83,13 +84,9 @@ class GraphTable(keras.layers.Layer):
         )
         return keras.KerasTensor(shape, dtype="float32")
 
-    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        # Keras does not tell this method about `reverse`; the dtype does, of a
-        # layer that projects. To others even floats are ids.
-        dtype = keras.backend.standardize_dtype(inputs.dtype)
-        if self._projects and not keras.backend.is_int_dtype(dtype):
-            return previous_mask
-        return ops.not_equal(inputs, 0) if self.mask_zero else None
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        # Where these are ids, `call` has set the mask.
+        return mask
 
 
 class StoredTable(keras.layers.Layer):

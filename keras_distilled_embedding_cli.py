@@ -253,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "model",
         type=_model_file,
@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         help="module that registers classes of the model; may be repeated",
     )
-    output = argparse.ArgumentParser(add_help=False)
+    output = _Parser(add_help=False)
     output.add_argument(
         "-o",
         "--output",

@@ -211,6 +211,16 @@ def test_public_objects_are_documented(name):
     assert "\n\nArgs:\n" in documented or "\n\nAttributes:\n" in documented
 
 
+def test_api_pages_show_all_public_objects():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    shown = re.findall(r"^::: keras_distilled_embedding\.(.+)$", text, re.M)
+    expected = {f"layers.{name}" for name in kde.layers.__all__}
+    expected |= set(NAMES) - {"layers"}
+    assert len(set(shown)) == len(shown)
+    assert set(shown) == expected
+
+
 # JAX's own converter warns of JAX.
 _of_jax = pytest.mark.filterwarnings(
     "ignore:The `native_serialization`:DeprecationWarning"

@@ -1,6 +1,7 @@
-"""Copies of models with layers swapped, and what they rely on in Keras."""
+"""Copies of models with layers replaced, and what they rely on in Keras."""
 
 import gc
+import inspect
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ from keras import ops
 
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding.keras_internals import private_keras
 from keras_distilled_embedding.layers import DistilledEmbedding
 from tests.containers import VOCABULARY
 from tests.containers import WIDTH
@@ -52,34 +54,116 @@ def assert_equals_dense(model, student, inputs=IDS, names=None):
         assert np.abs(old - b).max() > 1e-3
 
 
-# What is relied on
+# What the package relies on. If one of these fails, Keras has changed: look for
+# the attribute in `keras_internals/`.
 
 
-@pytest.mark.parametrize("assumption", list(keras_internals.ASSUMPTIONS))
-def test_assumption(assumption):
-    """If this fails, Keras has changed: see where the file relies on it."""
-    assert keras_internals.ASSUMPTIONS[assumption]()
+@pytest.fixture
+def tiny():
+    """A table, a dense layer, and the model that they make."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    table = keras.layers.Embedding(3, 2, name="table")
+    dense = keras.layers.Dense(2, name="dense")
+    return table, dense, keras.Model(ids, dense(table(ids)), name="tiny")
 
 
-@pytest.mark.parametrize(
-    ("holds", "told"),
-    [
-        (lambda: False, "grass is green"),
-        (lambda: [].pop(), "grass is green .IndexError: pop from empty list"),
-    ],
-)
-def test_another_keras_is_refused_with_the_versions_tested(
-    holds, told, monkeypatch
-):
-    monkeypatch.setitem(keras_internals.ASSUMPTIONS, "grass is green", holds)
-    keras_internals.check_internals.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match=told) as error:
-            keras_internals.copy_models([], {})
-        assert f"keras{keras_internals.TESTED_KERAS}" in str(error.value)
-        assert keras.__version__ in str(error.value)
-    finally:
-        keras_internals.check_internals.cache_clear()
+def test_layers_keep_the_layers_inside_them(tiny):
+    table, dense, model = tiny
+    assert [x for x in model._layers if x is table or x is dense]
+    assert model._tracker.config["layers"][1] is model._layers
+    assert {id(table), id(dense)} <= model._tracker.stored_ids["layers"]
+    flat = {id(model), *map(id, model.layers)}
+    assert set(map(id, model._flatten_layers())) == flat
+
+
+def test_layers_keep_their_own_variables_and_flag(tiny):
+    table, _, model = tiny
+    assert list(map(id, table._trainable_variables)) == [id(table.embeddings)]
+    assert table._non_trainable_variables == []
+    assert model._trainable_variables == []
+    model.trainable = False
+    table._trainable = True
+    assert table.trainable
+    assert not model.trainable
+
+
+def test_nodes_are_the_calls_of_operations(tiny):
+    table, dense, model = tiny
+    (node,) = table._inbound_nodes
+    assert node.operation is table
+    history = private_keras.KerasHistory(table, 0, 0)
+    assert node.outputs[0]._keras_history == history
+    assert table._outbound_nodes == dense._inbound_nodes
+    graph = private_keras.map_graph(model._inputs, model._outputs)
+    assert graph[0] == model._nodes
+    assert graph[1] == model._nodes_by_depth
+    assert graph[2:] == (model._operations, model._operations_by_depth)
+
+
+def test_a_functional_model_runs_through_its_graph(tiny):
+    table, dense, model = tiny
+    run = []
+
+    def operation_fn(operation):
+        run.append(operation)
+        return operation
+
+    outputs = model._run_through_graph(model.input, operation_fn=operation_fn)
+    assert run == [table, dense]
+    assert outputs.shape == model.output.shape
+
+
+def test_a_sequential_model_keeps_a_functional_one():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    assert type(model._functional) is private_keras.Functional
+    assert len(model._layers) == len(model.layers) + 1
+
+
+def test_how_a_layer_was_built_is_kept(tiny):
+    _, dense, _ = tiny
+    assert list(dense._build_shapes_dict.values()) == [(None, None, 2)]
+    assert keras.layers.Layer.build._is_default
+    assert not hasattr(keras.layers.Dense.build, "_is_default")
+
+
+def test_the_arguments_of_compile_are_kept(tiny):
+    *_, model = tiny
+    model.compile(loss="mse")
+    assert model._compile_config.config["loss"] == "mse"
+
+
+def test_get_config_is_looked_up_on_the_layer_itself(tiny):
+    table, *_ = tiny
+    object.__setattr__(table, "get_config", lambda: {"name": "own"})
+    config = keras.saving.serialize_keras_object(table)["config"]
+    assert config == {"name": "own"}
+
+
+def test_how_a_file_is_written():
+    library = private_keras.saving_lib
+    parameters = inspect.signature(library._save_state).parameters
+    assert list(parameters) == [
+        "saveable",
+        "weights_store",
+        "assets_store",
+        "inner_path",
+        "visited_saveables",
+    ]
+    assert library._METADATA_FILENAME == "metadata.json"
+    assert library._CONFIG_FILENAME == "config.json"
+
+
+@pytest.mark.parametrize("version", [keras.__version__, "3.99.0"])
+def test_errors_in_another_version_of_keras_tell_so(version, monkeypatch):
+    """Only errors: a version that works is not refused."""
+    monkeypatch.setattr(keras, "__version__", version)
+    with pytest.raises(AttributeError, match="no attribute") as error:
+        keras_internals.copy_models([None], {})
+    notes = getattr(error.value, "__notes__", [])
+    assert bool(notes) == (version == "3.99.0")
+    for note in notes:
+        assert f"tested with Keras {private_keras.TESTED_KERAS}" in note
+        assert version in note
 
 
 # Where layers are kept

@@ -604,7 +604,7 @@ def test_a_python_lambda_is_refused(path):
     ids = keras.Input((None,), dtype="int32")
     double = keras.layers.Lambda(lambda x: 2 * x, name="double")
     model = factorized(keras.Model(ids, double(keras_embedding()(ids))))
-    with pytest.raises(ValueError, match="must not hold a Python lambda"):
+    with pytest.raises(ValueError, match="must not contain a Python lambda"):
         save_model(model, path)
     assert not list(path.parent.iterdir())
 
@@ -688,7 +688,7 @@ def test_truncated(saved, path):
     sizes = [0, 1, 22, 100, len(content) // 2, len(content) - 30]
     for size in [*sizes, len(content) - 1]:
         path.write_bytes(content[:size])
-        assert_refused(path, "not a saved model, or not all of one")
+        assert_refused(path, "not a saved model, or is incomplete")
 
 
 def test_other_files(path):
@@ -699,7 +699,7 @@ def test_other_files(path):
         b"\x89HDF\r\n\x1a\n" + bytes(2000),
     ):
         path.write_bytes(content)
-        assert_refused(path, "not a saved model, or not all of one")
+        assert_refused(path, "not a saved model, or is incomplete")
 
 
 class Evil:
@@ -731,7 +731,7 @@ def test_another_archive(saved, path):
 def test_a_packed_archive(saved, path):
     """It could be of any size, unpacked."""
     write_members(path, saved[1], zipfile.ZIP_DEFLATED)
-    assert_refused(path, "damaged, or not written by Keras")
+    assert_refused(path, "damaged, or was not written")
 
 
 @pytest.mark.parametrize(
@@ -740,7 +740,7 @@ def test_a_packed_archive(saved, path):
 )
 def test_a_member_that_leads_elsewhere(name, saved, path):
     write_members(path, {**saved[1], name: b"evil"})
-    assert_refused(path, "evil' is not as it should be")
+    assert_refused(path, "evil.*leads outside")
     assert not (path.parent.parent / "evil").exists()
 
 
@@ -754,7 +754,7 @@ def test_one_flipped_bit(saved, path):
             flipped = bytearray(content)
             flipped[start + position] ^= 1 << int(rng.integers(8))
             path.write_bytes(flipped)
-            assert_refused(path, "is not as it should be")
+            assert_refused(path, "has a wrong checksum")
     start = content.index(b"PK\x01\x02")
     loaded = 0
     for position in rng.integers(start, len(content), size=40):
@@ -788,7 +788,7 @@ DENSE = {
 
 
 NOT_OURS = {
-    "later format": (lambda c: c.update(format=2), "of format 2.*reads 1"),
+    "later format": (lambda c: c.update(format=2), "has format 2.*reads format 1"),
     "no format": (lambda c: c.pop("format") and None, None),
     "a list": (lambda c: [], None),
     "a number": (lambda c: 3, None),

@@ -1,4 +1,4 @@
-"""Compiling a copy as its original."""
+"""Compiling a copy of a model as the original is compiled."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import keras
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
-    """What a model was compiled with; empty if it was not.
+    """The arguments a model was compiled with; empty if it was not.
 
-    Of a KerasHub task its sampler, too.
+    They include the sampler of a KerasHub task.
     """
     if not model.compiled or not hasattr(model, "_compile_config"):
         return {}
@@ -25,10 +25,10 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
 
 
 def compile_alike(copy: keras.Model, model: keras.Model) -> None:
-    """Compiles a copy as the original, with fresh optimizer and metrics."""
+    """Compiles a copy as the original, with a new optimizer and new metrics."""
 
     def renew(value: Any) -> Any:
-        # Losses have no state, and not all of them a full configuration.
+        # Losses have no state, and some have no complete configuration.
         if isinstance(value, keras.losses.Loss):
             return value
         if isinstance(value, list | tuple):

@@ -1,11 +1,10 @@
-"""What a model's layers are, beyond what its configuration tells."""
+"""What a model's layers are, beyond what its configuration records."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -17,21 +16,23 @@ from keras_distilled_embedding.keras_internals.swapping import swap_layers
 
 @dataclasses.dataclass(frozen=True)
 class LayerTree:
-    """What a model's layers are, and which of them are one and the same.
+    """The layers of a model, and which of them are the same layer.
 
-    A configuration tells how to make a model. It does not tell which of the
-    layers it makes are shared, what has been swapped since, or with what
-    shapes the parts of a subclassed model were built.
+    A configuration records how to make a model. It does not record which of
+    the layers made are shared, which were replaced since, or the shapes that
+    the parts of a subclassed model were built with.
 
     Args:
-        number: Of the layer. Layers of one number are one layer.
-        name: Of the layer.
-        kind: Name of its class.
-        build_config: What `build_from_config` takes, or `None`.
+        number: The number of the layer. Trees with the same number describe
+            the same layer.
+        name: The name of the layer.
+        kind: The name of its class.
+        build_config: The argument of `build_from_config`, or `None`.
         trainable: Its own flag.
         variables_trainable: The flags of its own variables.
-        dtype_policy: Of a model, whose configuration can leave it out.
-        children: Trees of the layers that it keeps.
+        dtype_policy: The policy of a model, which its configuration may omit;
+            `None` for other layers.
+        children: The trees of the layers inside.
     """
 
     number: int
@@ -47,12 +48,13 @@ class LayerTree:
     def of(
         cls, layer: keras.layers.Layer, numbers: dict[int, int]
     ) -> LayerTree:
-        """The tree of a layer or model.
+        """Returns the tree of a layer or model.
 
         Args:
             layer: The root.
-            numbers: Numbers of layers by their `id`; new ones are added.
+            numbers: The numbers of layers by their `id`. New ones are added.
         """
+        is_model = isinstance(layer, keras.Model)
         return cls(
             number=numbers.setdefault(id(layer), len(numbers)),
             name=layer.name,
@@ -60,55 +62,33 @@ class LayerTree:
             build_config=layer.get_build_config() if layer.built else None,
             trainable=layer._trainable,
             variables_trainable=tuple(
-                variable.trainable for variable in own_variables(layer)
+                v.trainable for v in own_variables(layer)
             ),
-            dtype_policy=(
-                layer.dtype_policy if isinstance(layer, keras.Model) else None
-            ),
+            dtype_policy=layer.dtype_policy if is_model else None,
             children=tuple(cls.of(child, numbers) for child in layer._layers),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain, JSON-serialisable Python values."""
-        return {
-            "number": self.number,
-            "name": self.name,
-            "kind": self.kind,
-            "build_config": keras.saving.serialize_keras_object(
-                self.build_config
-            ),
-            "trainable": self.trainable,
-            "variables_trainable": list(self.variables_trainable),
-            "dtype_policy": keras.saving.serialize_keras_object(
-                self.dtype_policy
-            ),
-            "children": [child.to_dict() for child in self.children],
-        }
+        """Returns the tree as plain values that can be written as JSON."""
+        return keras.saving.serialize_keras_object(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerTree:
-        """The inverse of `to_dict`."""
-        return cls(
-            number=values["number"],
-            name=values["name"],
-            kind=values["kind"],
-            build_config=keras.saving.deserialize_keras_object(
-                values["build_config"]
-            ),
-            trainable=values["trainable"],
-            variables_trainable=tuple(values["variables_trainable"]),
-            dtype_policy=keras.saving.deserialize_keras_object(
-                values["dtype_policy"]
-            ),
-            children=tuple(map(cls.from_dict, values["children"])),
-        )
+        """Returns the tree that `to_dict` made the values of."""
+        # Not the whole tree at once: a name could be that of a custom object.
+        objects = {
+            key: keras.saving.deserialize_keras_object(values[key])
+            for key in ("build_config", "dtype_policy")
+        }
+        children = tuple(map(cls.from_dict, values["children"]))
+        return cls(**{**values, **objects, "children": children})
 
 
 class Rebuilder:
-    """Makes what configurations make into what `LayerTree`s describe.
+    """Turns new layers into what `LayerTree`s describe.
 
     Args:
-        replacements: What stands in for the layer of which number.
+        replacements: The replacements of layers, by the layers' numbers.
     """
 
     def __init__(
@@ -120,10 +100,10 @@ class Rebuilder:
         self._to_swap: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
 
     def match(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
-        """Finds the layers of a tree in a layer, and builds those unbuilt.
+        """Finds the layers of a tree in a new layer, and builds them.
 
         Raises:
-            ValueError: If the layer's parts are others than the tree's.
+            ValueError: If the layer's parts are not those of the tree.
         """
         if (tree.number, id(layer)) in self._matched:
             return
@@ -134,18 +114,18 @@ class Rebuilder:
         if type(layer) is type(replacement):  # recorded by the configuration
             replacement = None
         known = self.layers.setdefault(tree.number, replacement or layer)
-        layer.name = tree.name  # a configuration may leave names to be numbered
+        layer.name = tree.name  # without one in the configuration, numbered
         if known is not layer:
             self._to_swap.append((layer, known))
-        by_parts = is_default(layer.build)
-        if tree.build_config and not layer.built and not by_parts:
+        built_by_parts = is_default(layer.build)
+        if tree.build_config and not layer.built and not built_by_parts:
             layer.build_from_config(tree.build_config)
         if replacement is not None:
             if type(replacement).__name__ != tree.kind:
                 return
-            layer = replacement  # what it keeps inside may be shared
-        # One that nothing tells how to build, such as a preprocessor, builds
-        # itself when it is called, and may make more layers then.
+            layer = replacement  # the layers inside may be shared
+        # A layer that cannot be built from its configuration, such as a
+        # preprocessor, builds itself at its first call, and adds layers then.
         unfinished = not layer.built and not tree.build_config
         if len(layer._layers) != len(tree.children) and not unfinished:
             raise not_as_configured(
@@ -155,13 +135,15 @@ class Rebuilder:
             )
         for child_tree, child in zip(tree.children, layer._layers):
             self.match(child_tree, child)
-        if tree.build_config and by_parts:
+        if tree.build_config and built_by_parts:
             layer.built = True
-            layer._build_shapes_dict = _shapes(tree.build_config)
+            layer._build_shapes_dict = tree.build_config.get(
+                "shapes_dict", dict(tree.build_config)
+            )
         self._set_flags(tree, layer)
 
     def _set_flags(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
-        # Not `trainable`, which sets that of the layers inside as well.
+        # `layer.trainable = ...` would also set the layers inside.
         layer._trainable = tree.trainable
         variables = own_variables(layer)
         if len(variables) == len(tree.variables_trainable):
@@ -171,11 +153,11 @@ class Rebuilder:
             layer.dtype_policy = tree.dtype_policy
 
     def swap(self, roots: Sequence[keras.layers.Layer]) -> None:
-        """Puts replacements and shared layers wherever `roots` keep others."""
+        """Puts replacements and shared layers in place throughout `roots`."""
         swap_layers(roots, self._to_swap)
 
     def check_swapped(self) -> None:
-        """Refuses to go on where something else keeps what was swapped out.
+        """Refuses to continue if a layer that was swapped out is still used.
 
         Raises:
             ValueError: Naming the layer.
@@ -187,27 +169,26 @@ class Rebuilder:
         for stray in filter(None, (stray() for stray in strays)):
             raise ValueError(
                 f"Layer '{stray.name}' cannot be replaced: something that is "
-                "neither a layer nor an attribute of one calls it, such as a "
-                "function that was defined where the layer was made. Keep it "
-                "as an attribute, and call that."
+                "neither a layer nor an attribute of a layer uses it, such as "
+                "a function defined where the layer was made. Keep the layer "
+                "as an attribute, and call that attribute."
             )
 
 
 def not_as_configured(layer: keras.layers.Layer, how: str) -> ValueError:
+    """Returns the error for a layer that its configuration does not make."""
     return ValueError(
-        "A layer must be what its `get_config()` tells, or it cannot be "
-        f"copied or loaded: '{layer.name}' ({type(layer).__name__}), made "
-        f"anew by `from_config`, {how}."
+        f"Layer '{layer.name}' ({type(layer).__name__}) cannot be copied or "
+        "loaded: what its `from_config(get_config())` makes "
+        f"{how}. Make `get_config()` record the constructor's arguments."
     )
 
 
-def is_default(method: Callable) -> bool:
+def is_default(method: Any) -> bool:
+    """Whether a method is Keras's own default, which does nothing."""
     return getattr(method, "_is_default", False)
 
 
-def _shapes(build_config: Mapping[str, Any]) -> dict[str, Any]:
-    return build_config.get("shapes_dict", dict(build_config))
-
-
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the variables of a layer without those of the layers inside."""
     return layer._trainable_variables + layer._non_trainable_variables

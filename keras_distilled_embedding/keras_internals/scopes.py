@@ -1,0 +1,51 @@
+"""Context managers that change how Keras behaves while they are entered."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+_INCOMPLETE_CONFIGS = contextvars.ContextVar("incomplete", default=False)
+
+
+@contextlib.contextmanager
+def allow_incomplete_configs() -> Iterator[None]:
+    """Lifts `refuse_incomplete_configs` while this package reads them."""
+    token = _INCOMPLETE_CONFIGS.set(True)
+    try:
+        yield
+    finally:
+        _INCOMPLETE_CONFIGS.reset(token)
+
+
+def are_incomplete_configs_allowed() -> bool:
+    """Whether `allow_incomplete_configs` is entered."""
+    return _INCOMPLETE_CONFIGS.get()
+
+
+@contextlib.contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Starts new weights at zero, where they are about to be assigned.
+
+    Random numbers for a large table take seconds and three times its memory.
+    """
+    add_weight = keras.layers.Layer.add_weight
+
+    def add_zeros(
+        self: keras.layers.Layer,
+        shape: Any = None,
+        initializer: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> keras.Variable:
+        return add_weight(self, shape, "zeros", *args, **kwargs)
+
+    keras.layers.Layer.add_weight = add_zeros
+    try:
+        yield
+    finally:
+        keras.layers.Layer.add_weight = add_weight

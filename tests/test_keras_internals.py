@@ -1,5 +1,6 @@
 """Copies of models with layers replaced, and what they rely on in Keras."""
 
+import functools
 import gc
 import inspect
 
@@ -396,4 +397,109 @@ def test_a_text_pipeline_keeps_its_vocabulary():
     student = compress(model, rank=3, verbose=0)
     copy = student.get_layer("words")
     assert copy.get_vocabulary() == vectorize.get_vocabulary()
+    assert_equals_dense(model, student, text)
+
+
+# Functions and classes of the user's own
+
+
+OFFSET = 3.0
+
+
+def add_offset(x):
+    return x + OFFSET
+
+
+def make_scaled(scale):
+    """Functions of the same name that do different things."""
+
+    def scaled(x):
+        return scale * x
+
+    return scaled
+
+
+class Times:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+class Bias(keras.initializers.Initializer):
+    """Not registered with Keras."""
+
+    def __call__(self, shape, dtype=None):
+        return ops.ones(shape, dtype)
+
+    def get_config(self):
+        return {}
+
+
+def make_two_scaled(x):
+    for scale in (2.0, 5.0):
+        x = keras.layers.Dense(WIDTH, activation=make_scaled(scale))(x)
+    return x
+
+
+OWN = {
+    "lambda with a name of its module": lambda x: keras.layers.Lambda(
+        lambda y: y + OFFSET, output_shape=(None, WIDTH)
+    )(x),
+    "lambda with a closure": lambda x: keras.layers.Lambda(
+        make_scaled(OFFSET), output_shape=lambda shape: shape
+    )(x),
+    "function": lambda x: keras.layers.Lambda(add_offset)(x),
+    "partial": lambda x: keras.layers.Lambda(
+        functools.partial(ops.add, OFFSET)
+    )(x),
+    "object": lambda x: keras.layers.Lambda(Times(OFFSET).__call__)(x),
+    "argument": lambda x: keras.layers.Lambda(
+        lambda y, f: f(y), arguments={"f": add_offset}
+    )(x),
+    "activations of one name": make_two_scaled,
+    "activation lambda": lambda x: keras.layers.Dense(
+        WIDTH, activation=lambda y: y * OFFSET
+    )(x),
+    "activation object": lambda x: keras.layers.Activation(Times(OFFSET))(x),
+    "class": lambda x: keras.layers.Dense(WIDTH, bias_initializer=Bias())(x),
+    "inside a layer": lambda x: keras.layers.RNN(
+        keras.layers.SimpleRNNCell(WIDTH, activation=add_offset),
+        return_sequences=True,
+    )(x),
+}
+
+
+@pytest.mark.parametrize("make", OWN.values(), ids=OWN)
+def test_own_functions_and_classes_are_the_same_in_the_copy(make):
+    ids = keras.Input((None,), dtype="int32")
+    model = randomize(keras.Model(ids, make(embedding()(ids))))
+    registered = dict(keras.saving.get_custom_objects())
+    student = compress(model, rank=3, verbose=0)
+    assert keras.saving.get_custom_objects() == registered
+    assert_equals_dense(model, student)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def split_at_bars(text):
+    import tensorflow as tf
+
+    return tf.strings.split(text, sep="|")
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="strings need TensorFlow"
+)
+@pytest.mark.parametrize("registered", [True, False])
+def test_text_is_split_by_a_function(registered):
+    import tensorflow as tf
+
+    split = split_at_bars if registered else lambda x: split_at_bars(x)
+    vectorize = keras.layers.TextVectorization(split=split, standardize=None)
+    vectorize.adapt(["a b|c", "c|d"])
+    text = tf.constant(["c|a b", "d|d"])
+    model = keras.Sequential([vectorize, embedding()])
+    model(text)
+    student = compress(model, rank=3, verbose=0)
     assert_equals_dense(model, student, text)

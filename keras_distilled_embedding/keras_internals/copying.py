@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -20,6 +18,9 @@ from keras_distilled_embedding.keras_internals.layer_tree import (
     not_as_configured,
 )
 from keras_distilled_embedding.keras_internals.layer_tree import own_variables
+from keras_distilled_embedding.keras_internals.own_objects import (
+    hand_over_own_objects,
+)
 from keras_distilled_embedding.keras_internals.scopes import (
     allow_incomplete_configs,
 )
@@ -55,11 +56,8 @@ def copy_models(
             something other than a layer uses a layer to replace.
     """
     copier = _Copier(replacements)
-    # The functions of the layers are code of this process, so the code of a
-    # `Lambda` may be deserialized.
     with (
-        private_keras.SafeModeScope(False),
-        _known_classes(models),
+        hand_over_own_objects(),
         allow_incomplete_configs(),
         without_initial_values(),
     ):
@@ -111,7 +109,7 @@ class _Copier:
         for inner in layer._flatten_layers():
             self._number(inner)
         try:
-            copy = type(layer).from_config(layer.get_config())
+            copy = _from_config(layer)
         except Exception as error:
             raise ValueError(
                 f"Layer '{layer.name}' ({type(layer).__name__}) cannot be "
@@ -147,6 +145,19 @@ class _Copier:
             copy = self._rebuilder.layers.get(number)
             if copy is not None and number not in self._replaced:
                 _copy_state(original, copy)
+
+
+def _from_config(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Makes a layer again from its configuration."""
+    try:
+        return type(layer).from_config(layer.get_config())
+    except Exception as error:
+        # Some layers expect what Keras does to a configuration in a file.
+        try:
+            config = keras.saving.serialize_keras_object(layer.get_config())
+            return type(layer).from_config(config)
+        except Exception:
+            raise error from None
 
 
 def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
@@ -196,16 +207,3 @@ def _outermost_composites(model: keras.Model) -> Iterator[keras.layers.Layer]:
     for layer in model._layers:
         if isinstance(layer, keras.layers.Layer) and layer._layers:
             yield from _outermost_composites(layer)
-
-
-def _known_classes(
-    models: Iterable[keras.Model],
-) -> contextlib.AbstractContextManager:
-    """Lets configurations name classes that are not registered with Keras."""
-    classes = {
-        type(layer).__name__: type(layer)
-        for model in models
-        for layer in model._flatten_layers()
-        if type(layer).__module__.split(".")[0] not in ("keras", "keras_hub")
-    }
-    return keras.saving.CustomObjectScope(classes)

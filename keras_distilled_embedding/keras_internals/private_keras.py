@@ -21,9 +21,12 @@ try:
     from keras.src.models.functional import Functional
     from keras.src.ops.function import map_graph
     from keras.src.ops.node import KerasHistory
+    from keras.src.saving import object_registration
     from keras.src.saving import saving_lib
+    from keras.src.saving import serialization_lib
     from keras.src.saving.serialization_lib import ObjectSharingScope
     from keras.src.saving.serialization_lib import SafeModeScope
+    from keras.src.utils import python_utils
     from keras.src.utils.tracking import DotNotTrackScope
 except ImportError as error:
     raise ImportError(

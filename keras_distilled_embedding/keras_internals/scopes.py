@@ -28,6 +28,19 @@ def are_incomplete_configs_allowed() -> bool:
 
 
 @contextlib.contextmanager
+def patched(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Replaces attributes of a class or module while it is entered."""
+    originals = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
 def without_initial_values() -> Iterator[None]:
     """Starts new weights at zero, where they are about to be assigned.
 
@@ -44,8 +57,5 @@ def without_initial_values() -> Iterator[None]:
     ) -> keras.Variable:
         return add_weight(self, shape, "zeros", *args, **kwargs)
 
-    keras.layers.Layer.add_weight = add_zeros
-    try:
+    with patched(keras.layers.Layer, add_weight=add_zeros):
         yield
-    finally:
-        keras.layers.Layer.add_weight = add_weight

@@ -11,6 +11,9 @@ from typing import Any
 import keras
 
 from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals.own_objects import (
+    hand_over_own_objects,
+)
 from keras_distilled_embedding.keras_internals.private_keras import saving_lib
 from keras_distilled_embedding.keras_internals.scopes import (
     allow_incomplete_configs,
@@ -107,7 +110,7 @@ def _names_in_config(
         for item in value:
             visit(item)
 
-    with allow_incomplete_configs():
+    with allow_incomplete_configs(), hand_over_own_objects():
         visit(keras.saving.serialize_keras_object(owner))
     return names
 

@@ -503,3 +503,171 @@ def test_text_is_split_by_a_function(registered):
     model(text)
     student = compress(model, rank=3, verbose=0)
     assert_equals_dense(model, student, text)
+
+
+# What refers to a table without calling its layer
+
+
+class WithTable(keras.layers.Layer):
+    """Projects with the table of an embedding."""
+
+    def __init__(self, embedding, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = embedding
+
+    def build(self, input_shape):
+        """Nothing of its own."""
+
+    def call(self, x):
+        return x @ ops.transpose(self.embedding.embeddings)
+
+    def get_config(self):
+        config = super().get_config()
+        config["embedding"] = keras.saving.serialize_keras_object(
+            self.embedding
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config["embedding"] = keras.saving.deserialize_keras_object(
+            config["embedding"]
+        )
+        return cls(**config)
+
+
+class KeepsVariable(WithTable):
+    def build(self, input_shape):
+        self.table = self.embedding.embeddings
+
+    def call(self, x):
+        return x @ ops.transpose(self.table)
+
+
+class KeepsFunction(WithTable):
+    def build(self, input_shape):
+        table = self.embedding.embeddings
+        self.project = lambda x: x @ ops.transpose(table)
+
+    def call(self, x):
+        return self.project(x)
+
+
+class Projects(keras.layers.Layer):
+    """By a function that it is given, whatever that refers to."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+    def get_config(self):
+        return {**super().get_config(), "function": self.function}
+
+
+def in_lambda(table, x):
+    return keras.layers.Lambda(
+        lambda y: y @ ops.transpose(table.embeddings),
+        output_shape=(None, VOCABULARY),
+        name="project",
+    )(x)
+
+
+def in_function(table, x):
+    return Projects(lambda y: table(y, reverse=True), name="project")(x)
+
+
+def make_tied(project, names=("tokens", "others")):
+    """Two tables are looked up, and the first projects."""
+    ids = keras.Input((None,), dtype="int32")
+    tokens, others = map(embedding, names)
+    x = keras.layers.Add()([tokens(ids), others(ids)])
+    for table in (tokens, others):  # before its values can become a constant
+        randomize(table)
+    return keras.Model(ids, project(tokens, x))
+
+
+REFUSED = {
+    "operation": (
+        lambda table, x: ops.einsum("btd,vd->btv", x, table.embeddings),
+        "'tokens' cannot be replaced: the operation 'einsum",
+    ),
+    "constant": (
+        lambda table, x: x @ ops.transpose(table.embeddings),
+        "'tokens' cannot be replaced: the operation 'matmul",
+    ),
+    "lambda": (in_lambda, "'project' .Lambda. cannot be copied.*tokens/embed"),
+    "function": (
+        in_function,
+        "'project' .Projects. cannot be copied.*tokens/e",
+    ),
+    "variable": (
+        lambda table, x: KeepsVariable(table, name="project")(x),
+        "'project' .KeepsVariable. keeps the variable 'tokens/embeddings'",
+    ),
+    "function in build": (
+        lambda table, x: KeepsFunction(table, name="project")(x),
+        "'project' .KeepsFunction. cannot be copied.*tokens/embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize(("project", "match"), REFUSED.values(), ids=REFUSED)
+def test_a_table_that_is_used_without_a_call_is_not_replaced(project, match):
+    model = make_tied(project)
+    before = to_numpy(model.weights), to_numpy(model(IDS))
+    with pytest.raises(ValueError, match=match):
+        compress(model, rank=3, verbose=0)
+    after = to_numpy(model.weights), to_numpy(model(IDS))
+    for a, b in zip(keras.tree.flatten(before), keras.tree.flatten(after)):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["operation", "variable"])
+def test_another_table_can_be_replaced(name):
+    """The copy then uses its own copy of the table that stays."""
+    model = make_tied(REFUSED[name][0])
+    student = compress(model, rank=3, layers=["others"], verbose=0)
+    assert_equals_dense(model, student)
+    before = to_numpy(student(IDS))
+    for variable in model.weights:
+        variable.assign(0 * variable)
+    np.testing.assert_array_equal(to_numpy(student(IDS)), before)
+    student.get_layer("tokens").embeddings.assign_add(
+        ops.ones((VOCABULARY, WIDTH))
+    )
+    assert np.abs(to_numpy(student(IDS))[0] - before[0]).max() > 1e-3
+
+
+def test_a_layer_that_reads_the_table_in_its_call_is_tied():
+    model = make_tied(lambda table, x: WithTable(table)(x))
+    student = compress(model, rank=3, verbose=0)
+    assert (VOCABULARY, WIDTH) not in [tuple(w.shape) for w in student.weights]
+    assert_equals_dense(model, student)
+
+
+class Global(keras.Model):
+    """Its call uses a layer that is no attribute."""
+
+    def __init__(self, table, **kwargs):
+        super().__init__(**kwargs)
+        self.tokens = embedding()
+        self.project = lambda x: table(x, reverse=True)
+
+    def call(self, ids):
+        return self.project(self.tokens(ids))
+
+    def get_config(self):
+        return {"table": self.tokens, "name": self.name}
+
+
+def test_a_subclassed_model_that_uses_the_original_is_refused():
+    model = Global(None)
+    model.project = lambda x: model.tokens(x, reverse=True)
+    model(IDS)
+    with pytest.raises(
+        ValueError, match="'global' .Global. cannot be copied.*tokens"
+    ):
+        compress(model, rank=3, verbose=0)

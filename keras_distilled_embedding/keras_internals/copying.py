@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_distilled_embedding.keras_internals import private_keras
@@ -17,10 +20,11 @@ from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
 from keras_distilled_embedding.keras_internals.layer_tree import (
     not_as_configured,
 )
-from keras_distilled_embedding.keras_internals.layer_tree import own_variables
+from keras_distilled_embedding.keras_internals.models import own_variables
 from keras_distilled_embedding.keras_internals.own_objects import (
     hand_over_own_objects,
 )
+from keras_distilled_embedding.keras_internals.reads import refuse_reads
 from keras_distilled_embedding.keras_internals.scopes import (
     allow_incomplete_configs,
 )
@@ -52,8 +56,9 @@ def copy_models(
         The copies, in the order of `models`.
 
     Raises:
-        ValueError: If a layer cannot be made from its configuration, or if
-            something other than a layer uses a layer to replace.
+        ValueError: If a layer cannot be made from its configuration, or if a
+            copy would still use a layer that is replaced, or a variable of the
+            originals.
     """
     copier = _Copier(replacements)
     with (
@@ -67,6 +72,8 @@ def copy_models(
                 copier.copy_by_config(layer)
         copies = [copier.copy(model) for model in models]
         copier.finish(copies)
+    for copy in copies:
+        refuse_reads(copy, copier.variables_left_behind())
     return copies
 
 
@@ -77,6 +84,7 @@ class _Copier:
         self._numbers: dict[int, int] = {}
         self._originals: dict[int, keras.layers.Layer] = {}
         self._operations: dict[int, Any] = {}  # those that are not layers
+        self._variables: dict[int, tuple[keras.layers.Layer, int]] = {}
         self._replaced = {self._number(layer) for layer in replacements}
         self._rebuilder = Rebuilder(
             {self._number(old): new for old, new in replacements.items()}
@@ -86,7 +94,10 @@ class _Copier:
             self._rebuilder.layers[self._number(old)] = new
 
     def _number(self, layer: keras.layers.Layer) -> int:
-        self._originals[id(layer)] = layer  # keeps the id from being reused
+        if id(layer) not in self._originals:
+            self._originals[id(layer)] = layer  # its id is not to be reused
+            for index, variable in enumerate(own_variables(layer)):
+                self._variables[id(variable)] = layer, index
         return self._numbers.setdefault(id(layer), len(self._numbers))
 
     def copy(self, layer: Any) -> Any:
@@ -133,13 +144,68 @@ class _Copier:
         inputs = keras.tree.map_structure(
             lambda x: self.copy(x._keras_history.operation).output, model.input
         )
-        outputs = model._run_through_graph(inputs, operation_fn=self.copy)
+        for layer in model._flatten_layers():
+            self._number(layer)
+        outputs = model._run_through_graph(inputs, operation_fn=self._call_of)
         return private_keras.Functional(inputs, outputs, name=model.name)
+
+    def _call_of(self, operation: Any) -> Callable[..., Any]:
+        """Returns the call of an operation's copy in a graph."""
+        copy = self.copy(operation)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = keras.tree.map_structure(
+                lambda value: self._copy_argument(value, operation.name),
+                (args, kwargs),
+            )
+            return copy(*args, **kwargs)
+
+        return call
+
+    def _copy_argument(self, value: Any, operation: str) -> Any:
+        """Returns the argument of a call, for a variable that of the copy."""
+        layer, index = self._variables.get(id(value), (None, 0))
+        if layer is None and keras.ops.is_tensor(value):
+            layer = self._replaced_layer_with_values(value)
+        if layer is None:
+            return value
+        if self._number(layer) in self._replaced:
+            raise ValueError(
+                f"Layer '{layer.name}' cannot be replaced: the operation "
+                f"'{operation}' uses its table without calling it. Call the "
+                "layer instead: a `keras.layers.ReversibleEmbedding` projects "
+                "to the vocabulary when called with `reverse=True`."
+            )
+        copy = self.copy(layer)
+        if not copy.built:
+            copy.build_from_config(layer.get_build_config())
+        return own_variables(copy)[index]
+
+    def _replaced_layer_with_values(
+        self, constant: Any
+    ) -> keras.layers.Layer | None:
+        """Returns the layer of which a constant is the table, or transposed."""
+        for layer in self._originals.values():
+            if self._numbers[id(layer)] not in self._replaced:
+                continue
+            for variable in own_variables(layer):
+                if sorted(variable.shape) == sorted(constant.shape):
+                    values = ops.convert_to_numpy(constant)
+                    table = ops.convert_to_numpy(variable)
+                    if any(np.array_equal(values, t) for t in (table, table.T)):
+                        return layer
+        return None
+
+    def variables_left_behind(self) -> list[keras.Variable]:
+        """Returns the variables that no copy may use."""
+        originals = map(own_variables, self._originals.values())
+        strays = self._rebuilder.variables_left_behind()
+        return [*itertools.chain(*originals), *strays]
 
     def finish(self, copies: Sequence[keras.Model]) -> None:
         """Replaces layers and copies weights, once all layers are made."""
         self._rebuilder.swap(copies)
-        self._rebuilder.check_swapped()
+        self._rebuilder.check_swapped(copies)
         for original in list(self._originals.values()):
             number = self._numbers[id(original)]
             copy = self._rebuilder.layers.get(number)

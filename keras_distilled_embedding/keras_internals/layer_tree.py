@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from keras_distilled_embedding.keras_internals.models import own_variables
 from keras_distilled_embedding.keras_internals.swapping import swap_layers
 
 
@@ -98,6 +99,7 @@ class Rebuilder:
         self._replacements = dict(replacements or {})
         self._matched: set[tuple[int, int]] = set()
         self._to_swap: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
+        self._variables_left_behind: list[weakref.ref] = []
 
     def match(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
         """Finds the layers of a tree in a new layer, and builds them.
@@ -156,13 +158,18 @@ class Rebuilder:
         """Puts replacements and shared layers in place throughout `roots`."""
         swap_layers(roots, self._to_swap)
 
-    def check_swapped(self) -> None:
+    def check_swapped(self, roots: Sequence[keras.layers.Layer]) -> None:
         """Refuses to continue if a layer that was swapped out is still used.
 
         Raises:
             ValueError: Naming the layer.
         """
         strays = [weakref.ref(stray) for stray, _ in self._to_swap]
+        self._variables_left_behind = [
+            weakref.ref(variable)
+            for stray, _ in self._to_swap
+            for variable in own_variables(stray)
+        ]
         self._to_swap.clear()
         if any(stray() is not None for stray in strays):
             gc.collect()
@@ -173,6 +180,22 @@ class Rebuilder:
                 "a function defined where the layer was made. Keep the layer "
                 "as an attribute, and call that attribute."
             )
+        left_behind = {id(v): v for v in self.variables_left_behind()}
+        for root in roots:
+            for layer in root._flatten_layers():
+                for variable in own_variables(layer):
+                    if id(variable) in left_behind:
+                        raise ValueError(
+                            f"Layer '{layer.name}' ({type(layer).__name__}) "
+                            f"keeps the variable '{variable.path}', so the "
+                            "layer of that variable cannot be replaced. Keep "
+                            "the layer, and read its variable in `call`."
+                        )
+
+    def variables_left_behind(self) -> list[keras.Variable]:
+        """Returns the variables of swapped layers that are still in use."""
+        found = (variable() for variable in self._variables_left_behind)
+        return [variable for variable in found if variable is not None]
 
 
 def not_as_configured(layer: keras.layers.Layer, how: str) -> ValueError:
@@ -187,8 +210,3 @@ def not_as_configured(layer: keras.layers.Layer, how: str) -> ValueError:
 def is_default(method: Any) -> bool:
     """Whether a method is Keras's own default, which does nothing."""
     return getattr(method, "_is_default", False)
-
-
-def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """Returns the variables of a layer without those of the layers inside."""
-    return layer._trainable_variables + layer._non_trainable_variables

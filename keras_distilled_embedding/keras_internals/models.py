@@ -22,6 +22,11 @@ def iterate_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield layer
 
 
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the variables of a layer without those of the layers inside."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
 def find_layer(
     model: keras.Model, name: str, argument: str
 ) -> keras.layers.Layer:

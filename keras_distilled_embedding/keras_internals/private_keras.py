@@ -16,7 +16,10 @@ import keras
 TESTED_KERAS = "3.15"
 
 try:
+    from keras.src.backend import StatelessScope
+    from keras.src.backend import compute_output_spec
     from keras.src.backend import get_keras_mask
+    from keras.src.backend.common import global_state
     from keras.src.backend.common.masking import set_keras_mask
     from keras.src.models.functional import Functional
     from keras.src.ops.function import map_graph

@@ -111,7 +111,10 @@ def _names_in_config(
             visit(item)
 
     with allow_incomplete_configs(), hand_over_own_objects():
-        visit(keras.saving.serialize_keras_object(owner))
+        try:
+            visit(keras.saving.serialize_keras_object(owner))
+        except Exception:  # Keras cannot save such a layer, whatever is in it
+            return set()
     return names
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals.models import own_variables
 
 
 def swap_layers(
@@ -29,7 +30,11 @@ def swap_layers(
         return
     for old, new in swaps:
         _move_nodes(old, new)
-    by_id = {id(old): new for old, new in swaps}
+    by_id: dict[int, Any] = {id(old): new for old, new in swaps}
+    for old, new in swaps:
+        if type(old) is type(new):  # layers may keep its variables, too
+            for variable, other in zip(own_variables(old), own_variables(new)):
+                by_id[id(variable)] = other
     owners = {}
     for root in roots:
         for owner in root._flatten_layers():
@@ -48,7 +53,7 @@ def swap_layers(
 
 
 def _swap_in_attributes(
-    owner: keras.layers.Layer, by_id: Mapping[int, keras.layers.Layer]
+    owner: keras.layers.Layer, by_id: Mapping[int, Any]
 ) -> None:
     # TensorFlow's own record of layers; other backends have none.
     tracked = getattr(owner, "_self_unconditional_dependency_names", {})
@@ -76,7 +81,7 @@ def _is_wrapped(value: Any) -> bool:
     return type(value).__module__.startswith("tensorflow.")
 
 
-def _swap_in(value: Any, by_id: Mapping[int, keras.layers.Layer]) -> Any:
+def _swap_in(value: Any, by_id: Mapping[int, Any]) -> Any:
     """Returns what replaces an attribute's value, or a part of the value.
 
     A container that can be changed is changed in place, since others may hold

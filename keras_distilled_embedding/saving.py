@@ -231,6 +231,7 @@ class SavedModel:
         optimizer = getattr(self.model, "optimizer", None)
         return {
             "arguments": config,
+            "excluded": keras_internals.weight_decay_exclusions(self.model),
             "optimizer_built": bool(optimizer is not None and optimizer.built),
         }
 
@@ -280,6 +281,7 @@ def _compile(model: keras.Model, config: dict[str, Any]) -> None:
             if isinstance(loss, ChunkedCrossEntropy):
                 loss.bind(model)
         model.compile(**arguments)
+        keras_internals.exclude_from_weight_decay(model, config["excluded"])
     except Exception as error:
         warnings.warn(
             "The model is loaded without its compile settings, which cannot "

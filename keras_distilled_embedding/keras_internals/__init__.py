@@ -8,6 +8,12 @@ from keras_distilled_embedding.keras_internals.compiling import compile_alike
 from keras_distilled_embedding.keras_internals.compiling import (
     compile_arguments,
 )
+from keras_distilled_embedding.keras_internals.compiling import (
+    exclude_from_weight_decay,
+)
+from keras_distilled_embedding.keras_internals.compiling import (
+    weight_decay_exclusions,
+)
 from keras_distilled_embedding.keras_internals.copying import copy_models
 from keras_distilled_embedding.keras_internals.layer_tree import LayerTree
 from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
@@ -45,6 +51,7 @@ __all__ = [
     "compile_arguments",
     "copy_models",
     "count_steps",
+    "exclude_from_weight_decay",
     "find_layer",
     "input_structure",
     "iterate_layers",
@@ -56,6 +63,7 @@ __all__ = [
     "set_mask",
     "stop_watching",
     "watch_calls",
+    "weight_decay_exclusions",
     "without_initial_values",
     "write_archive",
 ]

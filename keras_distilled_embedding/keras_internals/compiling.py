@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import keras
+
+from keras_distilled_embedding.keras_internals.models import own_variables
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
@@ -43,3 +46,59 @@ def compile_alike(copy: keras.Model, model: keras.Model) -> None:
     arguments = compile_arguments(model)
     if arguments:
         copy.compile(**renew(arguments))
+        exclude_from_weight_decay(copy, weight_decay_exclusions(model))
+
+
+def weight_decay_exclusions(model: keras.Model) -> dict[str, Any] | None:
+    """Returns what a model's optimizer excludes from weight decay.
+
+    The configuration of an optimizer does not record this.
+
+    Returns:
+        The `pattern` of excluded names, or `None`, and the names of `layers`
+        with the names of their excluded variables. Plain values that can be
+        written as JSON; `None` if nothing is excluded.
+    """
+    optimizer = _inner_optimizer(model)
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    if not excluded and pattern is None:
+        return None
+    layers: dict[str, list[str]] = {}
+    for layer in model._flatten_layers():
+        for variable in own_variables(layer):
+            matches = pattern and pattern.search(variable.name)
+            if matches or optimizer._var_key(variable) in excluded:
+                layers.setdefault(layer.name, []).append(variable.name)
+    return {"pattern": pattern and pattern.pattern, "layers": layers}
+
+
+def exclude_from_weight_decay(
+    model: keras.Model, exclusions: Mapping[str, Any] | None
+) -> None:
+    """Excludes from weight decay what another model's optimizer excludes.
+
+    A layer whose table was excluded and is replaced is excluded as a whole.
+
+    Args:
+        model: A compiled model whose optimizer is not built.
+        exclusions: As `weight_decay_exclusions` returns them.
+    """
+    if exclusions is None:
+        return
+    variables = []
+    for layer in model._flatten_layers():
+        names = set(exclusions["layers"].get(layer.name, ()))
+        own = own_variables(layer)
+        is_replaced = bool(names - {variable.name for variable in own})
+        variables += [v for v in own if is_replaced or v.name in names]
+    pattern = exclusions["pattern"]
+    _inner_optimizer(model).exclude_from_weight_decay(
+        variables, [pattern] if pattern is not None else None
+    )
+
+
+def _inner_optimizer(model: keras.Model) -> Any:
+    """Returns the optimizer, without the one that scales the loss for it."""
+    optimizer = getattr(model, "optimizer", None)
+    return getattr(optimizer, "inner_optimizer", optimizer)

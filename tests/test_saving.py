@@ -354,6 +354,47 @@ def test_lora_and_quantized_layers(path):
     assert_same_model(model, save_and_load(model, path))
 
 
+def policies_of(model):
+    return [
+        (x.name, x._dtype_policy.name, x.compute_dtype, x.variable_dtype)
+        for x in [model, *keras_internals.iterate_layers(model)]
+    ]
+
+
+# Keras's own word of layers that it does not quantize.
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+def test_a_quantized_model_of_keras_hub(path):
+    """Its configuration is a map of the policies that its layers use."""
+    hub = pytest.importorskip("keras_hub")
+    model = hub.models.GPT2Backbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=WIDTH,
+        intermediate_dim=24,
+        max_sequence_length=8,
+    )
+    randomize(model).quantize("int8")
+    inputs = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
+    expected = outputs_of(model, inputs), policies_of(model)
+    student = factorized(model)
+    assert policies_of(model) == expected[1]
+    assert_equal(outputs_of(model, inputs), expected[0])
+    assert keras.config.dtype_policy().name == "float32"
+    names = dict(name[:2] for name in policies_of(student))
+    assert names["feedforward_output_dense"] == "int8_from_float32"
+    assert names[student.name] == "float32"
+    loaded = student
+    for _ in range(3):
+        before = policies_of(loaded)
+        loaded = save_and_load(loaded, path)
+        assert policies_of(loaded) == before == policies_of(student)
+        assert_same_model(student, loaded, inputs)
+    assert keras.config.dtype_policy().name == "float32"
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]).save(path)
+    keras.saving.load_model(path)
+
+
 # Layers with a state beside their weights
 
 

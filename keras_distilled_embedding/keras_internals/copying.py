@@ -20,6 +20,7 @@ from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
 from keras_distilled_embedding.keras_internals.layer_tree import (
     not_as_configured,
 )
+from keras_distilled_embedding.keras_internals.layer_tree import own_policy
 from keras_distilled_embedding.keras_internals.models import own_variables
 from keras_distilled_embedding.keras_internals.own_objects import (
     hand_over_own_objects,
@@ -28,6 +29,7 @@ from keras_distilled_embedding.keras_internals.reads import refuse_reads
 from keras_distilled_embedding.keras_internals.scopes import (
     allow_incomplete_configs,
 )
+from keras_distilled_embedding.keras_internals.scopes import keep_policies
 from keras_distilled_embedding.keras_internals.scopes import (
     without_initial_values,
 )
@@ -64,6 +66,7 @@ def copy_models(
     with (
         hand_over_own_objects(),
         allow_incomplete_configs(),
+        keep_policies(),
         without_initial_values(),
     ):
         # First the layers with layers inside, which others may share.
@@ -228,8 +231,9 @@ def _from_config(layer: keras.layers.Layer) -> keras.layers.Layer:
 
 def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     """Copies what a layer itself holds, without the layers inside it."""
-    if isinstance(old, keras.Model):  # other configurations record the policy
-        new.dtype_policy = old.dtype_policy
+    policy = own_policy(old)
+    if policy is not None:
+        new._dtype_policy = policy
     # `new.trainable = ...` would also set the layers inside.
     new._trainable = old._trainable
     variables, copies = own_variables(old), own_variables(new)

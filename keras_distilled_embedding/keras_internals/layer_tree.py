@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import weakref
@@ -31,8 +32,8 @@ class LayerTree:
         build_config: The argument of `build_from_config`, or `None`.
         trainable: Its own flag.
         variables_trainable: The flags of its own variables.
-        dtype_policy: The policy of a model, which its configuration may omit;
-            `None` for other layers.
+        dtype_policy: Its policy, which a configuration may omit or merge into
+            a map; `None` if it is a map.
         children: The trees of the layers inside.
     """
 
@@ -55,7 +56,6 @@ class LayerTree:
             layer: The root.
             numbers: The numbers of layers by their `id`. New ones are added.
         """
-        is_model = isinstance(layer, keras.Model)
         return cls(
             number=numbers.setdefault(id(layer), len(numbers)),
             name=layer.name,
@@ -65,7 +65,7 @@ class LayerTree:
             variables_trainable=tuple(
                 v.trainable for v in own_variables(layer)
             ),
-            dtype_policy=layer.dtype_policy if is_model else None,
+            dtype_policy=own_policy(layer),
             children=tuple(cls.of(child, numbers) for child in layer._layers),
         )
 
@@ -152,7 +152,8 @@ class Rebuilder:
             for variable, flag in zip(variables, tree.variables_trainable):
                 variable.trainable = flag
         if tree.dtype_policy is not None:
-            layer.dtype_policy = tree.dtype_policy
+            # `layer.dtype_policy = ...` would nest it in a map, or quantize.
+            layer._dtype_policy = tree.dtype_policy
 
     def swap(self, roots: Sequence[keras.layers.Layer]) -> None:
         """Puts replacements and shared layers in place throughout `roots`."""
@@ -205,6 +206,14 @@ def not_as_configured(layer: keras.layers.Layer, how: str) -> ValueError:
         "loaded: what its `from_config(get_config())` makes "
         f"{how}. Make `get_config()` record the constructor's arguments."
     )
+
+
+def own_policy(layer: keras.layers.Layer) -> Any:
+    """Returns a copy of a layer's dtype policy, or `None` for a map."""
+    policy = layer._dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return None
+    return copy.deepcopy(policy)
 
 
 def is_default(method: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,23 @@ def patched(owner: Any, **attributes: Any) -> Iterator[None]:
     finally:
         for name, value in originals.items():
             setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def keep_policies() -> Iterator[None]:
+    """Keeps the dtype policies that are in use when a map of them is saved.
+
+    `DTypePolicyMap.get_config` removes the names of the policies in the map,
+    which layers, or all of Keras, may use.
+    """
+    policy_map = keras.dtype_policies.DTypePolicyMap
+    get_config = policy_map.get_config
+
+    def get_config_of_copy(self: Any) -> dict[str, Any]:
+        return get_config(copy.deepcopy(self))
+
+    with patched(policy_map, get_config=get_config_of_copy):
+        yield
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from keras_distilled_embedding.keras_internals.scopes import (
 from keras_distilled_embedding.keras_internals.scopes import (
     are_incomplete_configs_allowed,
 )
+from keras_distilled_embedding.keras_internals.scopes import keep_policies
 from keras_distilled_embedding.keras_internals.scopes import (
     without_initial_values,
 )
@@ -36,7 +37,11 @@ def write_archive(model: keras.Model, saved: Any, file: IO[bytes]) -> None:
             registered with Keras; `from_config` must return the model.
         file: A file open for writing in binary mode.
     """
-    with private_keras.ObjectSharingScope(), allow_incomplete_configs():
+    with (
+        private_keras.ObjectSharingScope(),
+        allow_incomplete_configs(),
+        keep_policies(),
+    ):
         config = json.dumps(keras.saving.serialize_keras_object(saved))
     metadata = json.dumps({"keras_version": keras.__version__})
     with zipfile.ZipFile(file, "w") as archive:
@@ -110,7 +115,7 @@ def _names_in_config(
         for item in value:
             visit(item)
 
-    with allow_incomplete_configs(), hand_over_own_objects():
+    with allow_incomplete_configs(), hand_over_own_objects(), keep_policies():
         try:
             visit(keras.saving.serialize_keras_object(owner))
         except Exception:  # Keras cannot save such a layer, whatever is in it

@@ -196,6 +196,9 @@ class SavedModel:
         tree = keras_internals.LayerTree.of(self.model, numbers)
         config = keras.saving.serialize_keras_object(self.model)
         config.pop("compile_config", None)
+        config["config"] = keras_internals.without_compiling(
+            type(self.model), config["config"]
+        )
         if _has_lambda(config):
             raise ValueError(
                 "`model` must not contain a Python lambda, which cannot be "

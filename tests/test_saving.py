@@ -524,6 +524,26 @@ def test_an_uncompiled_model_stays_so(path):
     assert not save_and_load(factorized(make_model()), path).compiled
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_task_is_compiled_only_if_it_was(compiled, path):
+    hub = pytest.importorskip("keras_hub")
+    backbone = hub.models.GPT2Backbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=WIDTH,
+        intermediate_dim=24,
+        max_sequence_length=8,
+    )
+    task = hub.models.GPT2CausalLM(backbone, None, compile=compiled)
+    student = factorized(task)
+    for copied in (student, save_and_load(student, path)):
+        assert copied.compiled == compiled
+        optimizer = getattr(copied, "optimizer", None)
+        assert (optimizer is not None) == compiled
+        assert hasattr(copied, "sampler") == hasattr(task, "sampler")
+
+
 def test_losses_and_metrics_of_several_outputs(path):
     """As dictionaries, and lists in them, through `compress` and a file."""
     ids = keras.Input((None,), dtype="int32", name="ids")

@@ -14,6 +14,9 @@ from keras_distilled_embedding.keras_internals.compiling import (
 from keras_distilled_embedding.keras_internals.compiling import (
     weight_decay_exclusions,
 )
+from keras_distilled_embedding.keras_internals.compiling import (
+    without_compiling,
+)
 from keras_distilled_embedding.keras_internals.copying import copy_models
 from keras_distilled_embedding.keras_internals.layer_tree import LayerTree
 from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
@@ -64,6 +67,7 @@ __all__ = [
     "stop_watching",
     "watch_calls",
     "weight_decay_exclusions",
+    "without_compiling",
     "without_initial_values",
     "write_archive",
 ]

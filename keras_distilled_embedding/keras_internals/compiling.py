@@ -27,6 +27,30 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
     return arguments
 
 
+def without_compiling(
+    kind: type[keras.layers.Layer], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a configuration that makes a model without compiling it.
+
+    KerasHub's tasks compile themselves, unless they are told not to.
+
+    Args:
+        kind: The class that the configuration is for.
+        config: What `get_config` returns.
+    """
+    return {**config, "compile": False} if _compiles(kind) else dict(config)
+
+
+def _compiles(kind: type[keras.layers.Layer]) -> bool:
+    """Whether the constructor of a class compiles, unless told not to."""
+    constructors = [vars(base).get("__init__") for base in kind.__mro__]
+    return any(
+        "compile" in inspect.signature(constructor).parameters
+        for constructor in constructors
+        if constructor is not None
+    )
+
+
 def compile_alike(copy: keras.Model, model: keras.Model) -> None:
     """Compiles a copy as the original, with a new optimizer and new metrics."""
 
@@ -47,6 +71,8 @@ def compile_alike(copy: keras.Model, model: keras.Model) -> None:
     if arguments:
         copy.compile(**renew(arguments))
         exclude_from_weight_decay(copy, weight_decay_exclusions(model))
+    elif _compiles(type(copy)):
+        copy.optimizer = None  # code expects one of such a model
 
 
 def weight_decay_exclusions(model: keras.Model) -> dict[str, Any] | None:

@@ -15,6 +15,9 @@ import numpy as np
 from keras import ops
 
 from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals.compiling import (
+    without_compiling,
+)
 from keras_distilled_embedding.keras_internals.layer_tree import LayerTree
 from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
 from keras_distilled_embedding.keras_internals.layer_tree import (
@@ -46,8 +49,7 @@ def copy_models(
     their configuration. A layer that is used several times, at any depth or by
     several of the models, is copied once, so shared layers stay shared. The
     copies have the classes, names and weights of the originals, and share no
-    variable with them. They are not compiled, unless their class compiles
-    itself.
+    variable with them. They are not compiled.
 
     Args:
         models: Built models.
@@ -218,13 +220,14 @@ class _Copier:
 
 def _from_config(layer: keras.layers.Layer) -> keras.layers.Layer:
     """Makes a layer again from its configuration."""
+    kind = type(layer)
     try:
-        return type(layer).from_config(layer.get_config())
+        return kind.from_config(without_compiling(kind, layer.get_config()))
     except Exception as error:
         # Some layers expect what Keras does to a configuration in a file.
         try:
             config = keras.saving.serialize_keras_object(layer.get_config())
-            return type(layer).from_config(config)
+            return kind.from_config(without_compiling(kind, config))
         except Exception:
             raise error from None
 

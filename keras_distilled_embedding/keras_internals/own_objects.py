@@ -39,8 +39,10 @@ def hand_over_own_objects() -> Iterator[None]:
         if is_own_function(item):
             return unique_name(item)
         name = get_registered_name(item)
-        is_found = keras.saving.get_registered_object(name) is item
-        return name if is_found or _is_from_keras(item) else unique_name(item)
+        if not is_own_class(item):
+            return name
+        is_registered = keras.saving.get_registered_object(name) is item
+        return name if is_registered else unique_name(item)
 
     def serialize_by_name(item: Any) -> Any:
         if not is_own_function(item):
@@ -90,9 +92,9 @@ def is_own_function(item: Any) -> bool:
     )
 
 
-def is_own_class(kind: type) -> bool:
-    """Whether a class is neither of Keras, KerasHub nor this package."""
-    return not _is_from_keras(kind)
+def is_own_class(kind: Any) -> bool:
+    """Whether a class is not of Python, Keras, KerasHub or this package."""
+    return not _is_from_keras(kind) and kind.__module__ != "builtins"
 
 
 def _is_from_keras(item: Any) -> bool:

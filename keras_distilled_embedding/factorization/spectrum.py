@@ -17,6 +17,8 @@ TOLERANCE = 1e-4
 FLOAT32_RANGE = (1e-25, 1e25)
 # From so many blocks on, a look at the first one is worth a pass over all.
 PROBED_BLOCKS = 8
+# Rows whose mean stands for that of all while the Gram matrix is summed.
+SAMPLED_ROWS = 1000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,20 +116,17 @@ def _decompose(table: Table, centered: bool, dtype: Any) -> Spectrum | None:
     num_columns = table.shape[1]
     # Rows are taken around the mean of a few of them: the mean of all is
     # known only at the end, and may be large beside the differences.
-    shift = _mean_of(table.first_block) if centered else np.zeros(num_columns)
+    shift = _near_mean(table) if centered else np.zeros(num_columns)
     gram = np.zeros((num_columns, num_columns))
     total = np.zeros(num_columns)
     with np.errstate(over="ignore", invalid="ignore"):
         for rows, block in table.blocks(dtype):
             if centered:
                 block = block - shift.astype(dtype)
-            weights = table.row_weights
-            if weights is not None:
-                roots = np.sqrt(weights[rows]).astype(dtype)[:, np.newaxis]
-                total += roots[:, 0].astype(np.float64) @ (roots * block)
-                block = roots * block
-            else:
-                total += block.sum(axis=0, dtype=np.float64)
+            roots = np.sqrt(table.weights_of(rows)).astype(dtype)
+            if table.row_weights is not None:
+                block = roots[:, np.newaxis] * block
+            total += roots @ block
             gram += block.T @ block
         # From around the shift to around the mean.
         change = total / table.total_weight
@@ -146,14 +145,10 @@ def _decompose(table: Table, centered: bool, dtype: Any) -> Spectrum | None:
     )
 
 
-def _mean_of(table: Table) -> np.ndarray:
-    """The weighted mean of the rows, or a plain one where no row counts."""
-    weights = table.weights_of(slice(None))
-    if not weights.any():
-        weights = np.ones_like(weights)
+def _near_mean(table: Table) -> np.ndarray:
+    """A vector near the mean of the rows, from a few of them."""
     with np.errstate(over="ignore", invalid="ignore"):
-        values = table.values.astype(np.float64)
-        mean = weights @ values / weights.sum()
+        mean = table.values[:SAMPLED_ROWS].astype(np.float64).mean(axis=0)
     return mean if np.isfinite(mean).all() else np.zeros_like(mean)
 
 
@@ -179,8 +174,11 @@ def _is_resolved(
 
 def _small_spectrum(table: Table, centered: bool) -> Spectrum:
     values = table.values.astype(np.float64)
-    mean = _mean_of(table) if centered else np.zeros(table.shape[1])
-    roots = np.sqrt(table.weights_of(slice(None)))[:, np.newaxis]
+    weights = table.weights_of(slice(None))
+    mean = np.zeros(table.shape[1])
+    if centered:
+        mean = weights @ values / table.total_weight
+    roots = np.sqrt(weights)[:, np.newaxis]
     _, singular, directions = np.linalg.svd(
         roots * table.to_metric(values - mean)
     )

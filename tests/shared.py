@@ -63,3 +63,17 @@ def classifier(vocabulary=300, width=24, name="tokens"):
         ],
         name="classifier",
     )
+
+
+def table_with_spectrum(num_rows, values, seed=0):
+    """A float64 table of these singular values."""
+    rng = np.random.default_rng(seed)
+    size = len(values)
+    left = np.linalg.qr(rng.normal(size=(num_rows, size)))[0]
+    right = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    return left * values @ right
+
+
+def to_floats(x):
+    """A tensor or variable of any precision as a float32 NumPy array."""
+    return to_numpy(ops.cast(x, "float32"))

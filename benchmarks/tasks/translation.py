@@ -1,7 +1,7 @@
-"""A translation task as arrays of ids: batches, and greedy search.
+"""A translation task as arrays of ids: teacher, batches, greedy search.
 
-`prepare` tokenises once, with what `examples.nmt` has for it; everything else
-reads arrays, and runs on any backend.
+`prepare` tokenizes once, with what `examples.nmt` has for it, and needs
+TensorFlow; everything else reads arrays, and runs on any backend of Keras.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
 import keras
 import numpy as np
 
-from benchmarks._report import write_text
+import keras_distilled_embedding as kde
+from benchmarks.harness.files import write_json
+from benchmarks.methods import Table
 from examples.nmt.model import build_transformer
 from examples.nmt.stepwise import stepwise_signatures
 from examples.nmt.tokens import BOS_ID
@@ -25,13 +28,18 @@ from examples.nmt.tokens import EOS_ID
 from examples.nmt.tokens import PAD_ID
 from examples.nmt.train import Recipe
 from examples.nmt.train import Schedule
+from examples.nmt.train import distil
+from examples.nmt.train import fit
 
 if TYPE_CHECKING:
     import sentencepiece
 
 SPLITS = ("train", "validation", "test")
-# Rows that are translated together.
-SEARCH_BATCH = 125
+SEARCH_BATCH = 125  # rows that are translated together
+TOP_K = 64  # classes that are told apart in the teacher's predictions
+STUDENT_SEED = 1  # of fine-tuning, above the task's own
+DATA_SEED = 100  # of the students' batches, above the task's own
+MOMENT_BATCHES = 8  # some 4,000 hidden states for 256 columns
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ SETTINGS = {
         Shape(256, 2, 8, 512, 0.2, (12, 14, 16, 18, 20, 24, 30, 40), 1_024),
         Schedule(epochs=9, peak_learning_rate=1.2e-3),
         Recipe(),
-        # Of two rates tried (benchmarks.recipe) the better one.
+        # The better of two rates tried in the figure `recipe`.
         Schedule(epochs=4, peak_learning_rate=3e-4, warmup=0.05),
         vocabulary_size=8_000,
     ),
@@ -130,36 +138,51 @@ class Pairs:
         )
 
 
-def prepare(name: str, folder: Path, data_dir: str | None) -> None:
-    """Tokenises a corpus into `folder`; needs TensorFlow, unlike the rest."""
-    from examples.nmt.data import Vocabulary
-    from examples.nmt.data import load_corpus
-
+def prepare(name: str, folder: Path, data_dir: str | None = None) -> None:
+    """Tokenizes a corpus into a folder, unless that is done."""
     path = folder / "arrays.npz"
-    if path.exists():
-        return
-    setting = SETTINGS[name]
     folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "prepare.lock"):
+        if not path.exists():
+            _prepare(name, folder, data_dir)
+
+
+def _prepare(name: str, folder: Path, data_dir: str | None) -> None:
+    try:
+        from examples.nmt.data import Vocabulary
+        from examples.nmt.data import load_corpus
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"The task '{name}' is not prepared, which needs TensorFlow: run "
+            "`python -m benchmarks run translation --stages prepare` where "
+            f"it is installed, and copy {folder} here. {error}"
+        ) from error
+    setting = SETTINGS[name]
     corpus = load_corpus("cldr" if name == "quick" else name, data_dir)
-    train = corpus.train[: setting.max_pairs]
+    few = slice(setting.max_sentences)
+    texts = (
+        corpus.train[: setting.max_pairs],
+        corpus.validation[few],
+        corpus.test[few],
+    )
     vocabulary_path = folder / "vocabulary.spm"
     if not vocabulary_path.exists():
-        vocabulary = Vocabulary.train(train, setting.vocabulary_size)
+        vocabulary = Vocabulary.train(texts[0], setting.vocabulary_size)
         vocabulary_path.write_bytes(vocabulary.proto)
     vocabulary = Vocabulary(vocabulary_path.read_bytes())
-    few = slice(setting.max_sentences)
-    texts = train, corpus.validation[few], corpus.test[few]
-    arrays = {"token_frequencies": vocabulary.token_frequencies(train)}
+    arrays = {"vocabulary_size": np.array(vocabulary.size)}
     for split, text in zip(SPLITS, texts):
         for side in ("source", "target"):
             rows = vocabulary.encode(getattr(text, side))
             arrays[f"{split}_{side}"] = rows.flat_values.numpy()
             arrays[f"{split}_{side}_lengths"] = rows.row_lengths().numpy()
-    test = {"source": texts[2].source, "target": texts[2].target}
-    write_text(folder / "test.json", json.dumps(test, ensure_ascii=False))
-    part = path.with_name("part_arrays.npz")
+    write_json(
+        folder / "texts.json",
+        {split: asdict(text) for split, text in zip(SPLITS, texts)},
+    )
+    part = folder / "part_arrays.npz"
     np.savez_compressed(part, **arrays)
-    part.replace(path)
+    part.replace(folder / "arrays.npz")
 
 
 class Task:
@@ -176,17 +199,14 @@ class Task:
         self.setting = SETTINGS[name]
         self.seed = seed
         self.folder = folder
-        if not (folder / "arrays.npz").exists():
-            raise FileNotFoundError(
-                f"`folder` must hold a prepared task: run `prepare --task "
-                f"{name}` first. Received: folder={folder}"
-            )
         self._arrays = np.load(folder / "arrays.npz")
 
+    # Data
+
     @cached_property
-    def test_text(self) -> dict[str, list[str]]:
-        """The sentences of the test, `"source"` and `"target"`."""
-        return json.loads((self.folder / "test.json").read_text("utf-8"))
+    def texts(self) -> dict[str, dict[str, list[str]]]:
+        """Sentences, by split and by `"source"` and `"target"`."""
+        return json.loads((self.folder / "texts.json").read_text("utf-8"))
 
     @property
     def vocabulary_path(self) -> Path:
@@ -203,17 +223,24 @@ class Task:
         )
 
     @property
-    def token_frequencies(self) -> np.ndarray:
-        return self._arrays["token_frequencies"]
-
-    @property
     def vocabulary_size(self) -> int:
-        return len(self.token_frequencies)
+        return int(self._arrays["vocabulary_size"])
 
     @property
-    def table_bytes(self) -> int:
-        """Of the full table, float32."""
-        return 4 * self.vocabulary_size * self.setting.shape.d_model
+    def token_frequencies(self) -> np.ndarray:
+        """How often a model of the training text meets each piece.
+
+        It reads EOS once a source sentence, reads BOS and predicts EOS once a
+        target sentence.
+        """
+        counts = sum(
+            np.bincount(
+                self._arrays[f"train_{side}"], minlength=self.vocabulary_size
+            )
+            for side in ("source", "target")
+        )
+        counts[BOS_ID] += len(self._arrays["train_target_lengths"])
+        return counts
 
     @property
     def max_length(self) -> int:
@@ -228,10 +255,15 @@ class Task:
             sides.append(np.split(flat, ends[:-1]))
         return Pairs(*sides)
 
-    def batches(self, split: str, seed: int | None = None) -> PairBatches:
+    def batches(
+        self, split: str, seed: int | None = None, pairs: Pairs | None = None
+    ) -> PairBatches:
         """See `PairBatches`; with a seed for training."""
         shape = self.setting.shape
-        return PairBatches(self.pairs(split), shape.widths, shape.tokens, seed)
+        pairs = pairs or self.pairs(split)
+        return PairBatches(pairs, shape.widths, shape.tokens, seed)
+
+    # Models
 
     def build(
         self,
@@ -255,6 +287,24 @@ class Task:
     def teacher_path(self) -> Path:
         return self.folder / f"teacher_{self.seed}.keras"
 
+    def train_teacher(self) -> None:
+        """Trains the teacher, unless that is done."""
+        with filelock.FileLock(self.folder / f"teacher_{self.seed}.lock"):
+            if self.teacher_path.exists():
+                return
+            keras.utils.set_random_seed(self.seed)
+            teacher = self.build(self.setting.shape.dropout, seed=self.seed)
+            fit(
+                teacher,
+                self.batches("train", self.seed),
+                schedule=self.setting.teacher,
+                backup_dir=self.folder / f"teacher_{self.seed}_backup",
+                **self._fit_options(),
+            )
+            part = self.folder / f"part_teacher_{self.seed}.keras"
+            teacher.save(part)
+            part.replace(self.teacher_path)
+
     def teacher(self, dropout: float = 0.0) -> keras.Model:
         """The trained teacher, rebuilt with this dropout."""
         model = self.build(dropout)
@@ -265,8 +315,8 @@ class Task:
     def with_table(
         self,
         embedding: keras.layers.Layer,
-        source: keras.Model | None = None,
         dropout: float = 0.0,
+        source: keras.Model | None = None,
     ) -> keras.Model:
         """The teacher (or `source`) with another table, used as it is."""
         source = source or self.teacher()
@@ -277,11 +327,98 @@ class Task:
                 layer.set_weights(weights)
         return model
 
-    @property
+    @cached_property
+    def table(self) -> Table:
+        """The teacher's tied table, and how it is used."""
+        teacher = self.teacher()
+        batches = self.batches("train", self.seed)
+        some = [batches[i] for i in range(min(MOMENT_BATCHES, len(batches)))]
+        return Table(
+            np.array(teacher.get_layer("token_embedding").embeddings),
+            self.token_frequencies,
+            kde.second_moment(teacher, some, verbose=0),
+        )
+
+    @cached_property
     def fingerprint(self) -> int:
         """Tells teachers, so that rows of different ones are not mixed."""
         weights = self.teacher().get_weights()
         return zlib.crc32(b"".join(w.tobytes() for w in weights))
+
+    # Training of students
+
+    def fine_tune(
+        self,
+        student: keras.Model,
+        recipe: Recipe,
+        cached: bool = True,
+        seed: int | None = None,
+        pairs: Pairs | None = None,
+    ) -> keras.callbacks.History:
+        """Trains a student by a recipe.
+
+        Args:
+            student: The student.
+            recipe: Losses and their weights, epochs, step sizes.
+            cached: Whether to learn from the stored predictions of the
+                teacher, its most likely classes, instead of from the teacher.
+            seed: Of batches and dropout; by default the task's own.
+            pairs: What the student learns, by default the training pairs.
+        """
+        seed = self.seed if seed is None else seed
+        keras.utils.set_random_seed(seed + STUDENT_SEED)
+        batches = self.batches("train", seed + DATA_SEED, pairs)
+        options = {"schedule": recipe, **self._fit_options()}
+        if recipe.student_loss_weight == 1.0:
+            return fit(student, batches, **options)
+        if cached:
+            batches = self._predictions(batches, seed + DATA_SEED)
+        return distil(self.teacher(), student, batches, **options)
+
+    def _predictions(self, batches: PairBatches, seed: int) -> kde.TeacherCache:
+        """Training batches with what the teacher predicts of them."""
+        folder = self.folder / f"predictions_{seed}"
+        with filelock.FileLock(folder.with_suffix(".lock")):
+            kde.cache_teacher(self.teacher(), batches, folder, top_k=TOP_K)
+        return kde.TeacherCache(folder, seed)
+
+    def _fit_options(self) -> dict:
+        return {
+            "validation": self.batches("validation"),
+            "jit_compile": self.setting.jit_compile,
+            "verbose": 2,
+        }
+
+    def validation_nll(self, model: keras.Model) -> float:
+        """Nats a token of the validation text."""
+        metric = keras.metrics.SparseCategoricalCrossentropy(
+            from_logits=True, name="nll"
+        )
+        model.compile(weighted_metrics=[metric], jit_compile=False)
+        batches = self.batches("validation")
+        return model.evaluate(batches, verbose=0, return_dict=True)["nll"]
+
+    def translate(self, model: keras.Model, split: str) -> list[list[int]]:
+        """See the function of this name."""
+        return translate(
+            model,
+            self.pairs(split).source,
+            self.setting.shape.widths,
+        )
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """The text of translations."""
+        return self.pieces.decode(ids)
+
+
+def ready_task(
+    name: str, folder: Path, seed: int = 0, data_dir: str | None = None
+) -> Task:
+    """Returns a task with its teacher; makes what is missing of both."""
+    prepare(name, folder / name, data_dir)
+    task = Task(name, folder / name, seed)
+    task.train_teacher()
+    return task
 
 
 class PairBatches(keras.utils.PyDataset):
@@ -358,31 +495,39 @@ def _padded(rows: list[np.ndarray], size: int, width: int) -> np.ndarray:
     return batch
 
 
-def translate(model: keras.Model, task: Task, split: str) -> list[np.ndarray]:
-    """Translates the sources of a split, greedily, token by token.
+def translate(
+    model: keras.Model, sources: list[np.ndarray], widths: tuple[int, ...]
+) -> list[list[int]]:
+    """Translates sentences, greedily, token by token.
+
+    Args:
+        model: A model of `build_transformer`, compressed or not.
+        sources: Ids of sentences; what is longer than the widest width is cut.
+        widths: Lengths to pad sentences to, ascending.
 
     Returns:
         For each sentence its ids, without BOS, EOS and what follows it.
     """
-    parts = stepwise_signatures(model, task.max_length)
+    max_length = widths[-1]
+    parts = stepwise_signatures(model, max_length)
     encode, decode = parts["encode"], parts["decode"]
     shapes = {
         tensor.name: tensor.shape[1:]
         for tensor in decode.inputs
         if tensor.name.startswith("self_")
     }
-    sources = [ids[: task.max_length] for ids in task.pairs(split).source]
-    bucket = np.searchsorted(task.setting.shape.widths, [*map(len, sources)])
-    translations: list[np.ndarray] = [np.empty(0, "int32")] * len(sources)
-    for index, width in enumerate(task.setting.shape.widths):
+    sources = [ids[:max_length] for ids in sources]
+    bucket = np.searchsorted(widths, [*map(len, sources)])
+    translations: list[list[int]] = [[] for _ in sources]
+    for index, width in enumerate(widths):
         rows = np.flatnonzero(bucket == index)
         for start in range(0, len(rows), SEARCH_BATCH):
             chosen = rows[start : start + SEARCH_BATCH]
             source = _padded([sources[i] for i in chosen], SEARCH_BATCH, width)
-            ids = _search(encode, decode, shapes, source, task.max_length)
-            for row, found in zip(chosen, ids):
-                ends = np.flatnonzero(found == EOS_ID)
-                translations[row] = found[: ends[0]] if len(ends) else found
+            ids = _search(encode, decode, shapes, source, max_length)
+            for row, found in zip(chosen, ids.tolist()):
+                end = found.index(EOS_ID) if EOS_ID in found else len(found)
+                translations[row] = found[:end]
     return translations
 
 

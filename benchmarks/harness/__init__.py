@@ -1,0 +1,1 @@
+"""What all figures share: rows on disk, environment, tables, plots, timing."""

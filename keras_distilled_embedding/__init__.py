@@ -15,8 +15,8 @@ if Path(sys.argv[0]).stem == "keras-distilled-embedding":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from keras_distilled_embedding import layers
-from keras_distilled_embedding.calibration import count_tokens
-from keras_distilled_embedding.calibration import second_moment
+from keras_distilled_embedding.calibration import TableStatistics
+from keras_distilled_embedding.calibration import calibrate
 from keras_distilled_embedding.compression import compress
 from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
@@ -29,12 +29,12 @@ from keras_distilled_embedding.export import ExportReport
 from keras_distilled_embedding.export import export_litert
 from keras_distilled_embedding.factorization import Factorization
 from keras_distilled_embedding.factorization import factorize
-from keras_distilled_embedding.inspection import Inspection
-from keras_distilled_embedding.inspection import inspect_model
 from keras_distilled_embedding.losses import ChunkedCrossEntropy
 from keras_distilled_embedding.losses import without_projection
 from keras_distilled_embedding.report import CompressionReport
+from keras_distilled_embedding.report import Inspection
 from keras_distilled_embedding.report import compression_report
+from keras_distilled_embedding.report import inspect_model
 from keras_distilled_embedding.saving import load_model
 from keras_distilled_embedding.saving import save_model
 from keras_distilled_embedding.version import __version__
@@ -49,19 +49,19 @@ __all__ = [
     "Factorization",
     "Inspection",
     "LogitsDistillation",
+    "TableStatistics",
     "TeacherCache",
     "__version__",
     "cache_teacher",
+    "calibrate",
     "compress",
     "compression_report",
-    "count_tokens",
     "export_litert",
     "factorize",
     "inspect_model",
     "layers",
     "load_model",
     "save_model",
-    "second_moment",
     "vocabulary_layout_map",
     "without_projection",
 ]

@@ -2,341 +2,466 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
+import numbers
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 
+import numpy as np
 from keras import ops
 
 from keras_distilled_embedding._utils.arguments import as_integer
-from keras_distilled_embedding._weights import TableWeights
+from keras_distilled_embedding.factorization import Spectrum
 from keras_distilled_embedding.factorization import Table
-from keras_distilled_embedding.factorization import allocate_ranks
-from keras_distilled_embedding.factorization import energy_shares
-from keras_distilled_embedding.factorization import factor_bytes
-from keras_distilled_embedding.factorization import is_lifted
-from keras_distilled_embedding.factorization import largest_useful_rank
-from keras_distilled_embedding.factorization import rank_for_compression
-from keras_distilled_embedding.factorization import rank_for_error
-from keras_distilled_embedding.factorization import rank_for_speedup
-from keras_distilled_embedding.factorization import useful_ranks
-from keras_distilled_embedding.factorization import validate_rank
-from keras_distilled_embedding.factorization.closed_form import linear_factors
-from keras_distilled_embedding.factorization.closed_form import relu_factors
-from keras_distilled_embedding.factorization.ranks import check_speedup
-from keras_distilled_embedding.factorization.table import lost_energy
-from keras_distilled_embedding.quantization import QUANTIZATIONS
-from keras_distilled_embedding.quantization import round_in_place
-from keras_distilled_embedding.report import dtype_bytes
+from keras_distilled_embedding.factorization import closed_form
+from keras_distilled_embedding.factorization import get_activation
+from keras_distilled_embedding.factorization import is_linear
+from keras_distilled_embedding.factorization import lost_energy
+from keras_distilled_embedding.factorization import spectrum_of
+from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.sizes import check_compression
+from keras_distilled_embedding.sizes import check_rank
+from keras_distilled_embedding.sizes import check_speedup
+from keras_distilled_embedding.sizes import factor_bytes
+from keras_distilled_embedding.sizes import largest_rank
+from keras_distilled_embedding.sizes import rank_for_compression
+from keras_distilled_embedding.sizes import rank_for_speedup
+from keras_distilled_embedding.sizes import table_bytes
 from keras_distilled_embedding.targets import Target
 
 AUTO = "auto"
+DEFAULT_COMPRESSION = 8.0
+
+Tables = Mapping[Target, Sequence[Table]]
 
 
 class Plan(NamedTuple):
     """What is to become of the tables.
 
     Args:
-        ranks: Of each table that is to be factorised.
-        rounding: `"int8"`, `"int4"`, or `None` for floats; of all tables.
+        ranks: The rank of each table that is to be factorized.
+        quantization: Name of a storage format, or `None` for floats; of all
+            tables.
     """
 
     ranks: dict[Target, int]
-    rounding: str | None
+    quantization: str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class SizeRequest:
-    """What is asked of all tables: arguments of `compress`, and as there."""
+    """Checked size options of `compress`, which documents them."""
 
-    compression: float | None
+    compression: float | None = None
     rank: int | None = None
     max_bytes: int | None = None
     max_error: float | None = None
-    quantization: str | None = None
     min_speedup: float | None = None
+    quantization: str | None = AUTO
     activation: str | Callable | None = "relu"
-    hidden_dim: int | None = None
+    use_bias: bool = True
 
     def __post_init__(self) -> None:
-        names = ("rank", "max_bytes", "max_error")
-        sizes = {name: getattr(self, name) for name in names}
-        sizes = {name: size for name, size in sizes.items() if size is not None}
-        if len(sizes) > 1:
+        names = ("compression", "rank", "max_bytes", "max_error")
+        given = {name: getattr(self, name) for name in names}
+        given = {name: size for name, size in given.items() if size is not None}
+        if len(given) > 1:
             raise ValueError(
-                "Give at most one of `rank`, `max_bytes` and `max_error`. "
-                f"Received: {sizes}"
+                "Give at most one of `compression`, `rank`, `max_bytes` and "
+                "`max_error`. Received: "
+                + ", ".join(f"{name}={size}" for name, size in given.items())
             )
-        if not sizes and self.compression is None:
-            raise ValueError(
-                "Give one of `compression`, `rank`, `max_bytes` and "
-                "`max_error`. Received: compression=None and none of the others"
-            )
-        as_integer("max_bytes", self.max_bytes, or_none=True)
-        as_integer("hidden_dim", self.hidden_dim, or_none=True)
-        if self.quantization not in (None, *QUANTIZATIONS, AUTO):
-            raise ValueError(
-                "`quantization` must be None or one of "
-                f"{(*QUANTIZATIONS, AUTO)}. "
-                f"Received: quantization={self.quantization!r}"
-            )
-        if self.quantization == AUTO and self.max_bytes is None:
-            raise ValueError(
-                '`quantization="auto"` needs `max_bytes`, the budget that it '
-                'chooses for: give one, or "int8" or "int4". Received: '
-                f"quantization={self.quantization!r}, max_bytes=None"
-            )
+        if not given:
+            object.__setattr__(self, "compression", DEFAULT_COMPRESSION)
+        else:
+            ((name, size),) = given.items()
+            _SIZE_CHECKS[name](size)
         if self.min_speedup is not None:
             check_speedup(self.min_speedup)
-        for name in ("quantization", "min_speedup"):
-            value = getattr(self, name)
-            if value is not None and self.hidden_dim is not None:
-                raise ValueError(
-                    f"`{name}` must be None with `hidden_dim`, whose second "
-                    "term is neither stored as integers nor cheaper than a "
-                    f"table. Received: {name}={value!r}, "
-                    f"hidden_dim={self.hidden_dim!r}"
-                )
+        if self.quantization not in (None, AUTO, *FORMATS):
+            raise ValueError(
+                f"`quantization` must be None or one of {(AUTO, *FORMATS)}. "
+                f"Received: quantization={self.quantization!r}"
+            )
+        get_activation(self.activation)
 
     @property
-    def roundings(self) -> tuple[str | None, ...]:
-        """Those to choose from."""
-        if self.quantization == AUTO:
-            return (None, *QUANTIZATIONS)
-        return (self.quantization,)
+    def candidates(self) -> tuple[str | None, ...]:
+        """The storage formats to choose from, the one of fewest bytes last.
+
+        With a rank alone nothing is saved by rounding, so floats stay.
+        """
+        if self.quantization != AUTO:
+            return (self.quantization,)
+        if self.rank is not None:
+            return (None,)
+        return tuple(
+            sorted(
+                (None, *FORMATS),
+                key=lambda name: -factor_bytes(1, 1000, 1, name),
+            )
+        )
 
     @property
-    def is_lifted(self) -> bool:
-        return is_lifted(self.activation)
+    def uses_relu(self) -> bool:
+        """Whether there is an activation: those without a closed form, too."""
+        return not is_linear(get_activation(self.activation))
+
+    def components(self, rank: int) -> int:
+        """How many principal components the factors of a rank hold."""
+        return rank - (self.uses_relu and not self.use_bias)
 
 
-def plan(
-    targets: Iterable[Target],
-    request: SizeRequest,
-    weights: TableWeights,
-    optional: bool,
-) -> Plan:
-    """Chooses the ranks of tables, and the rounding where that is open.
+def _check_max_error(max_error: Any) -> None:
+    is_number = isinstance(max_error, numbers.Real)
+    if not is_number or not 0 < max_error < 1:
+        raise ValueError(
+            "`max_error` must be a number between 0 and 1, a share of the "
+            f"table's energy. Received: max_error={max_error!r}"
+        )
+
+
+_SIZE_CHECKS: dict[str, Callable[[Any], object]] = {
+    "compression": check_compression,
+    "rank": lambda rank: as_integer("rank", rank),
+    "max_bytes": lambda max_bytes: as_integer("max_bytes", max_bytes),
+    "max_error": _check_max_error,
+}
+
+
+def plan(tables: Tables, request: SizeRequest, optional: bool) -> Plan:
+    """Chooses the ranks of tables, and the storage format where that is open.
+
+    Where it is open, a plan is made for each format. With `max_error` the
+    smallest is taken, otherwise the one that is expected to lose least.
 
     Args:
-        targets: The tables.
+        tables: The weighted tables of each target.
         request: What is asked of them.
-        weights: Of their rows and columns.
         optional: Whether tables may be left out for which no rank will do,
-            of a few rows, segments say. At least one has to remain.
+            such as those of a few rows. At least one has to remain.
 
     Raises:
         ValueError: If there is no such plan.
     """
-    if request.max_bytes is None and request.max_error is None:
-        return _plan_by_parameters(targets, request, optional)
-    large_enough = [
-        target
-        for target in targets
-        if largest_useful_rank(*_shape(target), request.hidden_dim)
-    ]
-    if not large_enough:
-        raise ValueError(
-            "No rank makes a table smaller. Received: tables of shapes "
-            f"{[_shape(target) for target in targets]}"
-        )
-    if request.max_error is not None:
-        return _plan_by_error(large_enough, request, weights, optional)
-    return _plan_by_bytes(large_enough, request, weights, optional)
-
-
-def _plan_by_parameters(
-    targets: Iterable[Target], request: SizeRequest, optional: bool
-) -> Plan:
-    (rounding,) = request.roundings
-
-    def rank_of(target: Target) -> int:
-        sizes = (*_shape(target), request.hidden_dim)
-        rank = request.rank
-        if rank is None:
-            rank = rank_for_compression(
-                *sizes[:2], request.compression, request.hidden_dim
-            )
-        else:
-            validate_rank(rank, *sizes)
-        return _limited(rank, target, request, rounding)
-
-    ranks = _for_each(targets, rank_of, optional)
-    if request.rank is not None:
-        for target, rank in ranks.items():
-            if rank < request.rank:
-                raise ValueError(
-                    f"Layer '{target.name}': `rank` must be at most {rank} for "
-                    f"`min_speedup`. Received: rank={request.rank}, "
-                    f"min_speedup={request.min_speedup}"
-                    + (f", quantization={rounding!r}" if rounding else "")
-                )
-    return Plan(ranks, rounding)
-
-
-def _plan_by_error(
-    targets: Iterable[Target],
-    request: SizeRequest,
-    weights: TableWeights,
-    optional: bool,
-) -> Plan:
-    (rounding,) = request.roundings
-    tables = weights.tables(targets)
-
-    def rank_of(target: Target) -> int:
-        rank = max(
-            rank_for_error(table, request.max_error, request.is_lifted)
-            for table in tables[target]
-        )
-        rank = _limited(rank, target, request, rounding)
-        validate_rank(rank, *_shape(target), request.hidden_dim)
-        return rank
-
-    return Plan(_for_each(targets, rank_of, optional), rounding)
-
-
-def _plan_by_bytes(
-    targets: Iterable[Target],
-    request: SizeRequest,
-    weights: TableWeights,
-    optional: bool,
-) -> Plan:
-    def largest_rank(target: Target, rounding: str | None) -> int:
-        largest = largest_useful_rank(*_shape(target), request.hidden_dim)
-        return _limited(largest, target, request, rounding)
-
-    first, *others = request.roundings
-    limits = {
-        first: _for_each(targets, lambda t: largest_rank(t, first), optional)
-    }
-    chosen = list(limits[first])
-    for rounding in others:
-        # Whole blocks may be too slow for `min_speedup`: then that one is out.
-        with contextlib.suppress(ValueError):
-            limits[rounding] = {t: largest_rank(t, rounding) for t in chosen}
-    tables = weights.tables(chosen)
-    costs = {
-        rounding: [
-            _prices(target, len(tables[target]), largest, request, rounding)
-            for target, largest in ranks.items()
-        ]
-        for rounding, ranks in limits.items()
-    }
-    smallest = {
-        rounding: sum(min(prices.values()) for prices in of_all)
-        for rounding, of_all in costs.items()
-    }
-    cheapest = min(smallest, key=smallest.get)
-    if request.max_bytes < smallest[cheapest]:
-        raise ValueError(
-            "`max_bytes` is too small: the smallest factors of all tables take "
-            f"{smallest[cheapest]} bytes as {cheapest or 'floats'}. "
-            f"Received: max_bytes={request.max_bytes}"
-        )
-    shares = [energy_shares(tables[target]) for target in chosen]
-    plans = []
-    for rounding, prices in costs.items():
-        if smallest[rounding] <= request.max_bytes:
-            ranks = allocate_ranks(
-                shares, prices, request.max_bytes, request.is_lifted
-            )
-            plans.append(Plan(dict(zip(chosen, ranks)), rounding))
+    planner = _Planner(tables, request, optional)
+    plans, refusals = [], []
+    for quantization in request.candidates:
+        try:
+            plans.append(Plan(planner.ranks(quantization), quantization))
+        except ValueError as error:
+            refusals.append(error)
+    if not plans:
+        raise refusals[-1]  # of the format that reaches furthest
     if len(plans) == 1:
         return plans[0]
+    most = max(len(found.ranks) for found in plans)
+    plans = [found for found in plans if len(found.ranks) == most]
+    if request.max_error is not None:
+        return min(plans, key=planner.bytes_of)
+    return planner.least_loss(plans)
 
-    def loss(plan: Plan) -> float:
+
+class _Planner:
+    """Plans the ranks of several tables for one storage format at a time."""
+
+    def __init__(
+        self, tables: Tables, request: SizeRequest, optional: bool
+    ) -> None:
+        self._tables = tables
+        self._request = request
+        self._optional = optional
+        self._spectra: dict[int, Spectrum] = {}
+
+    def ranks(self, quantization: str | None) -> dict[Target, int]:
+        """The rank of each table that can be factorized as requested.
+
+        Raises:
+            ValueError: If none can be, or one that is not optional.
+        """
+        if self._request.max_bytes is not None:
+            return self._ranks_for_bytes(quantization)
+        if self._request.rank is not None:
+            rank_of = self._requested_rank
+        elif self._request.max_error is not None:
+            rank_of = self._rank_for_error
+        else:
+            rank_of = self._rank_for_compression
+        return self._for_each(lambda target: rank_of(target, quantization))
+
+    def bytes_of(self, plan: Plan) -> int:
+        """Bytes of the factors of all tables."""
         return sum(
-            expected_loss(table, rank, request.is_lifted, plan.quantization)
+            self._bytes(target, rank, plan.quantization)
             for target, rank in plan.ranks.items()
-            for table in tables[target]
         )
 
-    return min(plans, key=loss)
+    def least_loss(self, plans: Iterable[Plan]) -> Plan:
+        """The plan that is expected to lose the least of the tables' energy.
+
+        Rounding only adds to what a rank loses: plans that lose more by their
+        ranks alone are not tried.
+        """
+        best, least = None, np.inf
+        for bound, plan in sorted(
+            ((self._loss(plan, rounded=False), plan) for plan in plans),
+            key=lambda pair: pair[0],
+        ):
+            if bound >= least:
+                break
+            loss = bound
+            if plan.quantization is not None:
+                loss = self._loss(plan, rounded=True)
+            if loss < least:
+                best, least = plan, loss
+        assert best is not None
+        return best
+
+    def _loss(self, plan: Plan, rounded: bool) -> float:
+        return sum(
+            expected_loss(table, rank, self._request, plan.quantization)
+            if rounded
+            else self._spectrum(table).error(self._request.components(rank))
+            for target, rank in plan.ranks.items()
+            for table in self._tables[target]
+        )
+
+    def _requested_rank(self, target: Target, quantization: str | None) -> int:
+        rank = check_rank(
+            self._request.rank,
+            *target.shape,
+            quantization,
+            self._request.use_bias,
+        )
+        fast = self._fast_rank(rank, target, quantization)
+        if fast < rank:
+            raise ValueError(
+                f"`rank` must be at most {fast} for `min_speedup`. Received: "
+                f"rank={rank}, min_speedup={self._request.min_speedup}, "
+                f"quantization={quantization!r}"
+            )
+        return rank
+
+    def _rank_for_compression(
+        self, target: Target, quantization: str | None
+    ) -> int:
+        rank = rank_for_compression(
+            *target.shape,
+            self._request.compression,
+            quantization,
+            self._request.use_bias,
+        )
+        return self._fast_rank(rank, target, quantization)
+
+    def _rank_for_error(self, target: Target, quantization: str | None) -> int:
+        """The smallest rank that loses no more, rounding included."""
+        limit = self._useful_rank(target, quantization)
+        rank = max(
+            _rank_for_error(table, self._request)
+            for table in self._tables[target]
+        )
+
+        def loses_more(rank: int) -> bool:
+            return quantization is not None and any(
+                expected_loss(table, rank, self._request, quantization)
+                > self._request.max_error
+                for table in self._tables[target]
+            )
+
+        while rank <= limit and loses_more(rank):
+            rank += max(1, rank // 16)
+        if rank > limit:
+            raise ValueError(
+                "`max_error` is too small: factors that lose so little in "
+                f"{quantization or 'floats'} are no smaller than the table, "
+                f"of shape {target.shape}. "
+                f"Received: max_error={self._request.max_error}"
+            )
+        return self._fast_rank(rank, target, quantization)
+
+    def _ranks_for_bytes(self, quantization: str | None) -> dict[Target, int]:
+        limits = self._for_each(
+            lambda target: self._fast_rank(
+                self._useful_rank(target, quantization), target, quantization
+            )
+        )
+        prices = [
+            {
+                rank: self._bytes(target, rank, quantization)
+                for rank in _useful_ranks(limit, quantization)
+            }
+            for target, limit in limits.items()
+        ]
+        shares = [
+            sum(self._spectrum(table).shares for table in self._tables[target])
+            for target in limits
+        ]
+        skipped = 1 - self._request.components(1)
+        ranks = allocate_ranks(shares, prices, self._request.max_bytes, skipped)
+        return dict(zip(limits, ranks))
+
+    def _useful_rank(self, target: Target, quantization: str | None) -> int:
+        """The largest rank whose factors are smaller than the table.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        rank = largest_rank(
+            *target.shape,
+            table_bytes(*target.shape) - 1,
+            quantization,
+            self._request.use_bias,
+        )
+        if rank == 0:
+            raise ValueError(
+                f"No rank makes a table of shape {target.shape} smaller: "
+                "leave it as it is"
+            )
+        return rank
+
+    def _fast_rank(
+        self, rank: int, target: Target, quantization: str | None
+    ) -> int:
+        """The rank, or what `min_speedup` allows at most."""
+        if self._request.min_speedup is None:
+            return rank
+        fast = rank_for_speedup(
+            *target.shape, self._request.min_speedup, quantization
+        )
+        return min(rank, fast)
+
+    def _bytes(
+        self, target: Target, rank: int, quantization: str | None
+    ) -> int:
+        return target.num_tables * factor_bytes(
+            rank, *target.shape, quantization, self._request.use_bias
+        )
+
+    def _spectrum(self, table: Table) -> Spectrum:
+        if id(table) not in self._spectra:
+            centered = self._request.use_bias or self._request.uses_relu
+            self._spectra[id(table)] = spectrum_of(table, 1, centered)
+        return self._spectra[id(table)]
+
+    def _for_each(self, rank_of: Callable[[Target], int]) -> dict[Target, int]:
+        """A rank for each table, except those that none is right for.
+
+        Raises:
+            ValueError: If none is right for any, or for one that is not
+                optional.
+        """
+        ranks: dict[Target, int] = {}
+        refused: ValueError | None = None
+        for target in self._tables:
+            try:
+                ranks[target] = rank_of(target)
+            except ValueError as error:
+                refused = ValueError(f"Layer '{target.name}': {error}")
+                if not self._optional:
+                    raise refused from error
+        if not ranks:
+            assert refused is not None
+            raise refused
+        return ranks
 
 
 def expected_loss(
-    table: Table, rank: int, lifted: bool, rounding: str | None
+    table: Table, rank: int, request: SizeRequest, quantization: str | None
 ) -> float:
     """The share of a table's energy that rounded factors lose.
 
-    Measured with the closed form, which costs about one pass over the table;
-    the sweeps that `factorize` adds to it gain little, at all ranks.
+    Measured with the closed form, in two passes over the table.
 
     Args:
         table: The table.
         rank: Integer.
-        lifted: Whether the form is ReLU's, or the plain one.
-        rounding: `"int8"`, `"int4"`, or `None` for floats.
+        request: Tells the form of the factors.
+        quantization: Name of a storage format, or `None` for floats.
     """
-    if lifted:
-        codes, basis, lost = relu_factors(table, rank, sweeps=0)
-    else:
-        codes, basis, lost = linear_factors(table, rank)
-    if rounding is None:
-        return lost.relative
-    codes = ops.convert_to_numpy(round_in_place(codes, basis, rounding))
-    return lost_energy(table, lambda rows: codes[rows] @ basis).relative
-
-
-def _for_each(
-    targets: Iterable[Target],
-    rank_of: Callable[[Target], int],
-    optional: bool,
-) -> dict[Target, int]:
-    """A rank for each table, but for those that none is right for.
-
-    Raises:
-        ValueError: If none is right for any, or for one that is not
-            `optional`.
-    """
-    ranks, refused = {}, None
-    for target in targets:
-        try:
-            ranks[target] = rank_of(target)
-        except ValueError as error:
-            refused = ValueError(f"Layer '{target.name}': {error}")
-            if not optional:
-                raise refused from error
-    if not ranks:
-        raise refused
-    return ranks
-
-
-def _limited(
-    rank: int, target: Target, request: SizeRequest, rounding: str | None
-) -> int:
-    """The rank, or what `min_speedup` allows at most.
-
-    Raises:
-        ValueError: If it allows none.
-    """
-    if request.min_speedup is None:
-        return rank
-    fast_enough = rank_for_speedup(
-        *_shape(target), request.min_speedup, rounding
+    factors = closed_form(table, rank, request.uses_relu, request.use_bias)
+    if quantization is None:
+        return factors.lost.relative
+    codes = ops.convert_to_numpy(
+        round_codes(factors.codes, factors.basis, quantization)
     )
-    return min(rank, fast_enough)
+    offset = 0.0 if factors.offset is None else factors.offset
+
+    def reconstruct(rows: slice) -> np.ndarray:
+        return codes[rows] @ factors.basis + offset
+
+    return lost_energy(table, reconstruct).relative
 
 
-def _prices(
-    target: Target,
-    num_tables: int,
-    largest: int,
-    request: SizeRequest,
-    rounding: str | None,
-) -> dict[int, int]:
-    """Bytes by rank; those of floats in the layer's own dtype."""
-    itemsize = dtype_bytes(target.variable_dtype)
-    return {
-        rank: num_tables
-        * factor_bytes(
-            rank, *_shape(target), rounding, request.hidden_dim, itemsize
+def allocate_ranks(
+    shares: Sequence[np.ndarray],
+    prices: Sequence[Mapping[int, int]],
+    budget: int,
+    skipped: int = 0,
+) -> list[int]:
+    """Spends a budget on several tables, where it helps most.
+
+    Every step to a larger rank is taken by the table that loses the largest
+    further share of its (weighted) energy for its cost: at the end the
+    marginal gains of all tables are equal, and the sum of their relative
+    errors is the least for the budget, up to a last step that does not fit.
+
+    Args:
+        shares: For each table, what each further component keeps of its
+            energy, descending.
+        prices: For each table the ranks to choose from, ascending, and what
+            each costs; every step costs as much.
+        budget: For all tables together.
+        skipped: How many columns of codes hold no component.
+
+    Returns:
+        A rank for each table.
+
+    Raises:
+        ValueError: If not even the smallest ranks fit.
+    """
+    ranks = [list(of_table) for of_table in prices]
+    spent, offers = 0, []
+    for index, (energies, of_table) in enumerate(zip(shares, prices)):
+        spent += of_table[ranks[index][0]]
+        for smaller, larger in itertools.pairwise(of_table):
+            cost = of_table[larger] - of_table[smaller]
+            gain = energies[smaller - skipped : larger - skipped].sum()
+            offers.append((gain / cost if cost else np.inf, index, cost))
+    if spent > budget:
+        raise ValueError(
+            "`max_bytes` is too small: the smallest factors of all tables "
+            f"take {spent} bytes. Received: max_bytes={budget}"
         )
-        for rank in useful_ranks(largest, rounding)
-    }
+    taken = [0] * len(ranks)
+    # Of one table the gains fall, so its steps are bought in their order.
+    for _, index, cost in sorted(offers, key=lambda offer: -offer[0]):
+        if spent + cost <= budget:
+            taken[index] += 1
+            spent += cost
+    return [options[step] for options, step in zip(ranks, taken)]
 
 
-def _shape(target: Target) -> tuple[int, int]:
-    return target.input_dim, target.output_dim
+def _useful_ranks(largest: int, quantization: str | None) -> list[int]:
+    """The largest rank for each distinct storage size."""
+    block = 1
+    if quantization is not None:
+        block = FORMATS[quantization].stored_columns(1)
+    return [*range(block, largest, block), largest]
+
+
+def _rank_for_error(table: Table, request: SizeRequest) -> int:
+    """The smallest rank whose exact float factors lose no more."""
+
+    def smallest(spectrum: Spectrum) -> int:
+        errors = [spectrum.error(r) for r in range(len(spectrum.energies))]
+        return int(np.argmax(np.array([*errors, 0.0]) <= request.max_error))
+
+    centered = request.use_bias or request.uses_relu
+    components = smallest(spectrum_of(table, smallest, centered))
+    return max(1, components + 1 - request.components(1))

@@ -12,17 +12,17 @@ import keras
 
 from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_integer
-from keras_distilled_embedding._weights import TableWeights
-from keras_distilled_embedding._weights import check_finite
+from keras_distilled_embedding._utils.arguments import check_built_model
+from keras_distilled_embedding.budget import AUTO
 from keras_distilled_embedding.budget import SizeRequest
 from keras_distilled_embedding.budget import plan
-from keras_distilled_embedding.factorization import factorize
-from keras_distilled_embedding.layers.distilled_embedding import (
-    DistilledEmbedding,
-)
-from keras_distilled_embedding.layers.vocabulary_projection import (
-    VocabularyProjection,
-)
+from keras_distilled_embedding.calibration import collect_statistics
+from keras_distilled_embedding.calibration import weighted_tables
+from keras_distilled_embedding.factorization import check_method
+from keras_distilled_embedding.factorization import factorize_table
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.layers import VocabularyProjection
+from keras_distilled_embedding.layers.conversion import assign_factors
 from keras_distilled_embedding.report import compression_report
 from keras_distilled_embedding.saving import refuse_to_forget
 from keras_distilled_embedding.targets import Target
@@ -35,25 +35,23 @@ Layer = keras.layers.Layer
 
 def compress(
     model: keras.Model,
-    compression: float | None = 8.0,
+    compression: float | None = None,
     *,
     rank: int | None = None,
-    activation: str | Callable | None = "relu",
-    hidden_dim: int | None = None,
-    method: str = "exact",
-    token_frequencies: Any = None,
-    layers: Iterable[str] | Callable[[Layer], bool] | None = None,
-    verbose: int = 1,
-    min_parameters: int = 0,
-    heads: str | None = None,
     max_bytes: int | None = None,
     max_error: float | None = None,
-    hidden_covariances: Any = None,
-    hidden_activation: str | Callable | None = "gelu",
-    quantization: str | None = None,
     min_speedup: float | None = None,
+    quantization: str | None = AUTO,
+    activation: str | Callable | None = "relu",
+    use_bias: bool = True,
+    method: str = "exact",
+    calibration_data: Any = None,
+    layers: Iterable[str] | Callable[[Layer], bool] | None = None,
+    min_parameters: int = 0,
+    heads: str | None = None,
+    verbose: int = 1,
 ) -> keras.Model:
-    """Returns a copy of a model with its embedding tables factorised.
+    """Returns a copy of a model with its embedding tables factorized.
 
     Each `keras.layers.Embedding` or `keras.layers.ReversibleEmbedding`,
     KerasHub's included, becomes a `layers.DistilledEmbedding` of the same
@@ -66,7 +64,7 @@ def compress(
     Save it with `save_model`: the configuration of a class such as KerasHub's
     does not tell what was replaced, so that `model.save()` refuses.
 
-    At 8x most of a table's energy is gone: plan to fine-tune. What brought a
+    The more is saved, the more a fine-tuning is needed. What brought a
     translation model back best is a `Distiller` with `LogitsDistillation()`,
     `student_loss_weight=0.3` and `student_training=False` (no dropout), Adam
     at a peak learning rate of 2e-3, as high as a training from scratch takes,
@@ -77,27 +75,45 @@ def compress(
         model: A built model. It is left as it is, and the result shares no
             variable with it. Functional and Sequential models are copied as
             the graphs they are, others by `from_config(get_config())`.
-        compression: Float above 1, how many times fewer parameters each table
-            has at least. The largest rank that gives it is taken.
-        rank: Integer, the rank of every table, instead of `compression`.
-            This, `max_bytes` and `max_error` exclude each other.
-        activation: `f` in `E ~ f(U) W`. `None` is plain low rank: as good
-            after a long fine-tuning, better after a short one, the more so
-            the smaller the rank (`docs/results.md`).
-        hidden_dim: Integer or `None`, width of the non-linear funnel, see
-            `layers.DistilledEmbedding`.
+        compression: Float above 1, how many times fewer bytes each table
+            takes at least, as it is stored, scales and all, than in float32.
+            The largest rank that gives it is taken. Give at most one of this,
+            `rank`, `max_bytes` and `max_error`; without any of them,
+            `compression` is 8.
+        rank: Integer, the rank of every table.
+        max_bytes: Integer, what the factors of all tables may take together,
+            as the file of `export_litert` stores them. The budget is spread
+            over the tables by their spectra: each unit of rank (for int4,
+            each 32 of them, which take the bytes of one) goes where it saves
+            most of a table's energy for its bytes.
+        max_error: Float in (0, 1), the share of its energy that each table
+            may lose, rounding included. The smallest rank is taken.
+        min_speedup: Float of at least 1, how many times fewer multiplications
+            a projection through the factors takes at least than one with the
+            table, `r (V + d)` instead of `V d`. It limits the ranks, however
+            they are chosen: with `max_error`, more may be lost then. A file
+            in int4 multiplies with `r` filled up to a multiple of 32, and so
+            is counted.
+        quantization: How the factors of all tables are stored: `"int8"`,
+            `"int4"`, or `None` for floats. The new layers compute with their
+            codes rounded so, and are trained as they will be stored. `"auto"`
+            plans rank and bits together: of floats, int8 and int4 it takes
+            what is expected to lose the least of the tables' energy at the
+            given size (with `max_error`, the fewest bytes; with `rank`,
+            floats).
+        activation: `f` in `E ~ f(U) W + 1 c`.
+        use_bias: Boolean, whether there is an offset `c`.
         method: `"exact"` or `"learned"`, see `factorize`.
-        token_frequencies: Array `(input_dim,)`, how often each token occurs
-            where the model reads and predicts it, special tokens included,
-            from `count_tokens`: the error of frequent rows then counts for
-            more. For models that are used as they are or fine-tuned for a few
-            hundred steps; a longer training takes the advantage away
-            (`docs/results.md`). A dictionary by layer name where tables
-            differ.
+        calibration_data: What the model reads, see `calibrate`: a
+            `tf.data.Dataset`, a `PyDataset`, a list of batches, or of texts
+            where the model has a preprocessor. Token counts and the second
+            moment of the hidden states that tables project are collected
+            from it, and weigh rows and columns: for models that are used as
+            they are or fine-tuned for a few hundred steps; a longer training
+            takes the advantage away (`docs/results.md`).
         layers: Names of the layers to replace, or a function of a layer that
-            tells. By default all, but for tables so small that no rank gives
-            `compression`.
-        verbose: 1 prints the `compression_report` and progress, 0 nothing.
+            tells. By default all, except tables so small that no rank gives
+            the size.
         min_parameters: Integer, tables of fewer parameters are left as they
             are.
         heads: What becomes of dense layers that project to the vocabulary
@@ -106,33 +122,7 @@ def compress(
             `"tie"` by one that shares the factors of the embedding, so that
             the kernel's own values are lost, and distillation has to teach
             them anew. By default they are left as they are.
-        max_bytes: Integer, what the factors of all tables may take together,
-            instead of `compression`, as numbers of the model's dtype or, with
-            `quantization`, as the file of `export_litert` stores them. The
-            budget is spread over them by their spectra: each unit of rank
-            (for int4, each 32 of them, which take the bytes of one) goes
-            where it saves most of a table's energy for its bytes.
-        max_error: Float in (0, 1), the share of its energy that each table
-            may lose, instead of `compression`. The smallest rank is taken.
-            Rounding is not counted.
-        hidden_covariances: Array `(output_dim, output_dim)`, the second
-            moment of the hidden states that multiply the table, from
-            `second_moment`: the logits' error then counts, not the
-            entries'. A dictionary by layer name where tables differ.
-        hidden_activation: `g` of the funnel, see `layers.DistilledEmbedding`.
-        quantization: How `export_litert` is to store the factors of all
-            tables: `"int8"`, `"int4"`, or `None` for floats. The new layers
-            have this `rounding`: they are trained as they will be stored.
-            `"auto"`, with `max_bytes`, takes of floats, int8 and int4 what is
-            expected to lose the least of the tables' energy: with the ranks
-            that fit, each table is factorised in closed form and rounded, and
-            the shares that are lost are summed up. Not with `hidden_dim`.
-        min_speedup: Float of at least 1, how many times fewer multiplications
-            a projection through the factors takes at least than one with the
-            table, `r (V + d)` instead of `V d`. It limits the ranks, however
-            they are chosen: with `max_error`, more may be lost then. A file
-            in int4 multiplies with `r` rounded up to a multiple of 32, and so
-            is counted. Not with `hidden_dim`.
+        verbose: 1 prints the `compression_report` and progress, 0 nothing.
 
     Returns:
         A new, built model of the same class.
@@ -145,7 +135,7 @@ def compress(
             configuration, if it has no (chosen) embedding, if a size would
             not make a table smaller or is out of reach, if a table is not
             finite, if arguments exclude each other, or if
-            `token_frequencies`, `hidden_covariances` or `heads` do not fit.
+            `calibration_data` or `heads` do not fit.
 
     Example:
 
@@ -157,68 +147,56 @@ def compress(
         keras.layers.Dense(2),
     ])
     student = compress(teacher, compression=8.0)
-    compression_report(student).to_dict()["rows"][0]["rank"]  # 15
+    compression_report(student).rows[0].ratio  # 8.8
     ```
 
     References:
     - [Lioutas et al., 2019](https://arxiv.org/abs/1910.06720)
     """
-    keras_internals.check_copyable(model)
+    check_built_model("model", model)
     request = SizeRequest(
         compression,
         rank=rank,
         max_bytes=max_bytes,
         max_error=max_error,
-        quantization=quantization,
         min_speedup=min_speedup,
+        quantization=quantization,
         activation=activation,
-        hidden_dim=hidden_dim,
+        use_bias=use_bias,
     )
-    options = {
-        "activation": activation,
-        "hidden_dim": hidden_dim,
-        "hidden_activation": hidden_activation,
-    }
+    check_method(method, activation)
     if heads not in (None, "tie", "factorize"):
         raise ValueError(
             '`heads` must be None, "tie" or "factorize". '
             f"Received: heads={heads!r}"
         )
-    targets = choose_targets(
-        model,
-        layers,
-        heads,
-        as_integer("min_parameters", min_parameters, minimum=0),
-    )
-    weights = TableWeights(token_frequencies, hidden_covariances)
-    ranks, rounding = plan(targets, request, weights, optional=layers is None)
+    min_parameters = as_integer("min_parameters", min_parameters, minimum=0)
+    targets = choose_targets(model, layers, heads, min_parameters)
+    statistics = {}
+    if calibration_data is not None:
+        statistics = collect_statistics(
+            model, targets, calibration_data, verbose
+        )
+    tables = {t: weighted_tables(t, statistics.get(t)) for t in targets}
+    ranks, quantization = plan(tables, request, optional=layers is None)
+    form = {"activation": activation, "use_bias": use_bias}
     chosen = {
-        target: target.factorized(rank=rank, quantization=rounding, **options)
+        target: target.new_layer(rank, quantization=quantization, **form)
         for target, rank in ranks.items()
     }
-    weights.check(chosen)
     tied = heads_of(model, chosen) if heads == "tie" else []
     replacements = _replacements(chosen, tied)
 
     # Graphs first, factors later: what can fail fails before it costs time.
     (student,) = keras_internals.copy_models([model], replacements)
-    for target in chosen:  # the last table, too, before the first is factorised
-        check_finite(target)
     for target, new in chosen.items():
         if verbose:
-            print(f"Factorising '{target.name}'")
+            print(f"Factorizing '{target.name}'")
         factors = [
-            factorize(
-                table,
-                new.rank,
-                method=method,
-                verbose=verbose,
-                **weights.of(target),
-                **options,
-            )
-            for table in target.tables()
+            factorize_table(table, new.rank, method=method, **form)
+            for table in tables[target]
         ]
-        new.set_factors(*factors)
+        assign_factors(new, *factors)
     refuse_to_forget(student)
     _compile_alike(student, model)
     if verbose:
@@ -231,11 +209,11 @@ def _replacements(
     chosen: Mapping[Target, DistilledEmbedding], tied: Iterable[Layer]
 ) -> dict[Layer, Layer]:
     """What stands in for which layer of the model."""
-    embeddings = {t: new for t, new in chosen.items() if not t.is_head}
+    embeddings = {t: new for t, new in chosen.items() if not t.is_dense}
     replacements: dict[Layer, Layer] = {
         target.layer: new for target, new in embeddings.items()
     }
-    heads = {t.layer: new for t, new in chosen.items() if t.is_head}
+    heads = {t.layer: new for t, new in chosen.items() if t.is_dense}
     for head in tied:
         heads[head] = embeddings[embedding_of(head, embeddings)]
     for head, factors in heads.items():

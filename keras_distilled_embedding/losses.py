@@ -143,7 +143,13 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         if self.ignore_class is not None:
             counts = ops.not_equal(labels, self.ignore_class)
             labels = ops.where(counts, labels, 0)
-        states, features = embedding.rank_space(y_pred)
+        states, features, shift = embedding.rank_space(y_pred)
+        if shift is not None and embedding.logit_soft_cap is not None:
+            # As one more column; elsewhere a softmax does not see the shift.
+            states = ops.concatenate([states, shift[..., None]], axis=-1)
+            features = ops.concatenate(
+                [features, ops.ones_like(features[:, :1])], axis=-1
+            )
         losses = chunked_cross_entropy(
             ops.reshape(labels, (-1,)),
             ops.reshape(states, (-1, states.shape[-1])),

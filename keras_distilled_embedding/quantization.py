@@ -1,44 +1,167 @@
-"""How codes are rounded where they are stored as small integers.
+"""Storage formats: how codes become small integers, and what that costs.
 
-One place for what training rounds (`layers.DistilledEmbedding` with
-`quantization`) and what a file holds: the same operations on the same numbers.
+The only description of a format. The layer computes with what it rounds, the
+planner counts its bytes, the exported file holds its integers.
 
-A table `N W` (of codes `N`, after their activation) is also
-`C B + 1 (c W)`, with the codes in other coordinates, `C`, and a basis and an
-offset that take them back. That is exact, and the choice of `C` decides what
-rounding costs:
+A factorized table `F W + 1 c`, with the features `F = f(U)`, is also
+`C B + 1 o`: the codes in other coordinates `C`, with a basis and an offset
+that lead back. That is exact, and the choice of `C` decides what rounding
+costs:
 
-- int8, one scale for the whole table: each column centred on the middle of
-  its range and divided by half of it, so that all columns use all integers;
-- int4, one scale for 32 numbers of a row: centred on the mean, in an
-  orthonormal basis of what `W` spans, so that rounding costs the table what
-  it costs the codes.
+- int8, one scale for the whole table: each column is centered on the middle of
+  its range and divided by half of it, so that all columns use all integers.
+- int4, one scale for 32 numbers of a row: centered on the mean, in an
+  orthonormal basis of what `W` spans, so that an error of the codes is an
+  error of the table of the same size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 from typing import NamedTuple
 
+import numpy as np
 from keras import ops
 
-QUANTIZATIONS = ("int8", "int4")
-BLOCK = 32
-# Of the largest number of a block: a smaller one clips it, and rounds the
-# others more finely.
+# Shares of the largest number of a block that are tried as its scale: a
+# smaller one clips that number and rounds the others more finely.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+_SMALLEST_SCALE = 1e-4
 
 
-class RoundedCodes(NamedTuple):
-    """Codes as small integers, and what takes them back to a table.
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One way of storing a matrix as integers.
 
     Args:
-        integers: Float32 `(input_dim, k)` of whole numbers, `k` the rank, for
-            int4 rounded up to whole blocks.
-        scales: Float32, of one block each: `(input_dim, k / BLOCK)` for int4,
-            `(1, 1)` for int8.
+        name: What users call it.
+        bits: Bits of an integer.
+        block: How many numbers of a row share one scale of two bytes, or
+            `None` for one float32 scale for the whole matrix.
+    """
+
+    name: str
+    bits: int
+    block: int | None = None
+
+    def stored_columns(self, columns: int) -> int:
+        """Columns in the file, where zeros fill up the last block."""
+        block = self.block or 1
+        return -(-columns // block) * block
+
+    def table_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix of integers with its scales.
+
+        Args:
+            rows: Number of rows.
+            columns: Number of columns, before they are filled up.
+        """
+        columns = self.stored_columns(columns)
+        scales = 4 if self.block is None else 2 * rows * columns // self.block
+        return rows * columns * self.bits // 8 + scales
+
+    def pack(self, integers: np.ndarray) -> np.ndarray:
+        """Returns the bytes of integers, the first number in the low bits.
+
+        Args:
+            integers: int8 array `(rows, stored_columns)`.
+        """
+        per_byte = 8 // self.bits
+        numbers = integers.reshape(-1, per_byte).view("uint8")
+        numbers = numbers & np.uint8(2**self.bits - 1)
+        shifts = np.arange(per_byte, dtype="uint8") * np.uint8(self.bits)
+        return np.bitwise_or.reduce(numbers << shifts, axis=1)
+
+    def round(self, values: Any) -> tuple[Any, Any]:
+        """Rounds a matrix.
+
+        Args:
+            values: Float32 tensor `(rows, columns)`.
+
+        Returns:
+            Whole numbers, float32 `(rows, stored_columns)`, and the scales
+            that they are multiplied with: `(1, 1)`, or one a block.
+        """
+        if self.block is None:
+            return self._round_with_one_scale(values)
+        return self._round_in_blocks(values)
+
+    def _round_with_one_scale(self, values: Any) -> tuple[Any, Any]:
+        largest = float(2 ** (self.bits - 1) - 1)
+        scale = ops.divide(ops.max(ops.abs(values)), largest)
+        scale = ops.where(ops.greater(scale, 0.0), scale, 1.0)
+        integers = ops.round(ops.divide(values, scale))
+        return (
+            ops.clip(integers, -largest, largest),
+            ops.reshape(scale, (1, 1)),
+        )
+
+    def _round_in_blocks(self, values: Any) -> tuple[Any, Any]:
+        largest = float(2 ** (self.bits - 1) - 1)
+        rows, columns = values.shape
+        stored = self.stored_columns(columns)
+        values = ops.pad(values, [[0, 0], [0, stored - columns]])
+        blocks = ops.reshape(values, (rows, stored // self.block, self.block))
+        maxima = ops.max(ops.abs(blocks), axis=-1, keepdims=True)
+        best = scales = least = None
+        for clip in _CLIPS:
+            # As the file holds them: float16 with bfloat16's precision.
+            scale = ops.cast(
+                ops.cast(ops.multiply(clip / largest, maxima), "bfloat16"),
+                "float32",
+            )
+            scale = ops.maximum(scale, _SMALLEST_SCALE)
+            integers = ops.clip(
+                ops.round(ops.divide(blocks, scale)), -largest - 1.0, largest
+            )
+            error = ops.sum(
+                ops.square(ops.subtract(ops.multiply(integers, scale), blocks)),
+                axis=-1,
+                keepdims=True,
+            )
+            if best is None:
+                best, scales, least = integers, scale, error
+                continue
+            better = ops.less(error, least)
+            best = ops.where(better, integers, best)
+            scales = ops.where(better, scale, scales)
+            least = ops.where(better, error, least)
+        return ops.reshape(best, (rows, stored)), ops.squeeze(scales, axis=-1)
+
+
+FORMATS = {
+    found.name: found
+    for found in (Format("int8", bits=8), Format("int4", bits=4, block=32))
+}
+
+
+def check_quantization(argument: str, value: Any) -> None:
+    """Refuses what is neither `None` nor the name of a format.
+
+    Args:
+        argument: What the value is called where it is given.
+        value: The value.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if value is not None and value not in FORMATS:
+        raise ValueError(
+            f"`{argument}` must be None or one of {tuple(FORMATS)}. "
+            f"Received: {argument}={value!r}"
+        )
+
+
+class RoundedTable(NamedTuple):
+    """A factorized table as integers: `(scales * integers) basis + offset`.
+
+    Args:
+        integers: Whole numbers, float32 `(input_dim, k)`, with `k` the rank
+            filled up to the format's columns.
+        scales: Float32, as `Format.round` returns them.
         basis: `B`, float32 `(k, output_dim)`.
-        offset: `c W`, float32 `(output_dim,)`.
+        offset: `o`, float32 `(output_dim,)`.
     """
 
     integers: Any
@@ -47,169 +170,113 @@ class RoundedCodes(NamedTuple):
     offset: Any
 
 
-def check_quantization(name: str, value: Any) -> None:
-    """Refuses what is neither `None` nor a rounding.
-
-    Raises:
-        ValueError: Naming the argument.
-    """
-    if value is not None and value not in QUANTIZATIONS:
-        raise ValueError(
-            f"`{name}` must be None or one of {QUANTIZATIONS}. "
-            f"Received: {name}={value!r}"
-        )
-
-
-def stored_columns(columns: int, rounding: str | None) -> int:
-    """Columns that a matrix has where it is stored: int4 fills up blocks."""
-    return -(-columns // BLOCK) * BLOCK if rounding == "int4" else columns
-
-
-def integer_bytes(rows: int, columns: int, rounding: str) -> int:
-    """Bytes of a matrix of integers, with its scales."""
-    if rounding == "int8":
-        return rows * columns + 4  # one scale, float32
-    columns = stored_columns(columns, rounding)
-    return rows * (columns // 2 + 2 * columns // BLOCK)  # scales of 2 bytes
-
-
-def round_codes(codes: Any, basis: Any, rounding: str) -> RoundedCodes:
-    """Rounds the codes of a table.
+def round_factors(
+    features: Any, basis: Any, offset: Any, quantization: str
+) -> RoundedTable:
+    """Rounds a factorized table for a file.
 
     Args:
-        codes: `N`, after the activation, float32 `(input_dim, rank)`.
+        features: `F`, the codes after their activation, float32
+            `(input_dim, rank)`.
         basis: `W`, float32 `(rank, output_dim)`.
-        rounding: `"int8"` or `"int4"`.
+        offset: `c`, float32 `(output_dim,)`, or `None` for zeros.
+        quantization: Name of a format.
 
     Returns:
-        `RoundedCodes`, as tensors.
+        A `RoundedTable` of tensors.
     """
-    coordinates, center, back = _coordinates(codes, basis, rounding)
-    integers, scales = _round(coordinates, rounding)
-    new_basis = ops.matmul(back, basis)
-    padding = integers.shape[1] - new_basis.shape[0]
-    return RoundedCodes(
+    kind = FORMATS[quantization]
+    coordinates, center, back = _coordinates(features, basis, kind)
+    integers, scales = kind.round(coordinates)
+    new_offset = ops.matmul(center, basis)[0]
+    if offset is not None:
+        new_offset = ops.add(new_offset, offset)
+    padding = integers.shape[1] - back.shape[0]
+    return RoundedTable(
         integers,
         scales,
-        ops.pad(new_basis, [[0, padding], [0, 0]]),
-        ops.matmul(center, basis)[0],
+        ops.pad(ops.matmul(back, basis), [[0, padding], [0, 0]]),
+        new_offset,
     )
 
 
-def round_table(table: Any, rounding: str) -> tuple[Any, Any]:
-    """Rounds a table that is stored as a whole, as it is.
+def round_table(table: Any, quantization: str) -> tuple[Any, Any]:
+    """Rounds a table that is stored as a whole, in its own coordinates.
 
     Args:
         table: `E`, float32 `(input_dim, output_dim)`.
-        rounding: `"int8"`, with one scale, or `"int4"`, with one for a block.
+        quantization: Name of a format.
 
     Returns:
-        Integers and scales, as those of `RoundedCodes`.
+        Integers and scales, as those of a `RoundedTable`.
     """
-    if rounding == "int8":
-        scale = ops.divide(ops.max(ops.abs(table)), 127.0)
-        scale = ops.reshape(ops.where(scale > 0.0, scale, 1.0), (1, 1))
-        return ops.round(ops.divide(table, scale)), scale
-    return _round(table, rounding)
+    return FORMATS[quantization].round(table)
 
 
-def round_in_place(codes: Any, basis: Any, rounding: str) -> Any:
-    """The codes that a table has after rounding, in their own coordinates.
+def round_codes(features: Any, basis: Any, quantization: str) -> Any:
+    """The features that a table has after rounding, in their own coordinates.
 
-    Backwards rounding is taken for the identity (a straight-through
-    gradient), and the basis gets no gradient from how it steers the rounding.
+    Backward, rounding is taken for the identity (a straight-through
+    gradient), and the basis gets no gradient through its part in the rounding.
 
     Args:
-        codes: As of `round_codes`.
-        basis: As of `round_codes`.
-        rounding: As of `round_codes`.
+        features: As of `round_factors`.
+        basis: As of `round_factors`.
+        quantization: Name of a format.
 
     Returns:
         Float32 `(input_dim, rank)`.
     """
-    fixed = ops.stop_gradient(codes)
+    kind = FORMATS[quantization]
     coordinates, center, back = _coordinates(
-        fixed, ops.stop_gradient(basis), rounding
+        ops.stop_gradient(features), ops.stop_gradient(basis), kind
     )
-    rounded = dequantize(*_round(coordinates, rounding))
+    rounded = dequantize(*kind.round(coordinates))
     rounded = rounded[:, : coordinates.shape[1]]
     rounded = ops.add(ops.matmul(rounded, back), center)
-    return ops.add(codes, ops.stop_gradient(ops.subtract(rounded, codes)))
+    change = ops.stop_gradient(ops.subtract(rounded, features))
+    return ops.add(features, change)
 
 
-def _coordinates(codes: Any, basis: Any, rounding: str) -> tuple[Any, Any, Any]:
-    """`C = (N - 1 c) T`, `c` and the inverse of `T`."""
-    if rounding == "int8":
-        low = ops.min(codes, axis=0, keepdims=True)
-        high = ops.max(codes, axis=0, keepdims=True)
+def dequantize(integers: Any, scales: Any) -> Any:
+    """Returns the float32 numbers that integers stand for.
+
+    Args:
+        integers: As of a `RoundedTable`.
+        scales: As of a `RoundedTable`.
+    """
+    if tuple(scales.shape) == (1, 1):
+        return ops.multiply(integers, scales)
+    block = integers.shape[1] // scales.shape[1]
+    return ops.multiply(integers, ops.repeat(scales, block, axis=1))
+
+
+def _coordinates(
+    features: Any, basis: Any, kind: Format
+) -> tuple[Any, Any, Any]:
+    """Returns `C = (F - 1 m) T`, the center `m`, and the inverse of `T`."""
+    if kind.block is None:
+        low = ops.min(features, axis=0, keepdims=True)
+        high = ops.max(features, axis=0, keepdims=True)
         center = ops.multiply(0.5, ops.add(low, high))
         half = ops.multiply(0.5, ops.subtract(high, low))
-        # A column of one number has no range.
+        # A constant column has no range.
         half = ops.where(ops.greater(half, 0.0), half, ops.ones_like(half))[0]
         forth, back = ops.diag(ops.divide(1.0, half)), ops.diag(half)
     else:
-        center = ops.mean(codes, axis=0, keepdims=True)
-        # W = R^T Q^T, the rows of Q^T orthonormal: N W = (N R^T) Q^T.
+        center = ops.mean(features, axis=0, keepdims=True)
+        # W = R^T Q^T, the rows of Q^T orthonormal: F W = (F R^T) Q^T.
         _, triangle = ops.qr(ops.transpose(basis), mode="reduced")
-        size = triangle.shape[0]
-        # Where W has not full rank, its directions without effect stay.
-        tiny = ops.multiply(1e-6, ops.max(ops.abs(triangle)))
+        # Where W has not full rank, directions without effect stay as small
+        # numbers, so that the triangle has an inverse.
         diagonal = ops.diagonal(triangle)
+        tiny = ops.multiply(1e-6, ops.max(ops.abs(triangle)))
         lost = ops.less_equal(ops.abs(diagonal), tiny)
         triangle = ops.add(
             triangle,
             ops.diag(ops.where(lost, tiny + 1e-30, ops.zeros_like(diagonal))),
         )
         forth = ops.transpose(triangle)
-        back = ops.solve(forth, ops.eye(size, dtype="float32"))
-    centred = ops.subtract(codes, center)
-    return ops.matmul(centred, forth), center, back
-
-
-def _round(coordinates: Any, rounding: str) -> tuple[Any, Any]:
-    """Integers, and the scales of their blocks, which zeros fill up."""
-    if rounding == "int8":
-        # In [-1, 1] by construction.
-        integers = ops.round(ops.multiply(127.0, coordinates))
-        return (
-            ops.clip(integers, -127.0, 127.0),
-            ops.full((1, 1), 1 / 127.0, "float32"),
-        )
-    rows, rank = coordinates.shape
-    columns = stored_columns(rank, rounding)
-    coordinates = ops.pad(coordinates, [[0, 0], [0, columns - rank]])
-    blocks = ops.reshape(coordinates, (rows, columns // BLOCK, BLOCK))
-    largest = ops.max(ops.abs(blocks), axis=-1, keepdims=True)
-    best, scales, least = None, None, None
-    for clip in _CLIPS:
-        # As they are stored: float16 numbers of bfloat16's precision.
-        scale = ops.cast(
-            ops.cast(ops.multiply(clip / 7.0, largest), "bfloat16"), "float32"
-        )
-        scale = ops.where(ops.greater(scale, 1e-4), scale, 1e-4)
-        integers = ops.clip(ops.round(ops.divide(blocks, scale)), -8.0, 7.0)
-        error = ops.sum(
-            ops.square(ops.subtract(ops.multiply(integers, scale), blocks)),
-            axis=-1,
-            keepdims=True,
-        )
-        if best is None:
-            best, scales, least = integers, scale, error
-            continue
-        better = ops.less(error, least)
-        best = ops.where(better, integers, best)
-        scales = ops.where(better, scale, scales)
-        least = ops.where(better, error, least)
-    return ops.reshape(best, (rows, columns)), ops.squeeze(scales, axis=-1)
-
-
-def dequantize(integers: Any, scales: Any) -> Any:
-    """The numbers that integers stand for, float32.
-
-    Args:
-        integers: As of `RoundedCodes`.
-        scales: As of `RoundedCodes`.
-    """
-    if tuple(scales.shape) == (1, 1):
-        return ops.multiply(integers, scales)
-    return ops.multiply(integers, ops.repeat(scales, BLOCK, axis=1))
+        back = ops.solve(forth, ops.eye(triangle.shape[0], dtype="float32"))
+    centered = ops.subtract(features, center)
+    return ops.matmul(centered, forth), center, back

@@ -1,13 +1,11 @@
-"""What compression did to a model, as a table and as a picture."""
+"""What a model's tables are, what can be saved, and what compression did."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import io
 import os
 from collections.abc import Iterable
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -15,14 +13,17 @@ import keras
 import numpy as np
 
 from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding.factorization import Table
-from keras_distilled_embedding.factorization import factor_bytes
-from keras_distilled_embedding.factorization.table import lost_energy
-from keras_distilled_embedding.layers.distilled_embedding import (
-    DistilledEmbedding,
-)
+from keras_distilled_embedding.factorization import lost_energy
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.sizes import check_compression
+from keras_distilled_embedding.sizes import factor_bytes
+from keras_distilled_embedding.sizes import rank_for_compression
 from keras_distilled_embedding.targets import Target
+from keras_distilled_embedding.targets import heads_of
 from keras_distilled_embedding.targets import is_embedding
+from keras_distilled_embedding.targets import named_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,12 +41,13 @@ class CompressedTable:
         parameters_after: Parameters of the factors.
         bytes_before: Bytes of the table, in the layer's variable dtype.
         bytes_after: Bytes of the factors as they are stored: with a
-            `rounding`, in a file of `export_litert`.
-        error: The share of the table's energy that the factors lose,
-            `||E - E~||^2 / ||E||^2` (over both, if untied), or `None` where
-            there is no original to compare with. With a `rounding`, those
-            of the rounded factors.
-        rounding: `"int8"`, `"int4"`, or `None` for floats.
+            quantization, in a file of `export_litert`.
+        ratio: How many times fewer bytes than in float32 the table takes as
+            it is stored.
+        error: The share of the table's energy that the factors lose, rounding
+            included, `||E - E~||^2 / ||E||^2` (over both, if untied), or
+            `None` where there is no original to compare with.
+        quantization: `"int8"`, `"int4"`, or `None` for floats.
     """
 
     layer: str
@@ -55,13 +57,9 @@ class CompressedTable:
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    ratio: float
     error: float | None = None
-    rounding: str | None = None
-
-    @property
-    def ratio(self) -> float:
-        """How many times fewer parameters."""
-        return self.parameters_before / self.parameters_after
+    quantization: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +67,7 @@ class CompressionReport:
     """What `compress` did to a model; printable.
 
     Args:
-        rows: A `CompressedTable` for each factorised table.
+        rows: A `CompressedTable` for each factorized table.
         model_parameters: Parameters of the whole compressed model.
         model_bytes: Bytes of its weights, the factors' as they are stored.
     """
@@ -95,10 +93,7 @@ class CompressionReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain, JSON-serialisable Python values."""
         return {
-            "rows": [
-                {**dataclasses.asdict(row), "ratio": row.ratio}
-                for row in self.rows
-            ],
+            "rows": [dataclasses.asdict(row) for row in self.rows],
             "model_parameters": self.model_parameters,
             "model_parameters_before": self.model_parameters_before,
             "model_bytes": self.model_bytes,
@@ -123,9 +118,7 @@ class CompressionReport:
             ("error", ""),
         ):
             table.add_column(heading, footer=footer, justify="right")
-        any_rounded = any(row.quantization is not None for row in self.rows)
-        if any_rounded:
-            table.add_column("stored as")
+        table.add_column("stored as")
         for row in self.rows:
             table.add_row(
                 row.layer,
@@ -135,7 +128,7 @@ class CompressionReport:
                 f"{row.bytes_before:,} -> {row.bytes_after:,}",
                 f"{row.ratio:.2f}x",
                 "" if row.error is None else f"{row.error:.3f}",
-                *([row.quantization or "floats"] if any_rounded else []),
+                row.quantization or "floats",
             )
         return render(table)
 
@@ -185,6 +178,81 @@ class CompressionReport:
         return figure
 
 
+@dataclasses.dataclass(frozen=True)
+class InspectedTable:
+    """One table of a model.
+
+    Args:
+        layer: Name of the layer.
+        kind: Name of its class.
+        shape: `(input_dim, output_dim)`.
+        parameters: As stored; of both tables, if untied.
+        bytes: As stored.
+        rank: Of the factors, if it has been factorized; else the rank that
+            the compression takes, `None` where none gives it.
+        factorized: Whether it is stored as factors.
+    """
+
+    layer: str
+    kind: str
+    shape: tuple[int, int]
+    parameters: int
+    bytes: int
+    rank: int | None
+    factorized: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """The tables of a model; printable.
+
+    Args:
+        model: Name of the model.
+        kind: Name of its class.
+        parameters: Of the whole model.
+        bytes: Of all its weights.
+        compression: What `rank` of tables not factorized is for.
+        tables: The tables.
+    """
+
+    model: str
+    kind: str
+    parameters: int
+    bytes: int
+    compression: float
+    tables: tuple[InspectedTable, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inspection as plain, JSON-serialisable Python values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        from rich.table import Table as TextTable
+
+        table = TextTable(
+            title=f"{self.model} ({self.kind}): {self.parameters:,} "
+            f"parameters, {self.bytes:,} bytes"
+        )
+        table.add_column("layer")
+        table.add_column("class")
+        for heading in ("table", "parameters", "bytes", "of the model", "rank"):
+            table.add_column(heading, justify="right")
+        for row in self.tables:
+            rank = "-" if row.rank is None else f"{row.rank:,}"
+            if not row.factorized:
+                rank = f"{rank} at {self.compression:g}x"
+            table.add_row(
+                row.layer,
+                row.kind,
+                f"{row.shape[0]:,} x {row.shape[1]:,}",
+                f"{row.parameters:,}",
+                f"{row.bytes:,}",
+                f"{row.bytes / self.bytes:.1%}",
+                rank,
+            )
+        return render(table)
+
+
 def compression_report(
     model: keras.Model, original: keras.Model | None = None
 ) -> CompressionReport:
@@ -217,24 +285,20 @@ def compression_report(
     report.rows[0].ratio  # 8.42
     ```
     """
-    for name, value in (("model", model), ("original", original)):
-        if not isinstance(value, keras.Model) and (
-            name == "model" or value is not None
-        ):
-            raise TypeError(
-                f"`{name}` must be a `keras.Model`. Received: {name}={value!r}"
-            )
+    check_built_model("model", model)
+    if original is not None:
+        check_built_model("original", original)
     layers = {
         key: target.layer
-        for key, target in _named_targets(model)
-        if isinstance(target.layer, DistilledEmbedding)
+        for key, target in named_tables(model)
+        if target.is_factorized
     }
     if not layers:
         raise ValueError(
             "`model` has no `DistilledEmbedding` layer: compress it first. "
             f"Received: model '{model.name}'"
         )
-    originals = {} if original is None else dict(_named_targets(original))
+    originals = {} if original is None else dict(named_tables(original))
     rows = []
     for key, layer in layers.items():
         error = None
@@ -251,22 +315,58 @@ def compression_report(
     )
 
 
-def _named_targets(
-    model: keras.Model,
-) -> Iterator[tuple[tuple[str, int], Target]]:
-    """Tables and factors, by name and how many had that name before."""
-    counts: collections.Counter[str] = collections.Counter()
-    for layer in keras_internals.iterate_layers(model):
-        if is_embedding(layer) or isinstance(
-            layer, keras.layers.Dense | DistilledEmbedding
-        ):
-            yield (layer.name, counts[layer.name]), Target(layer)
-            counts[layer.name] += 1
+def inspect_model(model: keras.Model, compression: float = 8.0) -> Inspection:
+    """Lists what `compress` would replace, and what it has replaced.
+
+    Args:
+        model: A built model.
+        compression: Float above 1, what the ranks of float factors are for.
+
+    Returns:
+        An `Inspection`.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If it is not built, or `compression` is not above 1.
+    """
+    check_built_model("model", model)
+    check_compression(compression)
+    found = list(keras_internals.iterate_layers(model))
+    targets = [Target(x) for x in found if isinstance(x, DistilledEmbedding)]
+    targets += [Target(layer) for layer in found if is_embedding(layer)]
+    targets += [Target(head) for head in heads_of(model, targets)]
+    return Inspection(
+        model=model.name,
+        kind=type(model).__name__,
+        parameters=model.count_params(),
+        bytes=_bytes_of(model.weights),
+        compression=compression,
+        tables=tuple(_inspected(target, compression) for target in targets),
+    )
+
+
+def _inspected(target: Target, compression: float) -> InspectedTable:
+    if target.is_factorized:
+        rank = target.layer.rank
+    else:
+        try:
+            rank = rank_for_compression(*target.shape, compression)
+        except ValueError:  # out of reach
+            rank = None
+    return InspectedTable(
+        layer=target.name,
+        kind=type(target.layer).__name__,
+        shape=target.shape,
+        parameters=target.layer.count_params(),
+        bytes=_bytes_of(target.layer.weights),
+        rank=rank,
+        factorized=target.is_factorized,
+    )
 
 
 def _lost(layer: DistilledEmbedding, target: Target | None) -> float:
     shape = (layer.input_dim, layer.output_dim)
-    if target is None or (target.input_dim, target.output_dim) != shape:
+    if target is None or target.shape != shape:
         raise ValueError(
             f"`original` must have a layer '{layer.name}' with a table of "
             f"shape {shape}. Received: {target and target.layer}"
@@ -289,26 +389,27 @@ def _lost(layer: DistilledEmbedding, target: Target | None) -> float:
 def _report_row(
     layer: DistilledEmbedding, error: float | None
 ) -> CompressedTable:
-    tables = 1 if layer.tie_weights else 2
-    before = tables * layer.input_dim * layer.output_dim
+    target = Target(layer)
     return CompressedTable(
         layer=layer.name,
-        shape=(layer.input_dim, layer.output_dim),
+        shape=target.shape,
         rank=layer.rank,
-        parameters_before=before,
-        parameters_after=sum(int(np.prod(w.shape)) for w in layer.weights),
-        bytes_before=before * dtype_bytes(layer.variable_dtype),
-        bytes_after=_stored_bytes(layer, tables),
+        parameters_before=target.parameters,
+        parameters_after=layer.count_params(),
+        bytes_before=target.parameters * dtype_bytes(layer.variable_dtype),
+        bytes_after=_stored_bytes(target),
+        ratio=layer.compression_ratio,
         error=error,
         quantization=layer.quantization,
     )
 
 
-def _stored_bytes(layer: DistilledEmbedding, num_tables: int) -> int:
+def _stored_bytes(target: Target) -> int:
+    layer = target.layer
     if layer.quantization is None:
         return _bytes_of(layer.weights)
-    return num_tables * factor_bytes(
-        layer.rank, layer.input_dim, layer.output_dim, layer.quantization
+    return target.num_tables * factor_bytes(
+        layer.rank, *target.shape, layer.quantization, layer.use_bias
     )
 
 

@@ -1,26 +1,23 @@
-"""What `compress` can replace, and what is chosen of it."""
+"""The tables of a model, and which of them `compress` replaces."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_distilled_embedding import keras_internals
-from keras_distilled_embedding.layers.distilled_embedding import (
-    DistilledEmbedding,
-)
-from keras_distilled_embedding.layers.distilled_embedding import (
-    embedding_tables,
-)
-from keras_distilled_embedding.layers.distilled_embedding import (
-    float_policy_name,
-)
-from keras_distilled_embedding.layers.distilled_embedding import to_numpy
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.layers.conversion import embedding_tables
+from keras_distilled_embedding.layers.conversion import float_policy_name
+from keras_distilled_embedding.layers.conversion import new_layer
+from keras_distilled_embedding.layers.conversion import to_numpy
 
 Layer = keras.layers.Layer
 
@@ -31,30 +28,12 @@ _KNOWN_CALLS = (
 )
 
 
-def is_embedding(layer: Layer) -> bool:
-    """Whether a layer is a table that a `DistilledEmbedding` can replace."""
-    return (
-        isinstance(layer, keras.layers.Embedding)
-        and type(layer).call in _KNOWN_CALLS
-    )
-
-
-def is_head(layer: Layer, vocabularies: Iterable[int]) -> bool:
-    """Whether a layer projects to one of the vocabularies."""
-    return (
-        type(layer) is keras.layers.Dense
-        and layer.built
-        and layer.quantization_mode is None
-        and layer.units in vocabularies
-    )
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
-    """A layer with a table: an embedding, or a dense head.
+    """A layer with a table: an embedding, factors of one, or a dense layer.
 
     Args:
-        layer: The layer.
+        layer: The layer, built.
     """
 
     layer: Layer
@@ -64,50 +43,88 @@ class Target:
         return self.layer.name
 
     @property
-    def is_head(self) -> bool:
+    def is_dense(self) -> bool:
+        """Whether it is a dense layer, whose kernel is a table transposed."""
         return isinstance(self.layer, keras.layers.Dense)
 
     @property
-    def input_dim(self) -> int:
-        return self.layer.units if self.is_head else self.layer.input_dim
+    def is_factorized(self) -> bool:
+        return isinstance(self.layer, DistilledEmbedding)
 
     @property
-    def output_dim(self) -> int:
-        if self.is_head:
-            return self.layer.kernel.shape[0]
-        return self.layer.output_dim
+    def shape(self) -> tuple[int | None, int | None]:
+        """`(input_dim, output_dim)`, unknown of a dense layer not built."""
+        if not self.is_dense:
+            return self.layer.input_dim, self.layer.output_dim
+        if not self.layer.built:
+            return None, None
+        return self.layer.units, self.layer.kernel.shape[0]
+
+    @property
+    def num_tables(self) -> int:
+        """Two, if look-up and projection have a table each, or else one."""
+        return 1 if getattr(self.layer, "tie_weights", True) else 2
 
     @property
     def parameters(self) -> int:
-        """Of its tables, of which an untied layer has two."""
-        untied = not getattr(self.layer, "tie_weights", True)
-        return (1 + untied) * self.input_dim * self.output_dim
-
-    @property
-    def variable_dtype(self) -> str:
-        return self.layer.variable_dtype
+        """Parameters of its tables."""
+        input_dim, output_dim = self.shape
+        return self.num_tables * input_dim * output_dim
 
     def tables(self) -> list[np.ndarray]:
         """The table, and the projection's where that is another one."""
-        if self.is_head:
+        if self.is_dense:
             return [to_numpy(self.layer.kernel).T]
-        return [t for t in embedding_tables(self.layer) if t is not None]
+        return embedding_tables(self.layer)
 
-    def factorized(self, **options: Any) -> DistilledEmbedding:
-        """The layer of factors for it, built, its factors still random."""
-        if not self.is_head:
-            return DistilledEmbedding.like(self.layer, **options)
-        # The sizes are all that is asked of an array.
-        shape = np.broadcast_to(
-            np.float32(0), (self.input_dim, self.output_dim)
-        )
-        return DistilledEmbedding.like(
-            shape,
+    def new_layer(self, rank: int, **options: Any) -> DistilledEmbedding:
+        """The built layer of factors for it, their values still random.
+
+        Args:
+            rank: Integer.
+            **options: Arguments of `DistilledEmbedding`.
+        """
+        if not self.is_dense:
+            return new_layer(DistilledEmbedding, self.layer, rank, **options)
+        layer = DistilledEmbedding(
+            *self.shape,
+            rank,
             name=self.name,
             dtype=float_policy_name(self.layer),
             trainable=self.layer.trainable,
             **options,
         )
+        layer.build()
+        return layer
+
+
+def named_tables(
+    model: keras.Model,
+) -> Iterator[tuple[tuple[str, int], Target]]:
+    """Yields the tables of a model with keys that pair them between models.
+
+    Args:
+        model: A built model.
+
+    Yields:
+        The key, a layer's name and how many of that name came before (nested
+        models may each have one), and the table. Dense layers are among them:
+        `compress` replaces those over a vocabulary.
+    """
+    kinds = keras.layers.Embedding, DistilledEmbedding, keras.layers.Dense
+    counts: collections.Counter[str] = collections.Counter()
+    for layer in keras_internals.iterate_layers(model):
+        if isinstance(layer, kinds):
+            yield (layer.name, counts[layer.name]), Target(layer)
+            counts[layer.name] += 1
+
+
+def is_embedding(layer: Layer) -> bool:
+    """Whether a layer is a table that a `DistilledEmbedding` can replace."""
+    return (
+        isinstance(layer, keras.layers.Embedding)
+        and type(layer).call in _KNOWN_CALLS
+    )
 
 
 def choose_targets(
@@ -116,7 +133,7 @@ def choose_targets(
     heads: str | None,
     min_parameters: int,
 ) -> list[Target]:
-    """The tables to factorise, those of heads after the embeddings.
+    """The tables to factorize, those of heads after the embeddings.
 
     Args:
         model: The model.
@@ -152,7 +169,7 @@ def choose_targets(
         raise ValueError(
             "`heads` needs a `keras.layers.Dense` that projects to the "
             "vocabulary of an embedding, of "
-            f"{sorted({t.input_dim for t in targets})} tokens. Received: "
+            f"{sorted({t.shape[0] for t in targets})} tokens. Received: "
             f"heads={heads!r}, and no such layer in model '{model.name}'"
         )
     if heads == "factorize":
@@ -160,15 +177,16 @@ def choose_targets(
     return targets
 
 
-def heads_of(
-    model: keras.Model, targets: Iterable[Target | DistilledEmbedding]
-) -> list[Layer]:
-    """The dense layers that project to a vocabulary of the targets."""
-    vocabularies = {target.input_dim for target in targets}
+def heads_of(model: keras.Model, targets: Iterable[Target]) -> list[Layer]:
+    """The dense layers that project to the vocabulary of one of the targets."""
+    vocabularies = {target.shape[0] for target in targets}
     return [
         layer
         for layer in keras_internals.iterate_layers(model)
-        if is_head(layer, vocabularies)
+        if type(layer) is keras.layers.Dense
+        and layer.built
+        and layer.quantization_mode is None
+        and layer.units in vocabularies
     ]
 
 
@@ -178,16 +196,12 @@ def embedding_of(head: Layer, targets: Iterable[Target]) -> Target:
     Raises:
         ValueError: If there is not exactly one of its shape.
     """
-    width = head.kernel.shape[0]
-    fitting = [
-        target
-        for target in targets
-        if (target.input_dim, target.output_dim) == (head.units, width)
-    ]
+    shape = Target(head).shape
+    fitting = [target for target in targets if target.shape == shape]
     if len(fitting) != 1:
         raise ValueError(
             f'`heads="tie"` needs one embedding of the shape of the head '
-            f"'{head.name}', ({head.units}, {width}). Received: "
+            f"'{head.name}', {shape}. Received: "
             f"{[target.name for target in fitting]}"
         )
     return fitting[0]

@@ -189,7 +189,9 @@ def test_equals_the_dense_model_of_the_reconstructed_table(
     model = make_model(make_embedding)
     before = weights_by_path(model)
     outputs = to_numpy(model(IDS))
-    student = compress(model, 3.0, activation=activation, verbose=0)
+    student = compress(
+        model, 3.0, activation=activation, verbose=0, quantization=None
+    )
 
     # The teacher is untouched, byte for byte.
     after = weights_by_path(model)
@@ -216,7 +218,7 @@ def test_equals_the_dense_model_of_the_reconstructed_table(
 
 def test_sequential():
     model = make_sequential()
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     assert type(student) is keras.Sequential
     assert [layer.name for layer in student.layers] == [
         layer.name for layer in model.layers
@@ -232,7 +234,7 @@ def test_sequential():
 
 def test_a_shared_table_stays_one_layer():
     model = make_nested()
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     assert len(student.weights) == len(model.weights) + 1  # two factors
     layer = find(student)
     assert student.get_layer("inner").get_layer("tokens") is layer
@@ -247,7 +249,9 @@ def test_two_tables_of_one_name_stay_two():
     model = make_two_of_one_name()
     sizes = (VOCABULARY, 53)
     for layers in (None, ["tokens"]):
-        student = compress(model, 3.0, layers=layers, verbose=0)
+        student = compress(
+            model, 3.0, layers=layers, verbose=0, quantization=None
+        )
         inner = [student.get_layer(f"inner_{i}") for i in range(2)]
         assert [m.get_layer("tokens").input_dim for m in inner] == [*sizes]
         assert len(compression_report(student).rows) == 2
@@ -264,7 +268,7 @@ def test_structures_and_names_of_inputs_and_outputs():
         "others": [ops.mean(x, axis=1), ops.sum(x, axis=1)],
     }
     model = randomize(keras.Model(inputs, outputs, name="structured"))
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     assert student.name == "structured"
     assert student.output_names == model.output_names
     keras.tree.assert_same_structure(student.input, model.input)
@@ -296,7 +300,7 @@ def test_optional_input_stays_optional():
     model = keras.Model(
         [ids, extra], AddIfGiven()(keras_embedding()(ids), extra)
     )
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     assert student([IDS, None]).shape == (2, 4, WIDTH)
 
 
@@ -309,7 +313,7 @@ def test_mask_propagates(make_embedding):
     model = randomize(
         keras.Model(ids, keras.layers.GlobalAveragePooling1D()(x))
     )
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     outputs = to_numpy(student(IDS))
     assign_reconstructed(model, student)
     np.testing.assert_allclose(
@@ -327,7 +331,7 @@ def test_dtype_policy(policy):
         model = make_model()
     finally:
         keras.config.set_dtype_policy(before)
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     # The model's own policy decides about loss scaling.
     assert student.dtype_policy.name == policy
     for layer in student.layers[1:]:  # but for the input layer
@@ -374,7 +378,7 @@ def test_trainable_flags():
     model.get_layer("frozen").trainable = False
     model.get_layer("pair").first.trainable = False
     inner.trainable = False
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     trainable = {v.path for v in student.trainable_variables}
     expected = {
         v.path for v in model.trainable_variables if "tokens" not in v.path
@@ -383,21 +387,25 @@ def test_trainable_flags():
     assert trainable == expected | {"tokens/codes", "tokens/basis"}
 
     embedding.trainable = False
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     assert not find(student).trainable
     model.trainable = False
-    assert not compress(model, 3.0, verbose=0).trainable_variables
+    assert not compress(
+        model, 3.0, verbose=0, quantization=None
+    ).trainable_variables
     # A frozen model is frozen, whatever its layers say.
     model.get_layer("pair").trainable = True
-    assert not compress(model, 3.0, verbose=0).trainable_variables
+    assert not compress(
+        model, 3.0, verbose=0, quantization=None
+    ).trainable_variables
 
 
 def test_the_copy_is_compiled_alike_and_trains_alone():
     model = make_model()
-    assert not compress(model, 3.0, verbose=0).compiled
+    assert not compress(model, 3.0, verbose=0, quantization=None).compiled
     model.compile(keras.optimizers.Adam(0.25), "mse", metrics=["mae"])
     model.fit(IDS, np.zeros((*IDS.shape, VOCABULARY)), verbose=0)
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     assert student.loss == "mse"
     assert student.optimizer is not model.optimizer
     assert student.optimizer.learning_rate == 0.25
@@ -419,14 +427,14 @@ def test_settings_that_cannot_be_renewed_are_dropped_with_a_warning():
     model = make_model()
     model.compile("adam", "mse", metrics=[Metric(needed=1)])
     with pytest.warns(UserWarning, match="not compiled as the model was"):
-        assert not compress(model, 3.0, verbose=0).compiled
+        assert not compress(model, 3.0, verbose=0, quantization=None).compiled
 
 
 def test_lambda_layers_are_copied():
     ids = keras.Input((None,), dtype="int32")
     x = keras.layers.Lambda(lambda x: 2 * x)(keras_embedding()(ids))
     model = keras.Model(ids, x)
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     assign_reconstructed(model, student)
     np.testing.assert_allclose(
         to_numpy(student(IDS)), to_numpy(model(IDS)), atol=1e-5
@@ -436,13 +444,15 @@ def test_lambda_layers_are_copied():
 @EMBEDDINGS
 def test_saving(make_embedding, tmp_path):
     model = make_model(make_embedding)
-    student = compress(model, 3.0, verbose=0)
+    student = compress(model, 3.0, verbose=0, quantization=None)
     expected = to_numpy(student(IDS))
     student.save(tmp_path / "student.keras")
     restored = keras.saving.load_model(tmp_path / "student.keras")
     np.testing.assert_array_equal(to_numpy(restored(IDS)), expected)
     student.save_weights(tmp_path / "student.weights.h5")
-    other = compress(randomize(make_model(make_embedding)), 3.0, verbose=0)
+    other = compress(
+        randomize(make_model(make_embedding)), 3.0, verbose=0, quantization=None
+    )
     for variable in other.weights:
         variable.assign(np.zeros(variable.shape))
     other.load_weights(tmp_path / "student.weights.h5")
@@ -454,7 +464,7 @@ def test_saving(make_embedding, tmp_path):
 
 @pytest.mark.parametrize("compression", [1.5, 3.0, 12])
 def test_compression_is_reached_by_the_largest_rank(compression):
-    student = compress(make_model(), compression, verbose=0)
+    student = compress(make_model(), compression, verbose=0, quantization=None)
     layer = find(student)
     dense = VOCABULARY * WIDTH
     assert dense / (layer.rank * (VOCABULARY + WIDTH)) >= compression
@@ -523,12 +533,13 @@ def make_two_tables(rows=(VOCABULARY, 59), width=WIDTH):
 
 def test_token_frequencies_of_some_tables():
     model = make_two_tables()
-    plain = compress(model, 3.0, verbose=0)
+    plain = compress(model, 3.0, verbose=0, quantization=None)
     weighted = compress(
         model,
         3.0,
         token_frequencies={"b": np.arange(59)},
         verbose=0,
+        quantization=None,
     )
     same = [
         np.array_equal(
@@ -552,7 +563,7 @@ def test_token_frequencies_of_some_tables():
 )
 def test_layers(layers, compressed):
     model = make_two_tables()
-    student = compress(model, 3.0, layers=layers, verbose=0)
+    student = compress(model, 3.0, layers=layers, verbose=0, quantization=None)
     for name in "ab":
         expected = (
             DistilledEmbedding if name in compressed else keras.layers.Embedding
@@ -567,20 +578,20 @@ def test_layers(layers, compressed):
 
 def test_tiny_tables_are_left_out(capsys):
     model = make_two_tables(rows=(VOCABULARY, 2))
-    student = compress(model, 3.0)
+    student = compress(model, 3.0, quantization=None)
     assert type(student.get_layer("a")) is DistilledEmbedding
     assert type(student.get_layer("b")) is keras.layers.Embedding
     assert "Left as they are: b" in capsys.readouterr().out
     # One that was asked for is not left out silently.
     with pytest.raises(ValueError, match=r"Layer 'b': compression=3.0"):
-        compress(model, 3.0, layers=["a", "b"], verbose=0)
+        compress(model, 3.0, layers=["a", "b"], verbose=0, quantization=None)
 
 
 def test_verbose(capsys):
     model = make_model()
-    compress(model, 3.0, verbose=0)
+    compress(model, 3.0, verbose=0, quantization=None)
     assert capsys.readouterr().out == ""
-    student = compress(model, 3.0)
+    student = compress(model, 3.0, quantization=None)
     shown = capsys.readouterr().out
     assert "Factorising 'tokens'" in shown
     assert str(compression_report(student, model)) in shown
@@ -607,7 +618,7 @@ def test_max_bytes_are_spread_by_the_spectra(dtype):
     decaying(model.get_layer("b"), 0.5)
     itemsize = 4 if dtype == "float32" else 2
     max_bytes = 1_200 * itemsize
-    student = compress(model, max_bytes=max_bytes, verbose=0)
+    student = compress(model, max_bytes=max_bytes, verbose=0, quantization=None)
     ranks = [student.get_layer(name).rank for name in "ab"]
     assert ranks[0] > 1.5 * ranks[1]
     total = sum(row.bytes_after for row in compression_report(student).rows)
@@ -739,7 +750,7 @@ def make_float_input():
 )
 def test_bad_models(make, error, message, no_work):
     with pytest.raises(error, match=message):
-        compress(make(), 3.0, verbose=0)
+        compress(make(), 3.0, verbose=0, quantization=None)
 
 
 @pytest.mark.parametrize(
@@ -815,4 +826,4 @@ def test_tables_that_are_not_finite(value, reverse, no_work):
     row = 5 if reverse else 3  # the projection's kernel is transposed
     named = f"'last': table must be finite.* 1 of its .* first of them {row}"
     with pytest.raises(ValueError, match=named):
-        compress(model, 3.0, verbose=0)
+        compress(model, 3.0, verbose=0, quantization=None)

@@ -382,7 +382,7 @@ def test_the_student_may_learn_its_teachers_translations(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 0.5, 2.0)])
 def test_a_recipe_decides_the_losses(model, text, vocabulary, weights):
-    student = kde.compress(model, 2.0, verbose=0)
+    student = kde.compress(model, 2.0, verbose=0, quantization=None)
     recipe = train.Recipe(
         epochs=1,
         logits_weight=weights[0],
@@ -399,7 +399,7 @@ def test_a_recipe_decides_the_losses(model, text, vocabulary, weights):
 
 
 def test_a_recipe_without_distillation_is_training(model, text, vocabulary):
-    student = kde.compress(model, 2.0, verbose=0)
+    student = kde.compress(model, 2.0, verbose=0, quantization=None)
     recipe = train.Recipe(epochs=1, student_loss_weight=1.0)
     batches = BATCHING.batches(text[:100], vocabulary)
     history = train.distil(
@@ -409,7 +409,7 @@ def test_a_recipe_without_distillation_is_training(model, text, vocabulary):
 
 
 def test_litert_translates_as_keras_does(model, text, vocabulary, tmp_path):
-    student = kde.compress(model, 4.0, verbose=0)
+    student = kde.compress(model, 4.0, verbose=0, quantization=None)
     for name, translator in (("teacher", model), ("student", student)):
         path = tmp_path / f"{name}.tflite"
         kde.export_litert(

@@ -8,28 +8,37 @@ from typing import Any
 import keras
 
 
-def as_integer(
-    name: str, value: Any, minimum: int = 1, or_none: bool = False
-) -> int | None:
-    """The argument as an integer; refuses what is none, or too small."""
-    if value is None and or_none:
-        return None
+def as_integer(name: str, value: Any, minimum: int = 1) -> int:
+    """Returns the argument as an integer.
+
+    Args:
+        name: What it is called where it is given.
+        value: The argument.
+        minimum: The smallest that is allowed.
+
+    Raises:
+        ValueError: If it is not an integer, or too small.
+    """
     is_integer = isinstance(value, numbers.Integral)
     if not is_integer or isinstance(value, bool) or value < minimum:
-        wanted = (
+        expected = (
             "a positive integer"
             if minimum == 1
             else f"an integer of at least {minimum}"
         )
         raise ValueError(
-            f"`{name}` must be {wanted}{' or None' if or_none else ''}. "
-            f"Received: {name}={value!r}"
+            f"`{name}` must be {expected}. Received: {name}={value!r}"
         )
     return int(value)
 
 
+def as_optional_integer(name: str, value: Any, minimum: int = 1) -> int | None:
+    """Returns the argument as an integer, or `None` as it is."""
+    return None if value is None else as_integer(name, value, minimum)
+
+
 def as_positive_number(name: str, value: Any) -> float:
-    """The argument as a finite float above zero."""
+    """Returns the argument as a finite float above zero."""
     is_number = isinstance(value, numbers.Real)
     if not is_number or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ValueError(
@@ -39,7 +48,7 @@ def as_positive_number(name: str, value: Any) -> float:
 
 
 def check_built_model(name: str, value: Any) -> None:
-    """Refuses what is not a Keras model, or not built.
+    """Refuses what is not a built Keras model.
 
     Raises:
         TypeError: If it is not a Keras model.

@@ -12,7 +12,7 @@ from keras import ops
 from keras.distillation import DistillationLoss
 
 from keras_distilled_embedding import keras_internals
-from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.masked_mean import mean
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
@@ -68,7 +68,7 @@ class EmbeddingDistillation(DistillationLoss):
         seed: int = 0,
         row_weights: Any = None,
     ) -> None:
-        self.num_rows = as_integer("num_rows", num_rows, or_none=True)
+        self.num_rows = as_optional_integer("num_rows", num_rows)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.row_weights = row_weights

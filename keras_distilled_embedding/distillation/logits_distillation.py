@@ -9,7 +9,7 @@ import keras
 from keras import ops
 from keras.distillation import DistillationLoss
 
-from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.arguments import as_positive_number
 from keras_distilled_embedding._utils.masked_mean import mean_over_tokens
 from keras_distilled_embedding._utils.masked_mean import weights_by_output
@@ -70,7 +70,7 @@ class LogitsDistillation(DistillationLoss):
         self, temperature: float = 1.0, top_k: int | None = None
     ) -> None:
         self.temperature = as_positive_number("temperature", temperature)
-        self.top_k = as_integer("top_k", top_k, or_none=True)
+        self.top_k = as_optional_integer("top_k", top_k)
 
     def validate_model_compatibility(
         self, teacher: keras.Model, student: keras.Model

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_distilled_embedding.export.graph_table import GraphTable
 from keras_distilled_embedding.export.graph_table import TablePart
-from keras_distilled_embedding.quantization import BLOCK
+from keras_distilled_embedding.quantization import FORMATS
 
 # Bytes from which a matrix is worth storing in 8 bits.
 _LARGE = 4_096
@@ -255,7 +255,7 @@ class _Model:
                 graph, tensor.name + b"_scales", part.scales.shape, scales
             )
             details.zeroPoints = -1
-            details.blockSize = BLOCK
+            details.blockSize = FORMATS[quantization].block
             options = self._schema.QuantizationDetails
             tensor.quantization.detailsType = options.BlockwiseQuantization
             tensor.quantization.details = details

@@ -8,13 +8,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_distilled_embedding.factorization import factor_bytes
+from keras_distilled_embedding.sizes import factor_bytes
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
+from keras_distilled_embedding.quantization import FORMATS
 from keras_distilled_embedding.quantization import dequantize
-from keras_distilled_embedding.quantization import integer_bytes
-from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.quantization import round_factors
 from keras_distilled_embedding.quantization import round_table
 
 
@@ -97,7 +97,7 @@ class TablePart:
         if basis is None:
             integers, scales = round_table(codes, rounding)
         else:
-            integers, scales, *rest = round_codes(codes, basis, rounding)
+            integers, scales, *rest = round_factors(codes, basis, rounding)
             self.basis, self.offset = map(to_numpy, rest)
             self.width = self.basis.shape[1]
         self.integers = to_numpy(integers).astype("int8")
@@ -115,7 +115,7 @@ class TablePart:
         """Bytes in a file, the basis counted once and in 8 bits."""
         rows = len(self.integers)
         if self.basis is None:
-            return integer_bytes(rows, self.width, rounding)
+            return FORMATS[rounding].table_bytes(rows, self.width)
         return factor_bytes(len(self.basis), rows, self.width, rounding)
 
     def look_up(self, ids: Any) -> Any:

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_distilled_embedding import keras_internals
-from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.files import check_destination
 from keras_distilled_embedding._utils.files import write_atomically
 from keras_distilled_embedding.export.fidelity import measure_fidelity
@@ -26,7 +26,7 @@ from keras_distilled_embedding.export.report import ExportReport
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
-from keras_distilled_embedding.quantization import QUANTIZATIONS
+from keras_distilled_embedding.quantization import FORMATS
 from keras_distilled_embedding.targets import is_embedding
 
 DEFAULT_SIGNATURE = "serving_default"
@@ -109,16 +109,14 @@ def export_litert(
     ```
     """
     filepath = Path(filepath)
-    if quantization not in (None, FLOAT32, *QUANTIZATIONS):
+    if quantization not in (None, FLOAT32, *FORMATS):
         raise ValueError(
             "`quantization` must be None or one of "
-            f"{(FLOAT32, *QUANTIZATIONS)}. Received: "
+            f"{(FLOAT32, *FORMATS)}. Received: "
             f"quantization={quantization!r}"
         )
     check_destination("filepath", filepath)
-    sequence_length = as_integer(
-        "sequence_length", sequence_length, or_none=True
-    )
+    sequence_length = as_optional_integer("sequence_length", sequence_length)
     signatures = _check_signatures(model, signatures)
     _check_float32(model)
     quantization = _choose_quantization(signatures, quantization)

@@ -1,39 +1,33 @@
-"""Factorise an embedding table: `E ~ f(U) W`.
+"""Factorize an embedding table: `E ~ f(U) W + 1 c`.
 
 What does not train is NumPy, one block of rows at a time, so that a
 memory-mapped table never has to fit in memory. What trains is Keras.
 """
 
-from keras_distilled_embedding.factorization.activations import is_lifted
+from keras_distilled_embedding.factorization.activations import get_activation
+from keras_distilled_embedding.factorization.activations import is_linear
+from keras_distilled_embedding.factorization.closed_form import closed_form
 from keras_distilled_embedding.factorization.factors import Factorization
+from keras_distilled_embedding.factorization.factors import check_method
 from keras_distilled_embedding.factorization.factors import factorize
-from keras_distilled_embedding.factorization.ranks import allocate_ranks
-from keras_distilled_embedding.factorization.ranks import energy_shares
-from keras_distilled_embedding.factorization.ranks import factor_bytes
-from keras_distilled_embedding.factorization.ranks import largest_useful_rank
-from keras_distilled_embedding.factorization.ranks import rank_for_compression
-from keras_distilled_embedding.factorization.ranks import rank_for_error
-from keras_distilled_embedding.factorization.ranks import rank_for_speedup
-from keras_distilled_embedding.factorization.ranks import useful_ranks
-from keras_distilled_embedding.factorization.ranks import validate_rank
+from keras_distilled_embedding.factorization.factors import factorize_table
+from keras_distilled_embedding.factorization.spectrum import Spectrum
+from keras_distilled_embedding.factorization.spectrum import spectrum_of
 from keras_distilled_embedding.factorization.table import Table
-from keras_distilled_embedding.factorization.table import as_metric
 from keras_distilled_embedding.factorization.table import check_finite_rows
+from keras_distilled_embedding.factorization.table import lost_energy
 
 __all__ = [
     "Factorization",
+    "Spectrum",
     "Table",
-    "allocate_ranks",
-    "as_metric",
     "check_finite_rows",
-    "energy_shares",
-    "factor_bytes",
+    "check_method",
+    "closed_form",
     "factorize",
-    "is_lifted",
-    "largest_useful_rank",
-    "rank_for_compression",
-    "rank_for_error",
-    "rank_for_speedup",
-    "useful_ranks",
-    "validate_rank",
+    "factorize_table",
+    "get_activation",
+    "is_linear",
+    "lost_energy",
+    "spectrum_of",
 ]

@@ -6,29 +6,29 @@ import keras
 import numpy as np
 
 
-def get_activation(
-    activation: str | Callable | None, argument: str = "activation"
-) -> Callable:
+def get_activation(activation: str | Callable | None) -> Callable:
+    """The function that a Keras activation identifier stands for.
+
+    Raises:
+        ValueError: If it stands for none.
+    """
     try:
         return keras.activations.get(activation)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{argument} must be None, the name of a Keras activation or a "
-            f"callable. Received: {argument}={activation!r}"
+            "`activation` must be None, the name of a Keras activation or a "
+            f"callable. Received: activation={activation!r}"
         ) from error
 
 
 def is_linear(function: Callable) -> bool:
+    """Whether it is the activation `None`."""
     return function is keras.activations.linear
 
 
 def is_relu(function: Callable) -> bool:
+    """Whether it is ReLU."""
     return function in (keras.activations.relu, keras.ops.relu)
-
-
-def is_lifted(activation: str | Callable | None) -> bool:
-    """Whether the form needs one rank more than the one without `f`."""
-    return not is_linear(get_activation(activation))
 
 
 def is_zero_below(function: Callable) -> bool:
@@ -37,4 +37,5 @@ def is_zero_below(function: Callable) -> bool:
 
 
 def activate(function: Callable, codes: np.ndarray) -> np.ndarray:
+    """`f(U)` as a NumPy array."""
     return keras.ops.convert_to_numpy(function(keras.ops.array(codes)))

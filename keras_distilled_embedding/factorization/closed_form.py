@@ -1,11 +1,19 @@
-"""Factors in closed form, and alternating least squares."""
+"""Factors in closed form: the affine optimum of a rank.
+
+With an offset ReLU costs nothing: a constant added to a column of the codes is
+taken back by the offset,
+
+```
+P Q + 1 m = (P + 1 s) Q + 1 (m - s Q),
+```
+
+and `s` can be chosen so that all codes are positive.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,269 +22,118 @@ from keras_distilled_embedding.factorization.spectrum import Spectrum
 from keras_distilled_embedding.factorization.spectrum import spectrum_of
 from keras_distilled_embedding.factorization.table import LostEnergy
 from keras_distilled_embedding.factorization.table import Table
-from keras_distilled_embedding.factorization.table import lost_energy
 from keras_distilled_embedding.factorization.table import row_blocks
 from keras_distilled_embedding.factorization.table import squared_norms
 
-# Smallest entry of an exact ReLU code, relative to the RMS of its row. ReLU
-# has no gradient at 0, so every coefficient starts this far above it: enough
-# to survive the first steps of an optimiser. On real tables, even a margin of
-# 0.2 costs less than 1e-4 of the error.
+# How far above zero the smallest code of each column starts, relative to the
+# root mean square (RMS) of all codes. At exactly 0, ReLU has no gradient.
 MARGIN = 0.05
-# A row of zeros has no scale of its own: rows count as no smaller than this
-# share of the table's RMS.
-SMALLEST_ROW_SCALE = 0.1
-# A share of the energy that is no more than rounding: sweeps gain nothing.
-NEGLIGIBLE = 1e-10
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ReluStart:
-    """The closed form, before any sweep.
+class Factors(NamedTuple):
+    """Factors of a table, `E ~ f(U) W + 1 c`.
 
-    Attributes:
-        codes: `U > 0`, float32 `(input_dim, rank)`.
-        basis: `W` in the table's metric, `(rank, output_dim)`.
-        margins: Smallest entry each row may have, `(input_dim, 1)`.
-        lost: What the factors lose.
-        dtype: Of the arithmetic.
+    Args:
+        codes: `U`, float32 `(input_dim, rank)`.
+        basis: `W`, float32 `(rank, output_dim)`.
+        offset: `c`, float32 `(output_dim,)`, or `None`.
+        lost: The energy that they lose.
     """
 
     codes: np.ndarray
     basis: np.ndarray
-    margins: np.ndarray
+    offset: np.ndarray | None
     lost: LostEnergy
-    dtype: Any
 
 
-def linear_factors(
-    table: Table, rank: int
-) -> tuple[np.ndarray, np.ndarray, LostEnergy]:
-    """Returns the truncated SVD, `U = E V`, `W = V^T`, and what it loses."""
-    spectrum = spectrum_of(table, rank)
-    directions = spectrum.directions[:, :rank]
-    start = _encode(table, spectrum, directions, directions.T, stretch=1.0)
-    return (
-        *balance(start.codes, table.from_metric(start.basis)),
-        start.lost,
-    )
+def closed_form(
+    table: Table, rank: int, uses_relu: bool, use_bias: bool
+) -> Factors:
+    """Returns the best factors of a rank, and what they lose.
 
+    With an offset these are the principal components of the table around its
+    mean, for ReLU and for no activation alike. Without one and without an
+    activation they are the truncated singular value decomposition. ReLU
+    without an offset keeps it in a column of constant codes, which leaves
+    `rank - 1` columns for the principal components.
 
-def relu_factors(
-    table: Table, rank: int, sweeps: int
-) -> tuple[np.ndarray, np.ndarray, LostEnergy]:
-    """Returns the closed form, refined by alternating least squares.
-
-    The sweeps cannot raise the error but by rounding, which is visible only
-    where hardly any error is left: the closed form is made again then, since
-    a copy of it would be as large as the codes.
+    Args:
+        table: The table, with the weights of its rows and columns.
+        rank: Integer, at least 1.
+        uses_relu: Whether the activation is ReLU, or none.
+        use_bias: Whether there is an offset.
     """
-    make_start = _rank_one_start if rank == 1 else _simplex_start
-    start = make_start(table, rank)
-    basis, lost = start.basis, start.lost
-    if sweeps and lost.relative > NEGLIGIBLE:
-        for _ in range(sweeps):
-            basis = _sweep(table, start, basis)
-        lost = _lost_by(table, start, basis)
-        if lost.relative > start.lost.relative:
-            start = make_start(table, rank)
-            basis, lost = start.basis, start.lost
-    return (*balance(start.codes, table.from_metric(basis)), lost)
+    in_column = uses_relu and not use_bias
+    components = rank - in_column
+    spectrum = spectrum_of(table, components, centered=use_bias or uses_relu)
+    codes, basis, lost = _encode(table, spectrum, components, in_column)
+    free = codes[:, :components]
+    scale = rms(free)
+    offset = table_mean = spectrum.mean
+    if uses_relu:
+        shift = MARGIN * (scale or 1.0) - free.min(axis=0, initial=np.inf)
+        free += shift.astype(np.float32)
+        offset = table_mean - shift @ basis[:components]
+    if in_column:
+        # A constant of the size of the other codes.
+        codes[:, -1] = scale or 1.0
+        basis[-1] = offset / (scale or 1.0)
+    codes, basis = balance(codes, basis, scale)
+    offset = offset.astype(np.float32) if use_bias else None
+    return Factors(codes, basis, offset, lost)
 
 
 def _encode(
-    table: Table,
-    spectrum: Spectrum,
-    encoder: np.ndarray,
-    basis: np.ndarray,
-    stretch: float | None,
-    lift: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
-) -> _ReluStart:
-    """Codes of all rows in one pass over the table, and what they lose.
+    table: Table, spectrum: Spectrum, components: int, in_column: bool
+) -> tuple[np.ndarray, np.ndarray, LostEnergy]:
+    """Codes around the mean in one pass, their basis, and what they lose.
 
-    Args:
-        table: The table.
-        spectrum: Its spectrum.
-        encoder: Float64 `(output_dim, rank)`: the codes are `E L` times it.
-        basis: Float64 `(rank, output_dim)`, in the metric.
-        stretch: `||n W||^2 / ||n||^2` for all codes `n`, where they are a
-            projection of the rows; `None` where they are not.
-        lift: Function of codes `(n, rank)` and their squared norms that lifts
-            the codes above zero, in place, and returns margins `(n, 1)`.
+    Room is left for one more column, if it is asked for.
     """
     dtype = spectrum.dtype
+    directions = spectrum.directions[:, :components]
+    encoder = directions
     if table.metric is not None:
         encoder = table.metric @ encoder
     encoder = encoder.astype(dtype)
-    decoder = table.from_metric(basis).astype(dtype)
-    # What a projection loses follows from the norms alone: a third of the
-    # work, for a digit less, where a table is large.
+    mean = spectrum.mean.astype(dtype)
+    columns = components + in_column
+    basis = np.zeros((columns, table.shape[1]))
+    basis[:components] = table.from_metric(directions.T)
+    decoder = basis[:components].astype(dtype)
+    # What a projection loses follows from the norms alone. Where a table is
+    # large that saves a third of the work, for a digit less.
     from_norms = (
-        stretch is not None
-        and dtype == np.float32
-        and table.metric is None
-        and table.num_blocks > 1
+        dtype == np.float32 and table.metric is None and table.num_blocks > 1
     )
-    codes = np.empty((len(table.values), len(basis)), np.float32)
-    margins = np.zeros((len(codes), 1), np.float32)
+    codes = np.empty((len(table.values), columns), np.float32)
     lost = LostEnergy(table)
     for rows, block in table.blocks(dtype):
-        coded = block @ encoder
-        norms = squared_norms(coded)
-        if lift is not None:
-            margins[rows] = lift(coded, norms)
-        codes[rows] = coded
+        centered = block - mean
+        coded = centered @ encoder
+        codes[rows, :components] = coded
         if from_norms:
-            lost.add_projected(rows, block, stretch * norms)
+            lost.add_projected(rows, block, centered, squared_norms(coded))
         else:
-            coded = codes[rows].astype(dtype, copy=False)
-            lost.add(rows, block, coded @ decoder)
-    return _ReluStart(codes, basis, margins, lost, dtype)
-
-
-def _lost_by(table: Table, start: _ReluStart, basis: np.ndarray) -> LostEnergy:
-    decode = table.from_metric(basis).astype(start.dtype)
-    return lost_energy(
-        table,
-        lambda rows: start.codes[rows].astype(start.dtype, copy=False) @ decode,
-        start.dtype,
-    )
-
-
-def _simplex_vertices(rank: int) -> np.ndarray:
-    """Returns the `S` of a regular simplex, shape `(rank, rank - 1)`.
-
-    The rows have unit length and sum to zero, and
-    `S^T S = rank / (rank - 1) I`: scaled cosines of the DCT-II.
-    """
-    frequencies = np.arange(1, rank)
-    positions = np.arange(rank)[:, np.newaxis] + 0.5
-    cosines = np.cos(np.pi / rank * positions * frequencies)
-    return math.sqrt(2 / (rank - 1)) * cosines
-
-
-def _simplex_start(table: Table, rank: int) -> _ReluStart:
-    """`U > 0`, `W`, equal to the SVD of rank - 1."""
-    vertices = _simplex_vertices(rank)
-    spectrum = spectrum_of(table, rank - 1)
-    directions = spectrum.directions[:, : rank - 1]
-    # S^T S scales the norm of a row's coordinates.
-    stretch = rank / (rank - 1)
-    scale = _mean_scale(table, spectrum, rank) / math.sqrt(stretch)
-
-    def lift(codes: np.ndarray, norms: np.ndarray) -> np.ndarray:
-        margins = _margins(norms, rank, scale)
-        # The vertices sum to zero: a constant added to a row changes nothing.
-        codes += margins - codes.min(axis=1, keepdims=True)
-        return margins
-
-    return _encode(
-        table,
-        spectrum,
-        directions @ vertices.T / stretch,
-        vertices @ directions.T,
-        stretch,
-        lift,
-    )
-
-
-def _rank_one_start(table: Table, rank: int = 1) -> _ReluStart:
-    """Non-negative `U`, `W` of rank 1.
-
-    One vertex spans no simplex, so only the rows on one side of the leading
-    direction can be met: the side with more energy.
-    """
-    spectrum = spectrum_of(table, rank)
-    directions = spectrum.directions[:, :1]
-    inner = directions if table.metric is None else table.metric @ directions
-    # The energy above zero minus that below.
-    surplus = 0.0
-    for rows, block in table.blocks(np.float64):
-        points = (block @ inner)[:, 0]
-        surplus += table.weights_of(rows) @ (points * np.abs(points))
-    if surplus < 0:
-        directions = -directions
-    scale = _mean_scale(table, spectrum, rank)
-
-    def lift(codes: np.ndarray, norms: np.ndarray) -> np.ndarray:
-        margins = _margins(norms, rank, scale)
-        np.maximum(codes, margins, out=codes)
-        return margins
-
-    return _encode(table, spectrum, directions, directions.T, None, lift)
-
-
-def _mean_scale(table: Table, spectrum: Spectrum, rank: int) -> float:
-    """The RMS entry of `rank` codes whose rows keep their norm."""
-    kept = spectrum.energies[: max(1, rank - 1)].sum()
-    return math.sqrt(kept / table.total_weight / rank) or 1.0
-
-
-def _margins(norms: np.ndarray, rank: int, table_scale: float) -> np.ndarray:
-    """The smallest entries that codes may have, from their squared norms."""
-    row_scales = np.sqrt(norms / rank)
-    margins = MARGIN * np.maximum(row_scales, SMALLEST_ROW_SCALE * table_scale)
-    return margins[:, np.newaxis].astype(norms.dtype)
-
-
-def _sweep(table: Table, start: _ReluStart, basis: np.ndarray) -> np.ndarray:
-    """One sweep of alternating least squares, in one pass over the rows.
-
-    Updates the codes in place, given `basis`, and returns the basis that is
-    optimal for them: `(N^T D N) W = N^T D E`. Both in the table's metric.
-    """
-    dtype = start.dtype
-    outer = basis if table.metric is None else basis @ table.metric.T
-    outer = outer.astype(dtype)
-    inner = (basis @ basis.T).astype(dtype)
-    gram = np.zeros((len(basis), len(basis)))
-    cross = np.zeros(basis.shape)
-    for rows, block in table.blocks(dtype):
-        codes = np.ascontiguousarray(start.codes[rows].T, dtype)
-        margins = start.margins[rows, 0].astype(dtype, copy=False)
-        _descend_coordinates(codes, outer @ block.T, inner, margins)
-        start.codes[rows] = codes.T
-        weighted = codes
-        if table.row_weights is not None:
-            weighted = table.row_weights[rows].astype(dtype) * codes
-        gram += weighted @ codes.T
-        cross += weighted @ block
-    # Least squares, because unused coordinates make the matrix singular.
-    return np.linalg.lstsq(gram, table.to_metric(cross), rcond=None)[0]
-
-
-def _descend_coordinates(
-    codes: np.ndarray,
-    targets: np.ndarray,
-    gram: np.ndarray,
-    margins: np.ndarray,
-) -> None:
-    """Minimises `||E_i - N_i W||^2` over each column of `N >= margin` in turn.
-
-    In place, for all rows at once. The minimum over `N_ij` is a parabola's,
-    `N_ij + R_i W_j^T / ||W_j||^2`, clipped to the bound. The residual
-    `R = E - N W` is never formed: `R W^T = E W^T - N (W W^T)`.
-
-    Args:
-        codes: `N^T`, `(rank, n)`: what is updated lies side by side.
-        targets: `W E^T`, `(rank, n)`.
-        gram: `W W^T`, `(rank, rank)`.
-        margins: `(n,)`.
-    """
-    for j in np.flatnonzero(np.diag(gram)):
-        step = (targets[j] - gram[j] @ codes) / gram[j, j]
-        np.maximum(codes[j] + step, margins, out=codes[j])
+            coded = codes[rows, :components].astype(dtype, copy=False)
+            lost.add(rows, block, coded @ decoder + mean)
+    return codes, basis, lost
 
 
 def balance(
-    codes: np.ndarray, basis: np.ndarray
+    codes: np.ndarray, basis: np.ndarray, codes_scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns float32 factors of the same product and equal RMS.
+    """Returns float32 factors of the same product and of equal RMS.
 
-    Float32 codes are scaled in place.
+    Of all splits of the scale it is the one that an optimizer with steps of
+    one size, such as Adam, disturbs least. Float32 codes are scaled in place.
+
+    Args:
+        codes: `(input_dim, rank)`.
+        basis: `(rank, output_dim)`.
+        codes_scale: The RMS of the codes around their shift.
     """
-    codes_scale = _rms(codes)
-    basis_scale = _rms(basis)
+    basis_scale = rms(basis)
     scale = 1.0
     if codes_scale and basis_scale:
         scale = math.sqrt(basis_scale / codes_scale)
@@ -285,11 +142,14 @@ def balance(
     return codes, (basis / scale).astype(np.float32)
 
 
-def _rms(factor: np.ndarray) -> float:
+def rms(factor: np.ndarray) -> float:
+    """The root mean square of a matrix, 0 for one without entries."""
     energy = 0.0
+    if not factor.size:
+        return energy
     for _, part in row_blocks(factor, factor.dtype):
         with np.errstate(over="ignore", under="ignore"):
-            part_energy = float(np.vdot(part, part))
+            part_energy = float(np.square(part).sum(dtype=np.float64))
         mean_square = part_energy / part.size
         if not FLOAT32_RANGE[0] < mean_square < FLOAT32_RANGE[1]:
             # Float32 cannot square what it can hold.

@@ -1,85 +1,137 @@
-"""Factors learned by gradient descent, from a random start."""
+"""Factors learned by gradient descent: the first stage of the paper."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Callable
+from collections.abc import Iterator
 
 import keras
 import numpy as np
 
-from keras_distilled_embedding.factorization.activations import activate
-from keras_distilled_embedding.factorization.activations import is_linear
-from keras_distilled_embedding.factorization.activations import is_relu
+from keras_distilled_embedding._utils.progress import make_progress
 from keras_distilled_embedding.factorization.activations import is_zero_below
 from keras_distilled_embedding.factorization.closed_form import MARGIN
 from keras_distilled_embedding.factorization.closed_form import balance
+from keras_distilled_embedding.factorization.closed_form import rms
 from keras_distilled_embedding.factorization.table import Table
-from keras_distilled_embedding.factorization.training import JIT_COMPILE
-from keras_distilled_embedding.factorization.training import RowBatches
-from keras_distilled_embedding.factorization.training import progress_bar
 
-# The learned form: Adam on minibatches of rows. An epoch is one pass over the
-# rows, or this many steps where a pass is shorter.
+# Adam on minibatches of rows, its rate falling to zero along a cosine. An
+# epoch is one pass over the rows, or this many steps where a pass is shorter.
 BATCH_SIZE = 4096
 STEPS_PER_EPOCH = 50
-MAX_EPOCHS = 100
+EPOCHS = 60
 LEARNING_RATE = 1e-2
-# An epoch must lower the best loss by this share of it. After `PATIENCE`
-# epochs that do not, the learning rate is cut, `MAX_CUTS` times.
-MIN_IMPROVEMENT = 2e-3
-PATIENCE = 2
-MAX_CUTS = 3
-LEARNING_RATE_CUT = 0.3
-# Live rows from which a dead one may take its codes.
-MAX_DONORS = 1024
+# On torch compiling takes minutes, the steps themselves seconds.
+JIT_COMPILE = False if keras.backend.backend() == "torch" else "auto"
 
 
 def learned_factors(
     table: Table,
     rank: int,
     function: Callable,
+    use_bias: bool,
+    can_rescale: bool,
     seed: int,
     verbose: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns factors trained by gradient descent from a random start."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Returns codes, basis and offset trained from a random start.
+
+    Args:
+        table: The table, with the weights of its rows and columns.
+        rank: Integer, at least 1.
+        function: The activation `f`.
+        use_bias: Whether there is an offset.
+        can_rescale: Whether `f(a U) = a f(U)` for `a > 0`, so that codes and
+            basis can be given one RMS.
+        seed: Integer, of the start and of the order of the rows.
+        verbose: Whether to show a progress bar, on a terminal.
+    """
     random = np.random.default_rng(seed)
-    batches = RowBatches(table, BATCH_SIZE, STEPS_PER_EPOCH, random)
-
-    def revive(codes: np.ndarray, basis: np.ndarray) -> np.ndarray:
-        return _revive_dead_rows(
-            table.values, codes, batches.unscaled(basis), function, random
-        )
-
+    batches = _RowBatches(table, random)
     model = _factorized_embedding(
-        table.shape, rank, function, batches.batch_size, random
+        table.shape, rank, function, use_bias, batches.batch_size, random
+    )
+    schedule = keras.optimizers.schedules.CosineDecay(
+        LEARNING_RATE, decay_steps=EPOCHS * len(batches)
     )
     model.compile(
-        optimizer=keras.optimizers.Adam(LEARNING_RATE),
+        optimizer=keras.optimizers.Adam(schedule),
         loss=keras.losses.MeanSquaredError(),
         jit_compile=JIT_COMPILE,
     )
-    with progress_bar(verbose, MAX_EPOCHS) as callbacks:
+    with _progress_bar(verbose) as callbacks:
         model.fit(
             batches,
-            epochs=MAX_EPOCHS,
+            epochs=EPOCHS,
             shuffle=False,  # The batches are shuffled, by their own seed.
             verbose=0,
-            callbacks=[_ReduceOnPlateau(revive), *callbacks],
+            callbacks=callbacks,
         )
-    codes, basis = model.get_weights()
-    if is_linear(function) or is_relu(function):
-        return balance(codes, batches.unscaled(basis))
-    return codes, batches.unscaled(basis)
+    codes, basis, *offset = model.get_weights()
+    basis = batches.unscaled(basis)
+    if can_rescale:
+        codes, basis = balance(codes, basis, rms(codes))
+    return codes, basis, batches.unscaled(offset[0]) if use_bias else None
+
+
+class _RowBatches(keras.utils.PyDataset):
+    """Batches of one shape: row ids, rows divided by their RMS, row weights.
+
+    The rows are those of `E L`. The weights have a mean of 1, so that the
+    mean squared error is the relative error whatever the table, and one
+    learning rate serves them all.
+
+    Args:
+        table: The table.
+        random: Of the order, a new one every epoch.
+    """
+
+    def __init__(self, table: Table, random: np.random.Generator) -> None:
+        super().__init__()
+        self._scale = table.rms() or 1.0
+        self._table = table
+        self._num_rows = len(table.values)
+        self._mean_weight = table.total_weight / self._num_rows
+        self._random = random
+        self.batch_size = min(BATCH_SIZE, self._num_rows)
+        self.on_epoch_end()
+
+    def __len__(self) -> int:
+        return max(math.ceil(self._num_rows / self.batch_size), STEPS_PER_EPOCH)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+        start = index * self.batch_size
+        # A memory map is read faster in the order of its rows.
+        ids = np.sort(self._order[start : start + self.batch_size])
+        rows = self._table.values[ids].astype(np.float32)
+        rows = self._table.to_metric(rows) / np.float32(self._scale)
+        weights = self._table.weights_of(ids) / self._mean_weight
+        return ids, rows, weights.astype(np.float32)
+
+    def on_epoch_end(self) -> None:
+        # Whole passes over the rows, so that a full last batch can borrow.
+        num_ids = len(self) * self.batch_size
+        passes = math.ceil(num_ids / self._num_rows)
+        orders = [
+            self._random.permutation(self._num_rows) for _ in range(passes)
+        ]
+        self._order = np.concatenate(orders)[:num_ids].astype(np.int32)
+
+    def unscaled(self, basis: np.ndarray) -> np.ndarray:
+        """The basis of the table's rows, from that of these rows."""
+        return self._table.from_metric(self._scale * basis).astype(np.float32)
 
 
 class _LowerBound(keras.constraints.Constraint):
     """Keeps weights at or above a value."""
 
-    def __init__(self, value: float):
+    def __init__(self, value: float) -> None:
         self.value = value
 
-    def __call__(self, weights):
+    def __call__(self, weights: keras.KerasTensor) -> keras.KerasTensor:
         return keras.ops.maximum(weights, self.value)
 
 
@@ -87,10 +139,11 @@ def _factorized_embedding(
     table_shape: tuple[int, int],
     rank: int,
     function: Callable,
+    use_bias: bool,
     batch_size: int,
     random: np.random.Generator,
 ) -> keras.Model:
-    """Returns the model `ids -> f(U_ids) W`; its weights are `[U, W]`.
+    """Returns the model `ids -> f(U_ids) W + c` with weights `[U, W, c]`.
 
     The random start gives rows of about unit RMS, the scale of the targets. A
     code that ReLU cuts off has no gradient, and no other row shares it, so it
@@ -114,7 +167,7 @@ def _factorized_embedding(
             keras.layers.Activation(function, dtype="float32"),
             keras.layers.Dense(
                 output_dim,
-                use_bias=False,
+                use_bias=use_bias,
                 kernel_initializer=keras.initializers.RandomNormal(
                     stddev=math.sqrt(2 / rank), seed=basis_seed
                 ),
@@ -124,76 +177,21 @@ def _factorized_embedding(
     )
 
 
-class _ReduceOnPlateau(keras.callbacks.Callback):
-    """Cuts the learning rate on a plateau, and stops after the last cut.
+@contextlib.contextmanager
+def _progress_bar(verbose: int) -> Iterator[list[keras.callbacks.Callback]]:
+    """Yields the callbacks that draw a bar: none away from a terminal."""
+    if not (verbose and sys.stdout.isatty()):
+        yield []
+        return
+    with make_progress(verbose) as progress:
+        task = progress.add_task("Learning", total=EPOCHS)
 
-    Each time, and at the end, the model goes back to its best weights and its
-    dead rows are revived. Keras's own callbacks compare losses by an absolute
-    difference; tables leave anything between 1e-6 and 0.9 of their energy.
+        def update(epoch: int, logs: dict[str, float]) -> None:
+            progress.update(
+                task,
+                completed=epoch + 1,
+                description=f"Learning, relative error {logs['loss']:.4f}",
+                refresh=True,
+            )
 
-    Args:
-        revive: function of the codes and the basis that returns live codes.
-    """
-
-    def __init__(self, revive: Callable):
-        super().__init__()
-        self._revive = revive
-
-    def on_train_begin(self, logs=None):
-        self._best_loss = math.inf
-        self._best_weights = self.model.get_weights()
-        self._num_bad_epochs = 0
-        self._num_cuts = 0
-
-    def on_epoch_end(self, epoch, logs=None):
-        loss = logs["loss"]
-        improved = loss < (1 - MIN_IMPROVEMENT) * self._best_loss
-        self._num_bad_epochs = 0 if improved else self._num_bad_epochs + 1
-        if loss < self._best_loss:
-            self._best_loss = loss
-            self._best_weights = self.model.get_weights()
-        if self._num_bad_epochs < PATIENCE:
-            return
-        if self._num_cuts == MAX_CUTS:
-            self.model.stop_training = True
-            return
-        self._num_bad_epochs = 0
-        self._num_cuts += 1
-        self._restore()
-        self.model.optimizer.learning_rate = (
-            LEARNING_RATE * LEARNING_RATE_CUT**self._num_cuts
-        )
-
-    def on_train_end(self, logs=None):
-        self._restore()
-
-    def _restore(self):
-        codes, basis = self._best_weights
-        self.model.set_weights([self._revive(codes, basis), basis])
-
-
-def _revive_dead_rows(
-    table: np.ndarray,
-    codes: np.ndarray,
-    basis: np.ndarray,
-    function: Callable,
-    random: np.random.Generator,
-) -> np.ndarray:
-    """Returns codes without rows of `f(U_i) = 0`, unless there are no others.
-
-    Such a row may get no gradient, from this loss or any later one, and its
-    token would stay lost. It takes the codes of a live row instead, which are
-    live whatever `f` is: the row that fits best among a sample.
-    """
-    activations = activate(function, codes)
-    is_live = activations.any(axis=1)
-    if is_live.all() or not is_live.any():
-        return codes
-    donors = random.permutation(np.flatnonzero(is_live))[:MAX_DONORS]
-    donated = activations[donors] @ basis
-    rows = np.asarray(table[~is_live], dtype=np.float32)
-    # ||e - x||^2 without the ||e||^2 that all candidates share.
-    distances = np.square(donated).sum(axis=1) - 2 * rows @ donated.T
-    codes = codes.copy()
-    codes[~is_live] = codes[donors[distances.argmin(axis=1)]]
-    return codes
+        yield [keras.callbacks.LambdaCallback(on_epoch_end=update)]

@@ -128,12 +128,12 @@ def as_table(table: Any) -> np.ndarray:
     table = np.asarray(table)  # Neither copies nor reads a memory map.
     if table.dtype.name not in TABLE_DTYPES:
         raise ValueError(
-            f"table must have one of the dtypes {TABLE_DTYPES}. "
+            f"`table` must have one of the dtypes {TABLE_DTYPES}. "
             f"Received: dtype {table.dtype.name!r}"
         )
     if table.ndim != 2 or table.size == 0:
         raise ValueError(
-            "table must be a non-empty matrix of shape (input_dim, "
+            "`table` must be a non-empty matrix of shape (input_dim, "
             f"output_dim). Received: shape {table.shape}"
         )
     return table
@@ -144,17 +144,17 @@ def as_row_weights(row_weights: Any, num_rows: int) -> np.ndarray:
     weights = _as_numbers("row_weights", row_weights)
     if weights.shape != (num_rows,):
         raise ValueError(
-            "row_weights must have one weight for each row of the table, "
+            "`row_weights` must have one weight for each row of the table, "
             f"shape ({num_rows},). Received: shape {weights.shape}"
         )
     if not np.isfinite(weights).all() or weights.min() < 0:
         raise ValueError(
-            "row_weights must be finite and not negative. Received: "
+            "`row_weights` must be finite and not negative. Received: "
             f"row_weights={weights!r}"
         )
     if weights.max() == 0:
         raise ValueError(
-            "row_weights must have a positive sum. Received: only zeros"
+            "`row_weights` must have a positive sum. Received: only zeros"
         )
     return weights / weights.max()
 
@@ -169,7 +169,7 @@ def as_metric(
     shape = (num_columns, num_columns)
     if weights.shape != shape:
         raise ValueError(
-            "column_weights must be a second moment of hidden states, of "
+            "`column_weights` must be a second moment of hidden states, of "
             f"shape {shape}. Received: shape {weights.shape}"
         )
     largest = np.abs(weights).max()
@@ -177,13 +177,13 @@ def as_metric(
         weights, weights.T, rtol=0, atol=1e-6 * largest
     ):
         raise ValueError(
-            "column_weights must be finite and symmetric. Received: "
+            "`column_weights` must be finite and symmetric. Received: "
             f"column_weights={weights!r}"
         )
     moments, directions = np.linalg.eigh(weights)
     if moments[-1] <= 0 or moments[0] < -1e-4 * moments[-1]:
         raise ValueError(
-            "column_weights must be positive semidefinite and not zero. "
+            "`column_weights` must be positive semidefinite and not zero. "
             f"Received: eigenvalues from {moments[0]} to {moments[-1]}"
         )
     moments = np.maximum(moments / moments[-1], SMALLEST_MOMENT)
@@ -195,7 +195,7 @@ def _as_numbers(name: str, value: Any) -> np.ndarray:
         return np.asarray(value).astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{name} must be numbers. Received: {value!r}"
+            f"`{name}` must be numbers. Received: {value!r}"
         ) from error
 
 
@@ -217,7 +217,7 @@ def check_finite_rows(table: np.ndarray) -> None:
     if bad_rows.size:
         first = ", ".join(map(str, bad_rows[:5]))
         raise ValueError(
-            "table must be finite in float32. Received: a table with NaN, "
+            "`table` must be finite in float32. Received: a table with NaN, "
             f"infinite or too large values in {bad_rows.size} of its "
             f"{len(table)} rows, the first of them {first}"
         )
@@ -281,22 +281,25 @@ class LostEnergy:
         self._lost += self._energies(rows, block - reconstruction)
 
     def add_projected(
-        self, rows: slice, block: np.ndarray, kept: np.ndarray
+        self,
+        rows: slice,
+        block: np.ndarray,
+        centered: np.ndarray,
+        kept: np.ndarray,
     ) -> None:
-        """The same of an orthogonal projection, by Pythagoras.
+        """Adds rows and their orthogonal projections, by Pythagoras.
 
         Args:
             rows: Slice of the rows.
             block: The rows of a table without a metric.
-            kept: The squared norms of their projections.
+            centered: The same around the offset of the projection.
+            kept: The squared norms of the projections of these.
         """
         energies = squared_norms(block).astype(np.float64)
+        lost = squared_norms(centered).astype(np.float64) - kept
         weights = self._table.weights_of(rows)
-        for sums, values in (
-            (self._energy, energies),
-            (self._lost, energies - kept),
-        ):
-            sums += weights @ values, values.sum()
+        self._energy += weights @ energies, energies.sum()
+        self._lost += weights @ lost, lost.sum()
 
     def _energies(self, rows: slice, block: np.ndarray) -> np.ndarray:
         plain = squared_norms(block).astype(np.float64)

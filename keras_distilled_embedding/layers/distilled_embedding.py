@@ -1,79 +1,44 @@
-"""The layer: an embedding table kept as two factors."""
+"""The layer: an embedding table kept as two factors and an offset."""
 
 from __future__ import annotations
 
-import inspect
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_distilled_embedding.factorization import Factorization
-from keras_distilled_embedding.factorization import Table
-from keras_distilled_embedding.factorization import factorize
-from keras_distilled_embedding.factorization import is_lifted
-from keras_distilled_embedding.factorization import rank_for_compression
-from keras_distilled_embedding.factorization import rank_for_error
-from keras_distilled_embedding.factorization import validate_rank
-from keras_distilled_embedding.layers._projection_cache import ProjectionCache
-from keras_distilled_embedding.layers._quantization import FactorQuantization
+from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_optional_integer
+from keras_distilled_embedding._utils.arguments import as_positive_number
+from keras_distilled_embedding.layers.conversion import factorized_layer
+from keras_distilled_embedding.layers.conversion import float_policy_name
+from keras_distilled_embedding.layers.lora import LoraCodes
+from keras_distilled_embedding.quantization import FORMATS
 from keras_distilled_embedding.quantization import check_quantization
-from keras_distilled_embedding.quantization import round_in_place
-
-# What `from_embedding` hands to `factorize`, and to nothing else.
-_FACTORIZE_OPTIONS = (
-    "method",
-    "row_weights",
-    "column_weights",
-    "sweeps",
-    "seed",
-    "verbose",
-)
-
-# What a new layer takes over from the layer it replaces. Not the constraint:
-# one on the rows of a table says nothing about the rows of the codes, and
-# would undo the factorization at the first training step. Nor the initializer,
-# which is often the table itself, as a constant.
-_INHERITED_OPTIONS = (
-    "name",
-    "trainable",
-    "activity_regularizer",
-    "tie_weights",
-    "embeddings_regularizer",
-    "mask_zero",
-    "reverse_dtype",
-    "logit_soft_cap",
-)
+from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.sizes import factor_bytes
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
-class DistilledEmbedding(
-    ProjectionCache, FactorQuantization, keras.layers.Layer
-):
-    """An embedding, and its vocabulary projection, stored as two factors.
+class DistilledEmbedding(LoraCodes, keras.layers.Layer):
+    """An embedding, and its vocabulary projection, stored as factors.
 
     The table `E` of shape `(input_dim, output_dim)` of a
     `keras.layers.ReversibleEmbedding` is replaced by
 
     ```
-    E ~ f(U) W                                     hidden_dim=None
-    E ~ f(U) W + g(U A + b) B                      hidden_dim=h
+    E ~ f(U) W + 1 c
     ```
 
-    with the codes `U (input_dim, rank)`, one row per token, and the basis
-    `W (rank, output_dim)`. `f` is `activation` and `g` is
-    `hidden_activation`, with `A (rank, h)`, `b (h,)` and `B (h, output_dim)`.
+    with the codes `U (input_dim, rank)`, one row per token, the basis
+    `W (rank, output_dim)` and the offset `c (output_dim,)`; `f` is
+    `activation`.
 
     The table itself is never built by a call. A look-up takes the rows of `U`
     first, and the projection multiplies in rank space,
-    `h E^T = (h W^T) f(U)^T`, about `output_dim / rank` times fewer
-    multiplications than with the table. With `hidden_dim`, where each call of
-    the projection also computes `g(U A + b)` for all tokens, see
-    `cache_projection`.
+    `h E^T = (h W^T) f(U)^T + h c`, about `output_dim / rank` times fewer
+    multiplications than with the table.
 
     The layer is called like `keras.layers.ReversibleEmbedding`. To compress a
     trained table, use `DistilledEmbedding.from_embedding`.
@@ -86,8 +51,9 @@ class DistilledEmbedding(
             here, also one that saves nothing.
         activation: `f`, the activation of the codes. `None` is a plain
             low-rank factorization.
-        hidden_dim: Integer or `None`. Width `h` of the second, non-linear
-            term; `None` leaves it out.
+        use_bias: Boolean, whether there is an offset `c`. `False` is the
+            published form. In the projection an offset adds the same number
+            to all logits of a position, which no softmax sees.
         tie_weights: Boolean, whether look-up and projection share their
             factors. `False` adds a second set, used with `reverse=True`.
         embeddings_initializer: Initializer for the codes.
@@ -102,16 +68,14 @@ class DistilledEmbedding(
             Defaults to the `compute_dtype` of the layer.
         logit_soft_cap: Float or `None`. With `reverse=True`, logits become
             `tanh(logits / logit_soft_cap) * logit_soft_cap`.
-        hidden_activation: `g`, the activation of the hidden layer. Only used
-            with `hidden_dim`.
+        quantization: `"int8"`, `"int4"` or `None`. If set, the layer computes
+            with its codes rounded as a file of that kind stores them, so that
+            training takes account of it; backward, rounding is taken for the
+            identity (a straight-through gradient).
         lora_rank: Integer or `None`. If set, the factors are frozen and the
             codes adapted by a trained change of this rank, see `enable_lora`.
         lora_alpha: Float or `None`. Scales that change by
             `lora_alpha / lora_rank`; defaults to `lora_rank`.
-        rounding: `"int8"`, `"int4"` or `None`. If set, the layer computes
-            with its codes rounded as `export_litert` stores them with that
-            `quantization`, so that training takes account of it; backwards,
-            rounding is taken for the identity. Not with `hidden_dim`.
         **kwargs: Base layer arguments, such as `name`, `trainable`, `dtype`.
 
     Call arguments:
@@ -139,7 +103,7 @@ class DistilledEmbedding(
     token_ids = np.random.randint(1000, size=(16, 50))
     hidden_states = layer(token_ids)  # (16, 50, 64)
     logits = layer(hidden_states, reverse=True)  # (16, 50, 1000)
-    layer.compression_ratio  # 7.52
+    layer.compression_ratio  # 7.46
 
     # Or start from the table of a trained layer.
     embedding = keras.layers.Embedding(1000, 64)
@@ -158,7 +122,7 @@ class DistilledEmbedding(
         output_dim: int,
         rank: int,
         activation: str | Callable | None = "relu",
-        hidden_dim: int | None = None,
+        use_bias: bool = True,
         tie_weights: bool = True,
         embeddings_initializer: Any = "uniform",
         embeddings_regularizer: Any = None,
@@ -166,29 +130,18 @@ class DistilledEmbedding(
         mask_zero: bool = False,
         reverse_dtype: str | None = None,
         logit_soft_cap: float | None = None,
-        hidden_activation: str | Callable | None = "gelu",
+        quantization: str | None = None,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
-        rounding: str | None = None,
         **kwargs: Any,
     ) -> None:
-        input_dim = _check_size("input_dim", input_dim)
-        output_dim = _check_size("output_dim", output_dim)
-        rank = _check_size("rank", rank)
-        if hidden_dim is not None:
-            hidden_dim = _check_size("hidden_dim", hidden_dim)
-        if lora_rank is not None:
-            lora_rank = _check_size("lora_rank", lora_rank)
-        check_quantization("rounding", rounding)
-        if rounding is not None and hidden_dim is not None:
-            raise ValueError(
-                "`rounding` is of codes that are stored after their "
-                "activation, which those of a layer with `hidden_dim` are "
-                f"not. Received: quantization={rounding!r}, "
-                f"hidden_dim={hidden_dim}"
-            )
+        input_dim = as_integer("input_dim", input_dim)
+        output_dim = as_integer("output_dim", output_dim)
+        rank = as_integer("rank", rank)
+        lora_rank = as_optional_integer("lora_rank", lora_rank)
+        check_quantization("quantization", quantization)
         if logit_soft_cap is not None:
-            _check_soft_cap(logit_soft_cap)
+            as_positive_number("logit_soft_cap", logit_soft_cap)
         if reverse_dtype is not None:
             reverse_dtype = _check_float_dtype("reverse_dtype", reverse_dtype)
         super().__init__(**kwargs)
@@ -196,8 +149,7 @@ class DistilledEmbedding(
         self.output_dim = output_dim
         self.rank = rank
         self.activation = keras.activations.get(activation)
-        self.hidden_dim = hidden_dim
-        self.hidden_activation = keras.activations.get(hidden_activation)
+        self.use_bias = use_bias
         self.tie_weights = tie_weights
         self.embeddings_initializer = keras.initializers.get(
             embeddings_initializer
@@ -211,39 +163,28 @@ class DistilledEmbedding(
         self.mask_zero = mask_zero
         self.reverse_dtype = reverse_dtype
         self.logit_soft_cap = logit_soft_cap
+        self.quantization = quantization
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
         self.lora_enabled = False
-        self.quantization = rounding
         self.supports_masking = True
         # Neither the inputs nor (in `add_weight`) the factors: `_read` casts,
-        # after taking the rows, and to `reverse_dtype` where that is wanted.
+        # after taking the rows, and to `reverse_dtype` where that is asked.
         self.autocast = False
+        if self.dtype_policy.quantization_mode is not None:
+            self.quantize(self.dtype_policy.quantization_mode)
 
     # Weights
 
     def build(self, input_shape: Any = None) -> None:
         if self.built:
             return
-        if self.quantization_mode is not None:
-            self.quantized_build(input_shape, self.quantization_mode)
-        else:
-            self._build_factors()
-        self.built = True
-        if self.lora_rank is not None:
-            self.enable_lora(self.lora_rank, self.lora_alpha)
-
-    def _build_factors(self) -> None:
         initializers = {
             "codes": self.embeddings_initializer,
             # With fan_in = rank, "he" keeps the variance through ReLU: the
             # table has the scale that `embeddings_initializer` asks for.
             "basis": "he_normal",
-            "hidden_kernel": "lecun_normal",
-            "hidden_bias": "zeros",
-            # Starts small: the first term carries the table, and the second
-            # one grows from there.
-            "hidden_basis": keras.initializers.RandomNormal(stddev=0.01),
+            "offset": "zeros",
         }
         regularizers = dict.fromkeys(
             ("codes", "basis"), self.embeddings_regularizer
@@ -265,114 +206,60 @@ class DistilledEmbedding(
                 autocast=False,
             )
             setattr(self, name, variable)
+        self.built = True
+        if self.lora_rank is not None:
+            self.enable_lora(self.lora_rank, self.lora_alpha)
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every factor, in the order they are saved."""
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "codes": (self.input_dim, self.rank),
             "basis": (self.rank, self.output_dim),
         }
-        if self.hidden_dim is not None:
-            shapes["hidden_kernel"] = (self.rank, self.hidden_dim)
-            shapes["hidden_bias"] = (self.hidden_dim,)
-            shapes["hidden_basis"] = (self.hidden_dim, self.output_dim)
+        if self.use_bias:
+            shapes["offset"] = (self.output_dim,)
         if not self.tie_weights:
             shapes |= {f"reverse_{name}": s for name, s in shapes.items()}
         return shapes
 
-    def set_factors(
-        self, factors: Factorization, reverse: Factorization | None = None
+    def quantize(
+        self,
+        mode: str | None = None,
+        type_check: bool = True,
+        config: Any = None,
     ) -> None:
-        """Assigns the result of `factorize` to the built layer.
+        """Computes from now on with codes rounded as a file stores them.
+
+        The same as `quantization=mode` in the constructor: the weights stay
+        floats and can still be trained, `export_litert` stores integers.
+        `model.quantize("int8")` calls this.
 
         Args:
-            factors: The factors of the table, of this layer's shapes.
-            reverse: The factors of the projection's table, of shape
-                `(input_dim, output_dim)` too, for an untied layer.
+            mode: Name of a storage format, `"int8"` or `"int4"`.
+            type_check: Part of Keras's signature; subclasses are quantized
+                like the layer itself.
+            config: Optional `keras.quantizers.Int8QuantizationConfig`. Its
+                activation quantizer has nothing to act on.
 
         Raises:
-            ValueError: If the layer is not built or is quantized, if a shape
-                differs, or if `reverse` does not go with `tie_weights`.
+            NotImplementedError: For any other mode.
+            ValueError: If the config has a weight quantizer: a storage format
+                says how it rounds.
         """
-        if not self.built or self.quantization_mode is not None:
-            raise ValueError(
-                "`set_factors` needs a built layer with float factors. "
-                f"Received: layer '{self.name}' with built={self.built}, "
-                f"quantization_mode={self.quantization_mode}"
+        if mode not in FORMATS:
+            raise NotImplementedError(
+                f"Layer {type(self).__name__} can be quantized to one of "
+                f"{tuple(FORMATS)}. Received: mode={mode!r}"
             )
-        if self.tie_weights != (reverse is None):
+        if config is not None and config.weight_quantizer is not None:
             raise ValueError(
-                "`reverse` goes with `tie_weights=False`, and only with it. "
-                f"Received: tie_weights={self.tie_weights}, "
-                f"reverse={'None' if reverse is None else 'given'}"
+                "A storage format says how codes are rounded: leave "
+                "`weight_quantizer` unset. Received: config.weight_quantizer="
+                f"{config.weight_quantizer}"
             )
-        values = {}
-        for name, shape in self._factor_shapes().items():
-            source = reverse if name.startswith("reverse_") else factors
-            value = getattr(source, name.removeprefix("reverse_"), None)
-            if np.shape(value) != shape:
-                raise ValueError(
-                    f"`{name}` must have shape {shape}. "
-                    f"Received: {name} of shape {np.shape(value)}"
-                )
-            values[name] = value
-        self.drop_projection_cache()
-        for name, value in values.items():
-            getattr(self, name).assign(value)
-
-    def with_activation_applied(self) -> DistilledEmbedding:
-        """A layer that computes the same, with `f(U)` in place of `U`.
-
-        For inference: a graph that applies `f` to constant codes makes
-        converters keep them twice. With `hidden_dim` the second
-        term needs `U` itself, so there the activation stays. LoRA weights are
-        merged, quantized factors become floats.
-
-        Returns:
-            A new, built layer of the same name.
-        """
-        applies = self.hidden_dim is None
-        config = self.get_config()
-        config |= {
-            "dtype": float_policy_name(self),
-            "lora_rank": None,
-            "lora_alpha": None,
-            "rounding": None,
-        }
-        if applies:
-            config["activation"] = None
-        layer = type(self).from_config(config)
-        layer.build()
-        for name in self._factor_shapes():
-            if applies and name.endswith("codes"):
-                prefix = name.removesuffix("codes")
-                value = self._features(self.variable_dtype, prefix=prefix)
-            else:
-                value = self._read(name, self.variable_dtype)
-            getattr(layer, name).assign(value)
-        return layer
-
-    def stored_factors(self, prefix: str = "") -> tuple[Any, Any]:
-        """Codes `f(U)` and basis `W`, unrounded, for a file of integers.
-
-        Args:
-            prefix: `"reverse_"` for the projection's own, where it has some.
-
-        Returns:
-            Float32 tensors `(input_dim, rank)` and `(rank, output_dim)`.
-
-        Raises:
-            ValueError: If the layer has a `hidden_dim`: its table is not the
-                product of two matrices.
-        """
-        if self.hidden_dim is not None:
-            raise ValueError(
-                "A layer with `hidden_dim` cannot be stored as integers. "
-                f"Received: layer '{self.name}' with "
-                f"hidden_dim={self.hidden_dim}"
-            )
-        codes = self._read(f"{prefix}codes", "float32")
-        return self.activation(codes), self._read(f"{prefix}basis", "float32")
+        self.quantization = mode
+        if self.dtype_policy.quantization_mode is not None:
+            self.dtype_policy = float_policy_name(self)
 
     # Call
 
@@ -381,10 +268,11 @@ class DistilledEmbedding(
         if not reverse:
             if keras.backend.standardize_dtype(inputs.dtype) != "int64":
                 inputs = ops.cast(inputs, "int32")
-            dtype = self.compute_dtype
-            return ops.matmul(self._features(dtype, inputs), self._basis(dtype))
-        states, features = self.rank_space(inputs)
+            return self._rows(self.compute_dtype, inputs)
+        states, features, shift = self.rank_space(inputs)
         logits = ops.matmul(states, ops.transpose(features))
+        if shift is not None:
+            logits = ops.add(logits, ops.expand_dims(shift, -1))
         if self.logit_soft_cap is not None:
             logits = ops.multiply(
                 ops.tanh(ops.divide(logits, self.logit_soft_cap)),
@@ -392,53 +280,62 @@ class DistilledEmbedding(
             )
         return logits
 
-    def rank_space(self, inputs: Any) -> tuple[Any, Any]:
-        """The two factors of the projection's logits, before any soft cap.
+    def rank_space(self, inputs: Any) -> tuple[Any, Any, Any]:
+        """What the projection's logits are made of, before any soft cap.
 
         Args:
-            inputs: Hidden states `(..., output_dim)`.
+            inputs: Hidden states `h (..., output_dim)`.
 
         Returns:
-            States `(..., k)` and features `(input_dim, k)`, both in the dtype
-            of the logits: these are `states @ transpose(features)`. `k` is
-            `rank`, with `hidden_dim` `rank + hidden_dim`.
+            States `h W^T (..., rank)`, features `f(U) (input_dim, rank)` and
+            shift `h c (...)`, or `None` without an offset, in the dtype of
+            the logits: these are `states @ features^T + shift`.
         """
         prefix = "" if self.tie_weights else "reverse_"
         dtype = self._output_dtype(reverse=True)
-        states = ops.matmul(
-            ops.cast(inputs, dtype), ops.transpose(self._basis(dtype, prefix))
+        inputs = ops.cast(inputs, dtype)
+        basis = self._read(f"{prefix}basis", dtype)
+        shift = None
+        if self.use_bias:
+            offset = self._read(f"{prefix}offset", dtype)
+            shift = ops.matmul(inputs, offset)
+        states = ops.matmul(inputs, ops.transpose(basis))
+        return states, self._features(dtype, prefix=prefix), shift
+
+    def _rows(self, dtype: str, ids: Any = None, prefix: str = "") -> Any:
+        """`f(U) W + 1 c` for all tokens, or for `ids`."""
+        rows = ops.matmul(
+            self._features(dtype, ids, prefix),
+            self._read(f"{prefix}basis", dtype),
         )
-        return states, self._projection_features(dtype, prefix)
+        if not self.use_bias:
+            return rows
+        return ops.add(rows, self._read(f"{prefix}offset", dtype))
 
     def _features(self, dtype: str, ids: Any = None, prefix: str = "") -> Any:
-        """`[f(U), g(U A + b)]` for all tokens, or for `ids`."""
-        if self.quantization is not None:
-            # Of all tokens: how one is rounded depends on the others.
-            features = round_in_place(
-                *self.stored_factors(prefix), self.quantization
-            )
-            if ids is not None:
-                features = ops.take(features, ids, axis=0)
-            return ops.cast(features, dtype)
-        codes = self._read(f"{prefix}codes", dtype, ids)
-        features = self.activation(codes)
-        if self.hidden_dim is None:
-            return features
-        hidden = ops.add(
-            ops.matmul(codes, self._read(f"{prefix}hidden_kernel", dtype)),
-            self._read(f"{prefix}hidden_bias", dtype),
+        """`f(U)` for all tokens, or for `ids`, rounded as they are stored."""
+        if self.quantization is None:
+            return self.activation(self._read(f"{prefix}codes", dtype, ids))
+        # Of all tokens: how one is rounded depends on the others.
+        features = round_codes(
+            self.activation(self._read(f"{prefix}codes", "float32")),
+            self._read(f"{prefix}basis", "float32"),
+            self.quantization,
         )
-        return ops.concatenate(
-            [features, self.hidden_activation(hidden)], axis=-1
-        )
+        if ids is not None:
+            features = ops.take(features, ids, axis=0)
+        return ops.cast(features, dtype)
 
-    def _basis(self, dtype: str, prefix: str = "") -> Any:
-        """`[W; B]`: what the features are multiplied with."""
-        basis = self._read(f"{prefix}basis", dtype)
-        if self.hidden_dim is None:
-            return basis
-        hidden_basis = self._read(f"{prefix}hidden_basis", dtype)
-        return ops.concatenate([basis, hidden_basis], axis=0)
+    def _read(self, name: str, dtype: str, ids: Any = None) -> Any:
+        """The factor `name` in `dtype`, or its rows `ids`."""
+        value = getattr(self, name)
+        if ids is not None:
+            # Rows first: only they are cast, not the whole variable.
+            value = ops.take(value, ids, axis=0)
+        value = ops.cast(value, dtype)
+        if name == "codes" and self.lora_enabled:
+            value = self._add_lora(value, dtype, ids)
+        return value
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         # Keras does not tell this method about `reverse`; the dtype does.
@@ -532,10 +429,7 @@ class DistilledEmbedding(
                 f"`build()` first. Received: layer '{self.name}'"
             )
         prefix = "reverse_" if reverse and not self.tie_weights else ""
-        dtype = self.variable_dtype
-        return ops.matmul(
-            self._features(dtype, ids, prefix), self._basis(dtype, prefix)
-        )
+        return self._rows(self.variable_dtype, ids, prefix)
 
     def __dir__(self) -> list[str]:
         # Saving and loading read every attribute that `dir` lists, and these
@@ -545,44 +439,43 @@ class DistilledEmbedding(
 
     @property
     def compression_ratio(self) -> float:
-        """Parameters of the dense table(s) divided by those of the factors."""
-        tables = 1 if self.tie_weights else 2
-        own = sum(math.prod(shape) for shape in self._factor_shapes().values())
-        return tables * self.input_dim * self.output_dim / own
+        """Bytes of the float32 table over those of the factors as stored."""
+        stored = factor_bytes(
+            self.rank,
+            self.input_dim,
+            self.output_dim,
+            self.quantization,
+            self.use_bias,
+        )
+        return 4 * self.input_dim * self.output_dim / stored
 
     # Construction
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            {
-                "input_dim": self.input_dim,
-                "output_dim": self.output_dim,
-                "rank": self.rank,
-                "activation": keras.activations.serialize(self.activation),
-                "hidden_dim": self.hidden_dim,
-                "tie_weights": self.tie_weights,
-                "embeddings_initializer": keras.initializers.serialize(
-                    self.embeddings_initializer
-                ),
-                "embeddings_regularizer": keras.regularizers.serialize(
-                    self.embeddings_regularizer
-                ),
-                "embeddings_constraint": keras.constraints.serialize(
-                    self.embeddings_constraint
-                ),
-                "mask_zero": self.mask_zero,
-                "reverse_dtype": self.reverse_dtype,
-                "logit_soft_cap": self.logit_soft_cap,
-                "hidden_activation": keras.activations.serialize(
-                    self.hidden_activation
-                ),
-                "lora_rank": self.lora_rank,
-                "lora_alpha": self.lora_alpha,
-                "rounding": self.quantization,
-            }
-        )
-        return config
+        return {
+            **super().get_config(),
+            "input_dim": self.input_dim,
+            "output_dim": self.output_dim,
+            "rank": self.rank,
+            "activation": keras.activations.serialize(self.activation),
+            "use_bias": self.use_bias,
+            "tie_weights": self.tie_weights,
+            "embeddings_initializer": keras.initializers.serialize(
+                self.embeddings_initializer
+            ),
+            "embeddings_regularizer": keras.regularizers.serialize(
+                self.embeddings_regularizer
+            ),
+            "embeddings_constraint": keras.constraints.serialize(
+                self.embeddings_constraint
+            ),
+            "mask_zero": self.mask_zero,
+            "reverse_dtype": self.reverse_dtype,
+            "logit_soft_cap": self.logit_soft_cap,
+            "quantization": self.quantization,
+            "lora_rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+        }
 
     @classmethod
     def from_embedding(
@@ -590,7 +483,6 @@ class DistilledEmbedding(
         embedding: Any,
         rank: int | None = None,
         compression: float | None = None,
-        max_error: float | None = None,
         **kwargs: Any,
     ) -> DistilledEmbedding:
         """Factorizes a trained embedding.
@@ -602,21 +494,18 @@ class DistilledEmbedding(
                 `(input_dim, output_dim)`. The effective table of a layer is
                 used, with its LoRA weights merged and dequantized. An untied
                 layer has both of its tables factorized.
-            rank: Integer, the rank. Give one of this, `compression` and
-                `max_error`.
-            compression: Float, how many times fewer parameters the layer has
-                at least. The largest such rank is taken.
-            max_error: Float in (0, 1), the share of the table's energy that
-                the factors may lose. The smallest rank is taken whose exact
-                factors are as good.
+            rank: Integer, the rank. Give this or `compression`.
+            compression: Float, how many times fewer bytes the factors take as
+                they are stored than the table in float32, at least. The
+                largest such rank is taken.
             **kwargs: Options of `factorize` (`method`, `row_weights`,
-                `column_weights`, `sweeps`, `seed`, `verbose`) and arguments
-                of this layer, `activation`, `hidden_dim` and
-                `hidden_activation` among them. A layer hands down its name,
-                dtype policy (the float one, if quantized), `trainable`,
-                `mask_zero`, `tie_weights`, `reverse_dtype`, `logit_soft_cap`
-                and regularizers, unless given here. It does not hand down its
-                initializer and constraint, which are for rows of the table.
+                `column_weights`, `seed`, `verbose`) and arguments of this
+                layer, `activation`, `use_bias` and `quantization` among them.
+                A layer hands down its name, dtype policy (the float one, if
+                quantized), `trainable`, `mask_zero`, `tie_weights`,
+                `reverse_dtype`, `logit_soft_cap` and regularizers, unless
+                given here. It does not hand down its initializer and
+                constraint, which are for rows of the table.
 
         Returns:
             A built layer with the factors assigned.
@@ -624,8 +513,8 @@ class DistilledEmbedding(
         Raises:
             TypeError: If `embedding` is a layer without `embeddings`.
             ValueError: If the layer is not built, the table is not of rank 2
-                or not finite, if not exactly one of `rank`, `compression` and
-                `max_error` is given, or if the table would not get smaller.
+                or not finite, if not exactly one of `rank` and `compression`
+                is given, or if the table would not get smaller.
 
         Example:
 
@@ -633,224 +522,10 @@ class DistilledEmbedding(
         embedding = keras.layers.ReversibleEmbedding(1000, 64)
         embedding.build()
         layer = DistilledEmbedding.from_embedding(embedding, compression=4.0)
-        layer.compression_ratio  # 4.01
+        layer.compression_ratio  # 4.0
         ```
         """
-        options = {k: kwargs.pop(k) for k in _FACTORIZE_OPTIONS if k in kwargs}
-        _check_one_size(rank=rank, compression=compression, max_error=max_error)
-        tables = None
-        if max_error is not None:
-            tables = embedding_tables(embedding)
-            rank = _rank_for_error(tables, max_error, options, kwargs)
-        layer = cls.like(embedding, rank, compression, **kwargs)
-        options |= {
-            k: kwargs[k]
-            for k in ("activation", "hidden_dim", "hidden_activation")
-            if k in kwargs
-        }
-        table, reverse_table = tables or embedding_tables(embedding)
-        factors = factorize(table, layer.rank, **options)
-        reverse = None
-        if not layer.tie_weights:
-            reverse = factors
-            if reverse_table is not None:
-                reverse = factorize(reverse_table, layer.rank, **options)
-        layer.set_factors(factors, reverse)
-        return layer
-
-    @classmethod
-    def like(
-        cls,
-        embedding: Any,
-        rank: int | None = None,
-        compression: float | None = None,
-        **kwargs: Any,
-    ) -> DistilledEmbedding:
-        """The first, cheap half of `from_embedding`.
-
-        Checks the arguments and builds the layer that would replace
-        `embedding`, its factors still random. `set_factors` fills it.
-
-        Args:
-            embedding: As in `from_embedding`.
-            rank: As in `from_embedding`.
-            compression: As in `from_embedding`.
-            **kwargs: Arguments of this layer.
-
-        Returns:
-            A built layer.
-        """
-        shape = _table_shape(embedding)
-        options = _inherited_options(embedding) | kwargs
-        rank = _choose_rank(*shape, rank, compression, kwargs.get("hidden_dim"))
-        layer = cls(*shape, rank, **options)
-        layer.build()
-        return layer
-
-
-def embedding_tables(embedding: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """The effective tables of an embedding layer, or of an array.
-
-    Args:
-        embedding: A built embedding layer or a table.
-
-    Returns:
-        The table of the look-up and, if it is another one, that of the
-        projection; both `(input_dim, output_dim)`, LoRA weights merged and
-        dequantized.
-    """
-    if not _is_layer(embedding):
-        return to_numpy(embedding), None
-    untied = not getattr(embedding, "tie_weights", True)
-    if getattr(embedding, "quantization_mode", None) is None:
-        reverse = to_numpy(embedding.reverse_embeddings).T if untied else None
-        return to_numpy(embedding.embeddings), reverse
-    # Quantized variables mean nothing without their scales, so ask the layer
-    # for what it computes. Not through `__call__`, which would record losses.
-    ids = ops.arange(embedding.input_dim, dtype="int32")
-    table = to_numpy(embedding.quantized_call(ids))
-    if not untied:
-        return table, None
-    basis_vectors = ops.eye(embedding.output_dim, dtype=embedding.compute_dtype)
-    reverse = to_numpy(embedding.quantized_call(basis_vectors, reverse=True)).T
-    if embedding.logit_soft_cap is not None:
-        cap = embedding.logit_soft_cap
-        reverse = cap * np.arctanh(reverse / cap)
-    return table, reverse
-
-
-def _is_layer(embedding: Any) -> bool:
-    """Whether `embedding` is a layer with a table. Refuses other layers."""
-    # Statically, since `embeddings` can be a property that computes a table.
-    missing = object()
-    static = inspect.getattr_static(embedding, "embeddings", missing)
-    if isinstance(embedding, keras.layers.Layer):
-        if not embedding.built:
-            raise ValueError(
-                "`embedding` must be built: call it, or its `build()`, first. "
-                f"Received: embedding={embedding}"
-            )
-        if static is missing:
-            raise TypeError(
-                "`embedding` must be a layer with an `embeddings` table, or an "
-                f"array. Received: embedding={embedding}"
-            )
-    return static is not missing
-
-
-def _table_shape(embedding: Any) -> tuple[int, int]:
-    if _is_layer(embedding):
-        # Sizes first: reading `embeddings` can cost, and int4 packs columns.
-        sizes = (
-            getattr(embedding, "input_dim", None),
-            getattr(embedding, "output_dim", None),
-        )
-        if None not in sizes:
-            return sizes
-        embedding = embedding.embeddings
-    shape = tuple(np.shape(embedding))
-    if len(shape) != 2:
-        raise ValueError(
-            "`embedding` must be a built embedding layer or a table of shape "
-            f"(input_dim, output_dim). Received: embedding of shape {shape}"
-        )
-    return shape
-
-
-def to_numpy(table: Any) -> np.ndarray:
-    if isinstance(table, np.ndarray):
-        return table
-    tensor = ops.cast(table, "float32")
-    try:
-        # A view: a copy of a large table can be most of a model's memory.
-        return np.asarray(memoryview(tensor))
-    except (TypeError, BufferError):  # elsewhere, or on several devices
-        return ops.convert_to_numpy(tensor)
-
-
-def _inherited_options(embedding: Any) -> dict[str, Any]:
-    if not _is_layer(embedding):
-        return {}
-    options = {
-        name: getattr(embedding, name)
-        for name in _INHERITED_OPTIONS
-        if hasattr(embedding, name)
-    }
-    if hasattr(embedding, "dtype_policy"):
-        options["dtype"] = float_policy_name(embedding)
-    return options
-
-
-def float_policy_name(layer: Any) -> str:
-    """The dtype policy of a layer, before quantization if it is quantized."""
-    policy = layer.dtype_policy
-    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-        policy = policy[layer.path]
-    return policy.name.split("_from_")[-1]
-
-
-def _check_one_size(**sizes: Any) -> None:
-    """Refuses none, and more than one, of the ways to tell the size."""
-    if sum(size is not None for size in sizes.values()) != 1:
-        *names, last = (f"`{name}`" for name in sizes)
-        raise ValueError(
-            f"Give exactly one of {', '.join(names)} and {last}. Received: "
-            + ", ".join(f"{name}={size}" for name, size in sizes.items())
-        )
-
-
-def _choose_rank(
-    input_dim: int,
-    output_dim: int,
-    rank: int | None,
-    compression: float | None,
-    hidden_dim: int | None,
-) -> int:
-    _check_one_size(rank=rank, compression=compression)
-    if compression is None:
-        validate_rank(rank, input_dim, output_dim, hidden_dim)
-        return rank
-    return rank_for_compression(input_dim, output_dim, compression, hidden_dim)
-
-
-def _rank_for_error(
-    tables: tuple[np.ndarray, np.ndarray | None],
-    max_error: float,
-    options: dict[str, Any],
-    layer_options: dict[str, Any],
-) -> int:
-    lifted = is_lifted(layer_options.get("activation", "relu"))
-    weights = options.get("row_weights"), options.get("column_weights")
-    return max(
-        rank_for_error(Table.of(table, *weights), max_error, lifted)
-        for table in tables
-        if table is not None
-    )
-
-
-def _check_size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"`{name}` must be a positive integer. Received: {name}={value!r}"
-        )
-    if value < 1:
-        raise ValueError(
-            f"`{name}` must be a positive integer. Received: {name}={value!r}"
-        )
-    return int(value)
-
-
-def _check_soft_cap(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            "`logit_soft_cap` must be a positive number or None. "
-            f"Received: logit_soft_cap={value!r}"
-        )
-    if not value > 0:
-        raise ValueError(
-            "`logit_soft_cap` must be a positive number or None. "
-            f"Received: logit_soft_cap={value!r}"
-        )
+        return factorized_layer(cls, embedding, rank, compression, **kwargs)
 
 
 def _check_float_dtype(name: str, value: Any) -> str:

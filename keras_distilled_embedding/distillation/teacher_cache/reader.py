@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding.distillation.logits_distillation import (
     TopPredictions,
 )
@@ -111,8 +111,8 @@ class TeacherCache(keras.utils.PyDataset):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.shuffle_seed = as_integer(
-            "shuffle_seed", shuffle_seed, minimum=0, or_none=True
+        self.shuffle_seed = as_optional_integer(
+            "shuffle_seed", shuffle_seed, minimum=0
         )
         self.directory = Path(directory)
         if not (self.directory / files.MANIFEST).is_file():

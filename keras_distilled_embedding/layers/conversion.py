@@ -1,0 +1,228 @@
+"""Making a layer of factors from a layer with a table."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_distilled_embedding.factorization import Factorization
+from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.sizes import check_rank
+from keras_distilled_embedding.sizes import rank_for_compression
+
+if TYPE_CHECKING:
+    from keras_distilled_embedding.layers.distilled_embedding import (
+        DistilledEmbedding,
+    )
+
+# Options of `factorize`, which the layer does not take, and of both.
+_FACTORIZE_OPTIONS = (
+    "method",
+    "row_weights",
+    "column_weights",
+    "seed",
+    "verbose",
+)
+_COMMON_OPTIONS = ("activation", "use_bias", "quantization")
+
+# What a new layer takes over from the layer it replaces. Not the constraint:
+# one on the rows of a table says nothing about the rows of the codes, and
+# would undo the factorization at the first training step. Nor the initializer,
+# which is often the table itself, as a constant.
+_INHERITED_OPTIONS = (
+    "name",
+    "trainable",
+    "activity_regularizer",
+    "tie_weights",
+    "embeddings_regularizer",
+    "mask_zero",
+    "reverse_dtype",
+    "logit_soft_cap",
+)
+
+
+def factorized_layer(
+    cls: type[DistilledEmbedding],
+    embedding: Any,
+    rank: int | None,
+    compression: float | None,
+    **kwargs: Any,
+) -> DistilledEmbedding:
+    """Implements `DistilledEmbedding.from_embedding`."""
+    options = {k: kwargs.pop(k) for k in _FACTORIZE_OPTIONS if k in kwargs}
+    if (rank is None) == (compression is None):
+        raise ValueError(
+            "Give exactly one of `rank` and `compression`. "
+            f"Received: rank={rank}, compression={compression}"
+        )
+    size = {k: kwargs[k] for k in ("quantization", "use_bias") if k in kwargs}
+    shape = table_shape(embedding)
+    if rank is None:
+        rank = rank_for_compression(*shape, compression, **size)
+    else:
+        check_rank(rank, *shape, **size)
+    layer = new_layer(cls, embedding, rank, **kwargs)
+    options |= {k: kwargs[k] for k in _COMMON_OPTIONS if k in kwargs}
+    factors = [
+        factorize(table, layer.rank, **options)
+        for table in embedding_tables(embedding)
+    ]
+    if not layer.tie_weights and len(factors) == 1:
+        factors *= 2
+    assign_factors(layer, *factors)
+    return layer
+
+
+def new_layer(
+    cls: type[DistilledEmbedding], embedding: Any, rank: int, **kwargs: Any
+) -> DistilledEmbedding:
+    """The built layer that would replace `embedding`, its factors random.
+
+    Args:
+        cls: Class of the layer.
+        embedding: As of `DistilledEmbedding.from_embedding`.
+        rank: Integer.
+        **kwargs: Arguments of the layer, in place of those of `embedding`.
+    """
+    options = _inherited_options(embedding) | kwargs
+    layer = cls(*table_shape(embedding), rank, **options)
+    layer.build()
+    return layer
+
+
+def assign_factors(
+    layer: DistilledEmbedding,
+    factors: Factorization,
+    reverse: Factorization | None = None,
+) -> None:
+    """Assigns what `factorize` returned to a built layer.
+
+    Args:
+        layer: The layer.
+        factors: The factors of its table.
+        reverse: Those of the projection's table, for an untied layer.
+    """
+    for prefix, found in (("", factors), ("reverse_", reverse)):
+        if found is None:
+            continue
+        for name in ("codes", "basis", "offset"):
+            value = getattr(found, name)
+            if value is not None:
+                getattr(layer, prefix + name).assign(value)
+
+
+def embedding_tables(embedding: Any) -> list[np.ndarray]:
+    """The effective tables of an embedding layer, or of an array.
+
+    Args:
+        embedding: A built embedding layer or a table.
+
+    Returns:
+        The table of the look-up and, if it is another one, that of the
+        projection; both `(input_dim, output_dim)`, LoRA weights merged and
+        dequantized.
+    """
+    if not _is_layer(embedding):
+        return [to_numpy(embedding)]
+    untied = not getattr(embedding, "tie_weights", True)
+    if getattr(embedding, "quantization_mode", None) is None:
+        tables = [to_numpy(embedding.embeddings)]
+        if untied:
+            tables.append(to_numpy(embedding.reverse_embeddings).T)
+        return tables
+    # Quantized variables mean nothing without their scales, so ask the layer
+    # for what it computes. Not through `__call__`, which would record losses.
+    ids = ops.arange(embedding.input_dim, dtype="int32")
+    tables = [to_numpy(embedding.quantized_call(ids))]
+    if untied:
+        unit_vectors = ops.eye(
+            embedding.output_dim, dtype=embedding.compute_dtype
+        )
+        logits = to_numpy(embedding.quantized_call(unit_vectors, reverse=True))
+        cap = embedding.logit_soft_cap
+        tables.append(
+            (logits if cap is None else cap * np.arctanh(logits / cap)).T
+        )
+    return tables
+
+
+def table_shape(embedding: Any) -> tuple[int, int]:
+    """`(input_dim, output_dim)` of a layer's table, or of an array.
+
+    Raises:
+        TypeError: If it is a layer without `embeddings`.
+        ValueError: If it is not built, or not a matrix.
+    """
+    if _is_layer(embedding):
+        # Sizes first: reading `embeddings` can cost, and int4 packs columns.
+        sizes = (
+            getattr(embedding, "input_dim", None),
+            getattr(embedding, "output_dim", None),
+        )
+        if None not in sizes:
+            return sizes
+        embedding = embedding.embeddings
+    shape = tuple(np.shape(embedding))
+    if len(shape) != 2:
+        raise ValueError(
+            "`embedding` must be a built embedding layer or a table of shape "
+            f"(input_dim, output_dim). Received: embedding of shape {shape}"
+        )
+    return shape
+
+
+def to_numpy(table: Any) -> np.ndarray:
+    """A tensor, variable or array as a NumPy array, in float32 if a tensor."""
+    if isinstance(table, np.ndarray):
+        return table
+    tensor = ops.cast(table, "float32")
+    try:
+        # A view: a copy of a large table can be most of a model's memory.
+        return np.asarray(memoryview(tensor))
+    except (TypeError, BufferError):  # elsewhere, or on several devices
+        return ops.convert_to_numpy(tensor)
+
+
+def float_policy_name(layer: keras.layers.Layer) -> str:
+    """The dtype policy of a layer, before quantization if it is quantized."""
+    policy = layer.dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy[layer.path]
+    return policy.name.split("_from_")[-1]
+
+
+def _is_layer(embedding: Any) -> bool:
+    """Whether `embedding` is a layer with a table. Refuses other layers."""
+    # Statically, since `embeddings` can be a property that computes a table.
+    missing = object()
+    static = inspect.getattr_static(embedding, "embeddings", missing)
+    if isinstance(embedding, keras.layers.Layer):
+        if not embedding.built:
+            raise ValueError(
+                "`embedding` must be built: call it, or its `build()`, first. "
+                f"Received: embedding={embedding}"
+            )
+        if static is missing:
+            raise TypeError(
+                "`embedding` must be a layer with an `embeddings` table, or an "
+                f"array. Received: embedding={embedding}"
+            )
+    return static is not missing
+
+
+def _inherited_options(embedding: Any) -> dict[str, Any]:
+    if not _is_layer(embedding):
+        return {}
+    options = {
+        name: getattr(embedding, name)
+        for name in _INHERITED_OPTIONS
+        if hasattr(embedding, name)
+    }
+    if hasattr(embedding, "dtype_policy"):
+        options["dtype"] = float_policy_name(embedding)
+    return options

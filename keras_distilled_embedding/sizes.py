@@ -1,0 +1,268 @@
+"""How many bytes and multiplications factors take, by their rank."""
+
+from __future__ import annotations
+
+import bisect
+import numbers
+from typing import Any
+
+from keras_distilled_embedding._utils.arguments import as_integer
+from keras_distilled_embedding.quantization import FORMATS
+
+
+def factor_bytes(
+    rank: int,
+    input_dim: int,
+    output_dim: int,
+    quantization: str | None = None,
+    use_bias: bool = True,
+) -> int:
+    """Bytes of a factorized table, as `export_litert` stores it.
+
+    As integers: the codes with their scales, the basis in 8 bits, and the
+    offset in float32, which holds the center of the codes too. (A file that
+    both looks rows up and projects holds the small basis once more,
+    transposed; that is not counted.)
+
+    Args:
+        rank: Integer `r`.
+        input_dim: Integer, the number of rows `V`.
+        output_dim: Integer, the number of columns `d`.
+        quantization: Name of a storage format, or `None` for float32.
+        use_bias: Whether there is an offset.
+
+    Returns:
+        Floats: `4 (r (V + d) + d)`. int8: `r V + 4 + r d + 4 d`. int4, with
+        `k` the rank filled up to a multiple of 32:
+        `k / 2 V + k / 16 V + k d + 4 d`.
+
+    Example:
+
+    >>> factor_bytes(47, 30522, 384)
+    5811864
+    >>> factor_bytes(47, 30522, 384, "int8")
+    1454122
+    >>> factor_bytes(47, 30522, 384, "int4")
+    1124904
+    """
+    if quantization is None:
+        return 4 * (rank * (input_dim + output_dim) + output_dim * use_bias)
+    kind = FORMATS[quantization]
+    basis = kind.stored_columns(rank) * output_dim
+    return kind.table_bytes(input_dim, rank) + basis + 4 * output_dim
+
+
+def table_bytes(input_dim: int, output_dim: int) -> int:
+    """Bytes of a table in float32, which sizes are compared with."""
+    return 4 * input_dim * output_dim
+
+
+def largest_rank(
+    input_dim: int,
+    output_dim: int,
+    max_bytes: float,
+    quantization: str | None = None,
+    use_bias: bool = True,
+) -> int:
+    """The largest rank whose factors take no more bytes; 0 if there is none.
+
+    Args:
+        input_dim: Integer, the number of rows `V`.
+        output_dim: Integer, the number of columns `d`.
+        max_bytes: Number, the most that they may take.
+        quantization: Name of a storage format, or `None` for float32.
+        use_bias: Whether there is an offset.
+
+    Example:
+
+    >>> largest_rank(30522, 384, 5_860_224)
+    47
+    """
+    # More ranks than this hold nothing more.
+    ranks = range(1, min(input_dim, output_dim) + 1)
+    return bisect.bisect_right(
+        ranks,
+        max_bytes,
+        key=lambda rank: factor_bytes(
+            rank, input_dim, output_dim, quantization, use_bias
+        ),
+    )
+
+
+def rank_for_compression(
+    input_dim: int,
+    output_dim: int,
+    compression: float,
+    quantization: str | None = None,
+    use_bias: bool = True,
+) -> int:
+    """The largest rank that makes a table so many times smaller.
+
+    Args:
+        input_dim: Positive integer, the number of rows `V`.
+        output_dim: Positive integer, the number of columns `d`.
+        compression: Float above 1, bytes of the table in float32 over those
+            of its factors.
+        quantization: Name of a storage format, or `None` for float32.
+        use_bias: Whether there is an offset.
+
+    Returns:
+        The rank, a positive integer.
+
+    Raises:
+        ValueError: If `compression` is not above 1, or is more than rank 1
+            gives.
+
+    Example:
+
+    >>> rank_for_compression(30522, 384, 8.0)
+    47
+    >>> rank_for_compression(30522, 384, 8.0, "int8")
+    189
+    """
+    check_compression(compression)
+    table = table_bytes(input_dim, output_dim)
+    rank = largest_rank(
+        input_dim, output_dim, table / compression, quantization, use_bias
+    )
+    if rank == 0:
+        smallest = factor_bytes(
+            1, input_dim, output_dim, quantization, use_bias
+        )
+        raise ValueError(
+            f"`compression` must be at most {table / smallest:.2f} for a "
+            f"table of shape ({input_dim}, {output_dim}) in "
+            f"{quantization or 'floats'}, what rank 1 gives. "
+            f"Received: compression={compression!r}"
+        )
+    return rank
+
+
+def rank_for_speedup(
+    input_dim: int,
+    output_dim: int,
+    min_speedup: float,
+    quantization: str | None = None,
+) -> int:
+    """The largest rank whose projection is so much cheaper.
+
+    Counted are the multiplications for one hidden state: `V d` with the
+    table, `r (V + d)` with its factors. A file in int4 multiplies with whole
+    blocks of codes, so there `r` is filled up to a multiple of 32.
+
+    Args:
+        input_dim: Positive integer, the number of rows `V`.
+        output_dim: Positive integer, the number of columns `d`.
+        min_speedup: Float of at least 1.
+        quantization: Name of a storage format, or `None` for float32.
+
+    Returns:
+        The rank, a positive integer.
+
+    Raises:
+        ValueError: If `min_speedup` is below 1, or more than any rank gives.
+
+    Example:
+
+    >>> rank_for_speedup(30522, 384, 8.0)
+    47
+    >>> rank_for_speedup(30522, 384, 8.0, "int4")
+    32
+    """
+    check_speedup(min_speedup)
+
+    def columns(rank: int) -> int:
+        if quantization is None:
+            return rank
+        return FORMATS[quantization].stored_columns(rank)
+
+    affordable = input_dim * output_dim / (input_dim + output_dim) / min_speedup
+    rank = bisect.bisect_right(
+        range(1, output_dim + 1), affordable, key=columns
+    )
+    if rank == 0:
+        most = affordable * min_speedup / columns(1)
+        raise ValueError(
+            f"`min_speedup` must be at most {most:.2f} for a table of shape "
+            f"({input_dim}, {output_dim}) in {quantization or 'floats'}, what "
+            f"the smallest factors give. Received: min_speedup={min_speedup!r}"
+        )
+    return rank
+
+
+def check_rank(
+    rank: Any,
+    input_dim: int,
+    output_dim: int,
+    quantization: str | None = None,
+    use_bias: bool = True,
+) -> int:
+    """Refuses ranks whose factors are no smaller than the table.
+
+    Args:
+        rank: Positive integer `r`.
+        input_dim: Positive integer, the number of rows `V`.
+        output_dim: Positive integer, the number of columns `d`.
+        quantization: Name of a storage format, or `None` for float32.
+        use_bias: Whether there is an offset.
+
+    Returns:
+        The rank.
+
+    Raises:
+        ValueError: If the rank is not a positive integer, or so large that
+            the factors take as many bytes as the table in float32.
+
+    Example:
+
+    >>> check_rank(47, 30522, 384)
+    47
+    """
+    rank = as_integer("rank", rank)
+    largest = largest_rank(
+        input_dim,
+        output_dim,
+        table_bytes(input_dim, output_dim) - 1,
+        quantization,
+        use_bias,
+    )
+    if rank > largest:
+        raise ValueError(
+            f"`rank` must be at most {largest}, or a table of shape "
+            f"({input_dim}, {output_dim}) gets no smaller in "
+            f"{quantization or 'floats'}. Received: rank={rank}"
+            if largest
+            else f"No rank makes a table of shape ({input_dim}, {output_dim}) "
+            f"smaller: leave it as it is. Received: rank={rank}"
+        )
+    return rank
+
+
+def check_compression(compression: Any) -> None:
+    """Refuses what is not a number above 1.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not _is_number(compression) or not 1 < compression < float("inf"):
+        raise ValueError(
+            "`compression` must be a number greater than 1. "
+            f"Received: compression={compression!r}"
+        )
+
+
+def check_speedup(min_speedup: Any) -> None:
+    """Refuses what is not a number of at least 1.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not _is_number(min_speedup) or not 1 <= min_speedup < float("inf"):
+        raise ValueError(
+            "`min_speedup` must be a number of at least 1. "
+            f"Received: min_speedup={min_speedup!r}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,0 +1,65 @@
+"""What several test files need: models, references in NumPy, matchers."""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def to_numpy(x):
+    """A tensor, variable or array as a NumPy array."""
+    return ops.convert_to_numpy(x)
+
+
+def random_ids(vocabulary, shape=(4, 7), seed=0):
+    """int32 token ids."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(vocabulary, size=shape).astype("int32")
+
+
+def random_table(rows=300, columns=24, seed=0, mean=0.0):
+    """A float32 table whose singular values fall, around a mean."""
+    rng = np.random.default_rng(seed)
+    scales = np.geomspace(1.0, 0.05, columns)
+    table = rng.normal(size=(rows, columns)) * scales
+    rotation = np.linalg.qr(rng.normal(size=(columns, columns)))[0]
+    return (table @ rotation + mean).astype("float32")
+
+
+def lost_share(table, reconstruction):
+    """`||E - E~||^2 / ||E||^2`, in float64."""
+    table = np.asarray(table, "float64")
+    return np.square(table - reconstruction).sum() / np.square(table).sum()
+
+
+def affine_optimum(table, rank):
+    """The least share of the energy that any affine form of a rank loses."""
+    table = np.asarray(table, "float64")
+    singular = np.linalg.svd(table - table.mean(0), compute_uv=False)
+    return np.square(singular[rank:]).sum() / np.square(table).sum()
+
+
+def svd_optimum(table, rank):
+    """The same without an offset: Eckart and Young."""
+    singular = np.linalg.svd(np.asarray(table, "float64"), compute_uv=False)
+    return np.square(singular[rank:]).sum() / np.square(singular).sum()
+
+
+def tied_model(vocabulary=300, width=24, name="tokens"):
+    """Look-up, a dense layer, and the tied projection to the vocabulary."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    embedding = keras.layers.ReversibleEmbedding(vocabulary, width, name=name)
+    hidden = keras.layers.Dense(width, "tanh", name="body")(embedding(ids))
+    return keras.Model(ids, embedding(hidden, reverse=True), name="tied")
+
+
+def classifier(vocabulary=300, width=24, name="tokens"):
+    """An embedding whose mean over a text is classified."""
+    return keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(vocabulary, width, name=name),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(2, name="classes"),
+        ],
+        name="classifier",
+    )

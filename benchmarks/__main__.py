@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import os
 import shlex
 import sys
@@ -20,111 +21,89 @@ FIGURES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; see `python -m benchmarks --help`."""
-    if arguments is None:
-        arguments = sys.argv[1:]
-    options, rest = _parser().parse_known_args(arguments)
-    if options.command == "list":
-        _print_list()
-        return 0
-    figure = importlib.import_module(f"benchmarks.figures.{options.figure}")
-    options = _figure_options(figure, options, rest)
-    if options.command == "run":
-        _run(figure, options)
-    _report(
-        figure, options, shlex.join(["python", "-m", "benchmarks", *arguments])
-    )
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Figures, see `list`."
-    )
+    """Runs one command; see README.md."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="show the figures")
     for command, text in (
         ("run", "measure the rows that are missing, then report"),
         ("report", "write tables and pictures of the rows that there are"),
     ):
-        # A figure adds options of its own, and its help, once it is known.
+        # The help of a figure is known once the figure is.
         added = commands.add_parser(command, help=text, add_help=False)
         added.add_argument("figure", choices=FIGURES)
-    return parser
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "list":
+        _print_list()
+        return 0
+    figure = importlib.import_module(f"benchmarks.figures.{options.figure}")
+    _add_figure_options(figure, options, rest)
+    if options.command == "run":
+        figure.run(options)
+    command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    _report(figure, options, command)
+    return 0
 
 
-def _figure_options(
+def _add_figure_options(
     figure: ModuleType, options: argparse.Namespace, rest: list[str]
-) -> argparse.Namespace:
+) -> None:
     """Parses the options that all figures have and those of this one."""
-    name, command = options.figure, options.command
+    from benchmarks import harness
+
+    name = options.figure
     parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {command} {name}",
+        prog=f"python -m benchmarks {options.command} {name}",
         description=_summary(FIGURES[name]),
     )
     add = parser.add_argument
     add("--work-dir", type=Path, help=f"rows; default: runs/{name}")
+    add("--task-dir", type=Path, help="tasks, teachers; default: runs/tasks")
     add("--output", type=Path, help=f"report; default: results/{name}")
     add("--quick", action="store_true", help="tiny sizes, to try it out")
     add("--data-dir", help="folder of Multi30k's files (else: download)")
-    add("--threads", type=int, help="of TensorFlow; default: all cores")
     if hasattr(figure, "add_arguments"):
         figure.add_arguments(parser)
     parser.parse_args(rest, options)
-    runs = Path("runs") / (f"{name}_quick" if options.quick else name)
-    options.work_dir = options.work_dir or runs
+    folder = options.work_dir or Path("runs") / name
+    options.task_dir = options.task_dir or folder.parent / "tasks"
+    if options.quick:
+        folder /= "quick"
+    options.store = harness.Rows(folder)
     if options.output is None:
-        from benchmarks.harness.files import RESULTS
-
-        quick = options.work_dir / "report"
-        options.output = quick if options.quick else RESULTS / name
-    return options
-
-
-def _run(figure: ModuleType, options: argparse.Namespace) -> None:
-    from benchmarks.harness.environment import limit_threads
-    from benchmarks.harness.rows import Rows
-
-    if options.threads:
-        limit_threads(options.threads)
-    figure.run(Rows(options.work_dir), options)
+        results = harness.RESULTS / name
+        options.output = folder / "report" if options.quick else results
 
 
 def _report(
     figure: ModuleType, options: argparse.Namespace, command: str
 ) -> None:
     """Writes `results.json`, `report.md` and the pictures of a figure."""
-    from benchmarks.harness.environment import environments
-    from benchmarks.harness.files import RESULTS
-    from benchmarks.harness.files import read_results
-    from benchmarks.harness.files import write_json
-    from benchmarks.harness.files import write_text
-    from benchmarks.harness.rows import Rows
-    from benchmarks.harness.tables import show
+    from benchmarks import harness
 
     name, folder = options.figure, options.output
-    results = read_results(name, folder)
-    if not results and options.command == "report":
-        results = read_results(name, RESULTS / name)
-    new = figure.collect(Rows(options.work_dir), results, options)
-    if new != results or options.command == "run":
-        results = {"command": command, **new}
-        write_json(folder / "results.json", results)
-    machines = [f"- {text}" for text in environments(results)]
-    text = "\n\n".join(
-        [
-            f"# {figure.TITLE}",
-            f"    {results.get('command', f'python -m benchmarks run {name}')}",
-            *figure.report(results, folder),
-            *(
-                ["## Machines and versions", "\n".join(machines)]
-                if machines
-                else []
-            ),
-        ]
-    )
-    write_text(folder / "report.md", text + "\n")
-    show(text)
+    earlier = harness.read_results(name, folder)
+    if not earlier and options.command == "report":
+        earlier = harness.read_results(name, harness.RESULTS / name)
+    results = figure.collect(options, earlier)
+    if not results:
+        raise SystemExit(f"No rows yet: python -m benchmarks run {name}")
+    if options.command == "run":
+        results = {"command": command, **results}
+        harness.write_json(folder / "results.json", results)
+    command = results.get("command", "")
+    if not command.startswith("python -m benchmarks run"):
+        command = f"python -m benchmarks run {name}"  # of earlier results
+    title, _, introduction = inspect.getdoc(figure).partition("\n\n")
+    parts = [f"# {title.rstrip('.')}", f"    {command}", introduction]
+    parts += figure.report(results, folder)
+    machines = harness.environments(results)
+    if machines:
+        parts += ["## Machines and versions", "- " + "\n- ".join(machines)]
+    text = "\n\n".join(parts) + "\n"
+    harness.write_text(folder / "report.md", text)
+    harness.show(text)
 
 
 def _print_list() -> None:

@@ -18,17 +18,10 @@ import keras_hub
 import numpy as np
 
 import keras_distilled_embedding as kde
-from benchmarks.harness.measure import in_new_process
-from benchmarks.harness.measure import peak_mb
-from benchmarks.harness.measure import reset_peak
-from benchmarks.harness.measure import resident_mb
-from benchmarks.harness.rows import Rows
-from benchmarks.harness.tables import claim
-from benchmarks.harness.tables import markdown_table
+from benchmarks import harness
 from keras_distilled_embedding.keras_internals import without_initial_values
 from keras_distilled_embedding.quantization import FORMATS
 
-TITLE = "Compressing a large model"
 SECONDS, MEMORY = 60, 2.5  # what is promised
 SIZES = {
     "vocabulary_size": 250_000,
@@ -54,12 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantization", choices=["auto", "none", *FORMATS], default="auto")
 
 
-def run(rows: Rows, options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Compresses the model once, in a process of its own."""
     sizes = QUICK if options.quick else SIZES
-    rows.finish(
+    options.store.finish(
         _name(options),
-        lambda: in_new_process(
+        lambda: harness.in_new_process(
             measure, sizes, options.compression, options.quantization
         ),
     )
@@ -92,10 +85,10 @@ def measure(
     sizes: dict[str, int], compression: float, quantization: str
 ) -> dict:
     """Compresses a model; its seconds, and the megabytes at the peak."""
-    before = resident_mb()
+    before = harness.resident_mb()
     model = make_model(sizes)
     model_mb = 4 * model.count_params() / 1e6
-    reset_peak()
+    harness.reset_peak()
     start = time.perf_counter()
     student = kde.compress(
         model,
@@ -104,7 +97,7 @@ def measure(
         verbose=0,
     )
     seconds = time.perf_counter() - start
-    peak = peak_mb() - before
+    peak = harness.peak_mb() - before
     return {
         "model_parameters": model.count_params(),
         "student_parameters": student.count_params(),
@@ -117,14 +110,13 @@ def measure(
     }
 
 
-def collect(rows: Rows, earlier: dict, options: argparse.Namespace) -> dict:
+def collect(options: argparse.Namespace, earlier: dict) -> dict:
     """Returns the row of the chosen compression."""
-    return rows.read(_name(options)) or earlier
+    return options.store.read(_name(options)) or earlier
 
 
 def report(results: dict, folder: Path) -> Iterator[str]:
     """Writes the claims and what was measured."""
-    del folder
     yield (
         f"{results['model_parameters']:,} random weights, most of them in a "
         f"table that becomes {results['compression']:g} times smaller; "
@@ -132,10 +124,10 @@ def report(results: dict, folder: Path) -> Iterator[str]:
         f"{results['model_mb']:,} MB, the process {results['peak_mb']:,} MB "
         "at its peak, above what it took before the model was made."
     )
-    yield markdown_table(
+    yield harness.markdown_table(
         [
-            claim("seconds", results["seconds"], "≤", SECONDS),
-            claim(
+            harness.claim("seconds", results["seconds"], "≤", SECONDS),
+            harness.claim(
                 "peak / the model's memory",
                 results["peak_over_model"],
                 "≤",

@@ -1,9 +1,9 @@
-"""What tables of any size would take, by arithmetic: nothing is made.
+"""What tables of any size would take at 8x, by arithmetic: nothing is made.
 
-Ranks and bytes are those that `compress` and `export_litert` would choose and
-write. Training memory is that of the factors with their gradients and Adam's
-two moments, all in float32, on each device, the codes split over the devices
-and the basis on all of them.
+`factors`: float32; `int8`: as `export_litert` stores them. `train`: weights,
+gradients and Adam's two moments, four times the bytes, on each device, the
+codes split over the devices, the basis on all of them. `logits`: float32,
+once; a plain step holds them several times.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness.rows import Rows
-from benchmarks.harness.tables import markdown_table
-from benchmarks.methods.storage import factor_bytes
-from benchmarks.methods.storage import largest_rank
+from benchmarks import harness
+from keras_distilled_embedding.sizes import factor_bytes
+from keras_distilled_embedding.sizes import largest_rank
 
 COMPRESSION, DEVICES = 8, (1, 4, 8)
-TITLE = f"Tables at {COMPRESSION}x, by arithmetic"
 # From a vocabulary of one language to what no one has yet.
 TABLES = (
     (32_000, 2_048),
@@ -34,28 +32,27 @@ TOKENS, CHUNK = 2_048, 64
 COPIES = 4
 
 
-def run(rows: Rows, options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Nothing is measured."""
 
 
-def collect(rows: Rows, earlier: dict, options: argparse.Namespace) -> dict:
+def collect(options: argparse.Namespace, earlier: dict) -> dict:
     """Returns the bytes and ranks of each table."""
-    del rows, earlier, options
     return {"tables": [plan(*table) for table in TABLES]}
 
 
 def plan(rows: int, columns: int) -> dict:
     """What one table takes, in bytes."""
     shape, table = (rows, columns), 4 * rows * columns
-    rank = largest_rank(shape, table // COMPRESSION)
+    rank = largest_rank(*shape, table // COMPRESSION)
     codes = 4 * rows * rank
-    factors = factor_bytes(rank, shape)
+    factors = factor_bytes(rank, *shape)
     return {
         "shape": list(shape),
         "float32": table,
         "rank": rank,
         "factors": factors,
-        "int8": factor_bytes(rank, shape, "int8"),
+        "int8": factor_bytes(rank, *shape, "int8"),
         "train table": COPIES * table,
         **{
             f"train factors, {n} device{'s' * (n > 1)}": (
@@ -70,14 +67,7 @@ def plan(rows: int, columns: int) -> dict:
 
 def report(results: dict, folder: Path) -> Iterator[str]:
     """Writes the table, and what its columns are."""
-    del folder
-    yield markdown_table([*map(_cells, results["tables"])])
-    yield (
-        "`factors`: float32; `int8`: as `export_litert` stores them. `train`: "
-        f"weights, gradients and Adam's moments, {COPIES} times the bytes, a "
-        "device; codes split over the devices, the basis on each. `logits`: "
-        "float32, once; a plain step holds them several times."
-    )
+    yield harness.markdown_table([*map(_cells, results["tables"])])
 
 
 def _cells(row: dict) -> dict:

@@ -45,17 +45,6 @@ def environments(results: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def limit_threads(number: int) -> None:
-    """Lets TensorFlow use so many cores, before it has done anything.
-
-    Several processes share a machine best with a core each.
-    """
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(number)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-
-
 def _keras() -> str:
     """Keras's backend and accelerators, where Keras is in use."""
     keras = sys.modules.get("keras")

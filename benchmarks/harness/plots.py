@@ -15,13 +15,6 @@ from benchmarks.harness.files import write_bytes
 _MARKERS = "osv^D<>pPXd*h"
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure."""
-    file = io.BytesIO()
-    figure.savefig(file, dpi=150, format="png")
-    write_bytes(path, file.getvalue())
-
-
 def plot_lines(
     lines: Mapping[str, Sequence[tuple[float, float]]],
     path: Path,
@@ -29,6 +22,8 @@ def plot_lines(
     styles: Mapping[str, dict] | None = None,
     level: tuple[str, float] | None = None,
     log_x: bool = False,
+    rows: Sequence[str] = (),
+    scatter: bool = False,
     x_format: Any = None,
     **axes_options: Any,
 ) -> None:
@@ -40,6 +35,8 @@ def plot_lines(
         styles: Options of matplotlib's `plot`, by label.
         level: A label and the height of a dashed line across the picture.
         log_x: Whether the x axis is logarithmic, in powers of two.
+        rows: Names of the heights 0, 1 and so on, from the top down.
+        scatter: Whether there are dots alone, without lines.
         x_format: Formatter of the x axis.
         **axes_options: Options of matplotlib's `Axes.set`.
     """
@@ -52,10 +49,14 @@ def plot_lines(
             continue
         x, y = zip(*points)
         style = {"marker": _MARKERS[index % len(_MARKERS)], "linewidth": 1.2}
+        style |= {"linestyle": "none"} if scatter else {}
         style |= (styles or {}).get(label, {})
         axes.plot(x, y, label=label, **style)
     if log_x:
         axes.set_xscale("log", base=2)
+    if rows:
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
     if x_format is not None:
         axes.xaxis.set_major_formatter(x_format)
     axes.set(**axes_options)
@@ -64,4 +65,6 @@ def plot_lines(
         axes.legend(
             fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
         )
-    save(figure, path)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150, format="png")
+    write_bytes(path, file.getvalue())

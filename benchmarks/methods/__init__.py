@@ -1,7 +1,6 @@
 """Ways to make a table smaller: each registers itself in a file of its own.
 
-`METHODS` holds all of them by name. A rival is two functions and one call of
-`register`; README.md shows one.
+`METHODS` holds all of them by name. README.md shows how to add one.
 """
 
 import importlib
@@ -12,15 +11,15 @@ from benchmarks.methods.base import Approximation
 from benchmarks.methods.base import Method
 from benchmarks.methods.base import Table
 from benchmarks.methods.rival import ArrayTable
-from benchmarks.methods.rival import register
+from benchmarks.methods.rival import Rival
 
 __all__ = [
     "METHODS",
     "Approximation",
     "ArrayTable",
     "Method",
+    "Rival",
     "Table",
-    "register",
 ]
 
 for _module in pkgutil.iter_modules(__path__):

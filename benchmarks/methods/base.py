@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 from dataclasses import field
-from typing import Protocol
+from typing import Any
 
 import keras
 import numpy as np
@@ -49,20 +49,6 @@ class Approximation:
     details: dict[str, object] = field(default_factory=dict)
 
 
-class Task(Protocol):
-    """A trained model with one table, whose table a method replaces."""
-
-    table: Table
-
-    def teacher(self, dropout: float = 0.0) -> keras.Model:
-        """The trained model, a new one in each call."""
-
-    def with_table(
-        self, embedding: keras.layers.Layer, dropout: float = 0.0
-    ) -> keras.Model:
-        """The trained model with another layer for its table."""
-
-
 class Method(abc.ABC):
     """A way to make a table smaller.
 
@@ -93,6 +79,13 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def student(
-        self, task: Task, budget: int, dropout: float = 0.0
+        self, task: Any, budget: int, dropout: float = 0.0
     ) -> keras.Model | None:
-        """Returns the task's model with such a table, ready to be trained."""
+        """Returns a task's model with such a table, ready to be trained.
+
+        Args:
+            task: One of `benchmarks.tasks`, with its `table`, its `teacher`,
+                and `with_table`, the teacher with another layer for it.
+            budget: As of `approximate`.
+            dropout: Of the model.
+        """

@@ -8,7 +8,7 @@ group that keeps them best.
 import numpy as np
 from keras import ops
 
-from benchmarks.methods.rival import register
+from benchmarks.methods.rival import Rival
 
 NUM_GROUPS = 5
 NUM_REFINEMENTS = 3
@@ -120,4 +120,4 @@ def _reassign(groups, lost, ranks, weights, room):
     return groups
 
 
-register("GroupReduce", fit, rebuild)
+Rival("GroupReduce", fit, rebuild)

@@ -14,11 +14,11 @@ import keras_distilled_embedding as kde
 from benchmarks.methods.base import Approximation
 from benchmarks.methods.base import Method
 from benchmarks.methods.base import Table
-from benchmarks.methods.base import Task
-from benchmarks.methods.storage import factor_bytes
-from benchmarks.methods.storage import largest_rank
 from benchmarks.methods.storage import table_layer
+from keras_distilled_embedding.layers.conversion import assign_factors
 from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.sizes import factor_bytes
+from keras_distilled_embedding.sizes import largest_rank
 
 
 class Factors(Method):
@@ -27,7 +27,7 @@ class Factors(Method):
     Args:
         name: See `Method`.
         quantization: Name of the format of the codes, which the student is
-            trained with; `None` for float32.
+            trained with; `None` for float32; `"auto"` for what loses least.
         weigh_rows: Whether rows count by how often their tokens occur.
         weigh_columns: Whether columns count by the hidden states that multiply
             them; then there is nothing of a table whose states are not known.
@@ -43,8 +43,10 @@ class Factors(Method):
         **options: Any,
     ) -> None:
         super().__init__(name)
-        self.quantization = quantization
-        self.options = {"activation": "relu", "use_bias": True, **options}
+        self._formats = [quantization]
+        if quantization == "auto":
+            self._formats = [None, *FORMATS]
+        self._options = {"activation": "relu", "use_bias": True, **options}
         self._weigh_rows, self._weigh_columns = weigh_rows, weigh_columns
 
     def factorize(self, table: Table, budget: int) -> kde.Factorization | None:
@@ -53,61 +55,54 @@ class Factors(Method):
         if self._weigh_rows:
             weights["row_weights"] = table.weights
         if self._weigh_columns:
+            weights["column_weights"] = table.second_moment
             if table.second_moment is None:
                 return None
-            weights["column_weights"] = table.second_moment
-        rank = largest_rank(
-            table.values.shape,
-            budget,
-            self.quantization,
-            self.options["use_bias"],
-        )
-        if rank < 1:
-            return None
-        return kde.factorize(
-            table.values,
-            rank,
-            quantization=self.quantization,
-            **weights,
-            **self.options,
-        )
+        bias = self._options["use_bias"]
+        found = []
+        for quantization in self._formats:
+            rank = largest_rank(*table.values.shape, budget, quantization, bias)
+            if rank:
+                found.append(
+                    kde.factorize(
+                        table.values,
+                        rank,
+                        quantization=quantization,
+                        **weights,
+                        **self._options,
+                    )
+                )
+        return min(found, key=lambda f: f.relative_error, default=None)
 
     def approximate(self, table: Table, budget: int) -> Approximation | None:
         factors = self.factorize(table, budget)
-        if factors is None:
-            return None
-        rank = factors.codes.shape[1]
-        return Approximation(
+        return factors and Approximation(
             factors.reconstruct(),
             factor_bytes(
-                rank,
-                table.values.shape,
-                self.quantization,
-                self.options["use_bias"],
+                factors.rank,
+                *table.values.shape,
+                factors.quantization,
+                self._options["use_bias"],
             ),
-            {"rank": rank},
+            {"rank": factors.rank, "quantization": factors.quantization},
         )
 
     def student(
-        self, task: Task, budget: int, dropout: float = 0.0
+        self, task: Any, budget: int, dropout: float = 0.0
     ) -> keras.Model | None:
         factors = self.factorize(task.table, budget)
         if factors is None:
             return None
         student = kde.compress(
             task.teacher(dropout),
-            rank=factors.codes.shape[1],
-            quantization=self.quantization,
-            activation=self.options["activation"],
-            use_bias=self.options["use_bias"],
+            rank=factors.rank,
+            quantization=factors.quantization,
+            activation=self._options["activation"],
+            use_bias=self._options["use_bias"],
             verbose=0,
         )
         # As this method fits them: with its weights, learned where it learns.
-        layer = table_layer(student)
-        layer.codes.assign(factors.codes)
-        layer.basis.assign(factors.basis)
-        if self.options["use_bias"]:
-            layer.offset.assign(factors.offset)
+        assign_factors(table_layer(student), factors)
         return student
 
 
@@ -118,7 +113,7 @@ Factors(OURS)
 Factors("ours, no activation", activation=None)
 Factors("ours, rows weighted", weigh_rows=True)
 Factors("ours, rows and columns weighted", weigh_rows=True, weigh_columns=True)
-for _name in FORMATS:
+for _name in (*FORMATS, "auto"):
     Factors(f"ours, {_name}", quantization=_name)
 # The published form: learned by gradient descent, no offset.
 Factors(PAPER, use_bias=False, method="learned")

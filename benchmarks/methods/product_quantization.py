@@ -6,7 +6,7 @@ Jegou et al., 2011. The codes stay as they are, the codebooks are trained.
 import numpy as np
 from keras import ops
 
-from benchmarks.methods.rival import register
+from benchmarks.methods.rival import Rival
 
 NUM_CENTROIDS = 256
 ROUNDS = 25
@@ -48,4 +48,4 @@ def rebuild(arrays, shape):
     return ops.concatenate(parts, axis=1)
 
 
-register("product quantization", fit, rebuild)
+Rival("product quantization", fit, rebuild)

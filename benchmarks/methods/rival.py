@@ -12,7 +12,6 @@ from keras import ops
 from benchmarks.methods.base import Approximation
 from benchmarks.methods.base import Method
 from benchmarks.methods.base import Table
-from benchmarks.methods.base import Task
 from keras_distilled_embedding.quantization import FORMATS
 from keras_distilled_embedding.quantization import dequantize
 from keras_distilled_embedding.quantization import round_table
@@ -26,14 +25,8 @@ Fit = Callable[[np.ndarray, np.ndarray, int], Arrays | None]
 Rebuild = Callable[[dict[str, Any], Shape], Any]
 
 
-def register(
-    name: str,
-    fit: Fit,
-    rebuild: Rebuild,
-    quantization: str | None = None,
-    fixed_size: bool = False,
-) -> Rival:
-    """Registers a rival.
+class Rival(Method):
+    """A method that is two functions; making one registers it.
 
     What it stores and what is trained follows from its arrays: floats are
     trained, integers stay; each takes the bytes of its dtype.
@@ -47,11 +40,6 @@ def register(
             stored, and rounded in training; float32 by default.
         fixed_size: Whether there is only one size of it.
     """
-    return Rival(name, fit, rebuild, quantization, fixed_size)
-
-
-class Rival(Method):
-    """A registered rival; see `register`."""
 
     def __init__(
         self,
@@ -83,7 +71,7 @@ class Rival(Method):
         )
 
     def student(
-        self, task: Task, budget: int, dropout: float = 0.0
+        self, task: Any, budget: int, dropout: float = 0.0
     ) -> keras.Model | None:
         layer = self.layer(task.table, budget)
         return layer and task.with_table(layer, dropout)
@@ -98,7 +86,7 @@ class ArrayTable(keras.layers.Layer):
 
     Args:
         arrays: What is stored. Floats become variables.
-        rebuild: See `register`.
+        rebuild: See `Rival`.
         shape: Of the table.
         quantization: Name of a format: matrices of floats are rounded as a
             file of that kind stores them. Backward, rounding is taken for the

@@ -10,51 +10,16 @@ from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.quantization import FORMATS
 from keras_distilled_embedding.quantization import dequantize
 from keras_distilled_embedding.quantization import round_table
+from keras_distilled_embedding.sizes import factor_bytes
 
-
-def factor_bytes(
-    rank: int,
-    shape: tuple[int, int],
-    quantization: str | None = None,
-    use_bias: bool = True,
-) -> int:
-    """Bytes of factors: float32, or as a file of a format stores them.
-
-    A file of integers also has the basis in bytes, and always an offset.
-    """
-    rows, columns = shape
-    if quantization is None:
-        return 4 * (rank * (rows + columns) + use_bias * columns)
-    kind = FORMATS[quantization]
-    stored = kind.stored_columns(rank)
-    return kind.table_bytes(rows, rank) + stored * columns + 4 * columns
-
-
-def largest_rank(
-    shape: tuple[int, int],
-    budget: int,
-    quantization: str | None = None,
-    use_bias: bool = True,
-) -> int:
-    """The largest rank whose factors fit into a budget; 0 where none does."""
-    fitting = [
-        rank
-        for rank in range(1, min(shape) + 1)
-        if factor_bytes(rank, shape, quantization, use_bias) <= budget
-    ]
-    return max(fitting, default=0)
+NAME = "token_embedding"
 
 
 def table_layer(model: keras.Model) -> keras.layers.Layer:
-    """The one embedding of a model, wherever the model keeps it."""
-    kinds = DistilledEmbedding, ArrayTable, keras.layers.Embedding
-    found = {
-        id(layer): layer
-        for layer in model._flatten_layers()
-        if isinstance(layer, kinds) and layer.name == "token_embedding"
-    }
-    (layer,) = found.values()
-    return layer
+    """The layer of this name, wherever the model keeps it."""
+    return next(
+        layer for layer in model._flatten_layers() if layer.name == NAME
+    )
 
 
 def table_bytes(
@@ -65,7 +30,7 @@ def table_bytes(
     if isinstance(layer, ArrayTable):
         return layer.num_bytes(quantization)
     if isinstance(layer, DistilledEmbedding):
-        return factor_bytes(layer.rank, shape, quantization, layer.use_bias)
+        return factor_bytes(layer.rank, *shape, quantization, layer.use_bias)
     if quantization is None:
         return 4 * shape[0] * shape[1]
     return FORMATS[quantization].table_bytes(*shape)

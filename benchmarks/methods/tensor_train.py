@@ -9,7 +9,7 @@ import math
 import numpy as np
 from keras import ops
 
-from benchmarks.methods.rival import register
+from benchmarks.methods.rival import Rival
 
 
 def fit(table, weights, budget):
@@ -86,4 +86,4 @@ def _three_factors(number):
     return min(triples, key=lambda triple: (max(triple), triple))
 
 
-register("Tensor-Train", fit, rebuild)
+Rival("Tensor-Train", fit, rebuild)

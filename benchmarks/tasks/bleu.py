@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import sacrebleu
 from sacrebleu.significance import PairedTest
@@ -11,29 +11,19 @@ from sacrebleu.significance import PairedTest
 BOOTSTRAP_SAMPLES = 1_000
 
 
-class Score(NamedTuple):
-    """The BLEU of a text.
-
-    Args:
-        bleu: sacreBLEU, in points.
-        ci: Half of its 95 % confidence interval, by bootstrap.
-        p_value: That the baseline's is no other, by paired bootstrap; `None`
-            of the baseline itself.
-    """
-
-    bleu: float
-    ci: float
-    p_value: float | None
-
-
 def paired_scores(
     texts: Sequence[Sequence[str]], references: Sequence[str]
-) -> list[Score]:
-    """Scores translations of the same sentences.
+) -> list[Any]:
+    """Scores translations of the same sentences by BLEU.
 
     Args:
         texts: Translations; the first ones are the baseline.
         references: What they should be.
+
+    Returns:
+        sacreBLEU's results: `score`, `ci`, half of the 95 % confidence
+        interval, and `p_value`, that the baseline's score is no other, both
+        by paired bootstrap.
     """
     named = [(str(i), list(text)) for i, text in enumerate(texts)]
     if len(named) == 1:
@@ -43,17 +33,12 @@ def paired_scores(
     _, scores = PairedTest(
         named, {"BLEU": metric}, None, "bs", n_samples=BOOTSTRAP_SAMPLES
     )()
-    return [
-        Score(
-            found.score,
-            found.ci,
+    found = scores["BLEU"][: len(texts)]
+    for (_, text), score in zip(named[1:], found[1:]):
+        if text == named[0][1]:
             # Where no sample differs, sacreBLEU would call it certain.
-            1.0 if index and text == named[0][1] else found.p_value,
-        )
-        for index, ((_, text), found) in enumerate(
-            zip(named[: len(texts)], scores["BLEU"])
-        )
-    ]
+            score.p_value = 1.0
+    return found
 
 
 def chrf(text: Sequence[str], references: Sequence[str]) -> float:
@@ -62,9 +47,9 @@ def chrf(text: Sequence[str], references: Sequence[str]) -> float:
     return metric.corpus_score(list(text), [list(references)]).score
 
 
-def signatures() -> tuple[str, str]:
+def signatures() -> list[str]:
     """sacreBLEU's own account of how BLEU and chrF are computed."""
     metrics = sacrebleu.metrics.BLEU(), sacrebleu.metrics.CHRF()
     for metric in metrics:
         metric.corpus_score(["a"], [["a"]])
-    return tuple(str(metric.get_signature()) for metric in metrics)
+    return [str(metric.get_signature()) for metric in metrics]

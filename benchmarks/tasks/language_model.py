@@ -15,9 +15,11 @@ import math
 import sysconfig
 import warnings
 import zlib
+from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from benchmarks.harness.files import write_bytes
 from benchmarks.harness.files import write_json
 from benchmarks.methods import Table
 from benchmarks.methods.storage import table_layer
+from benchmarks.tasks.students import nats_a_token
 from examples.nmt.tokens import EOS_ID
 from examples.nmt.tokens import UNK_ID
 from examples.nmt.train import Recipe
@@ -55,6 +58,8 @@ class Settings:
         length: Tokens of a window.
         batch: Windows of a batch.
         teacher: How the teacher is trained.
+        student: How everything else is trained: docs/distillation.md, without
+            smoothing, for what counts is perplexity.
         documents: How many of Python's manual are read, and nothing else;
             `None` reads everything.
         jit_compile: Whether XLA compiles: worth its time in long runs.
@@ -69,13 +74,9 @@ class Settings:
     teacher: Schedule = Schedule(
         epochs=2, peak_learning_rate=2e-3, warmup=0.1, smoothing=0.0
     )
+    student: Recipe = Recipe(epochs=1, smoothing=0.0)
     documents: int | None = None
     jit_compile: bool = True
-
-    @property
-    def epochs(self) -> int:
-        """Of everything after the teacher: half of its own."""
-        return self.teacher.epochs // 2
 
 
 FULL = Settings()
@@ -318,18 +319,20 @@ def build(settings: Settings, seed: int) -> keras.Model:
 class LanguageModelTask:
     """A language model to compress, its text and its training.
 
+    Its table becomes the package's own layer: rivals have no place in it.
+
     Args:
-        settings: Sizes.
+        setting: Sizes.
         folder: Of the text and the teacher.
         seed: Of the teacher; of the students, too.
     """
 
-    def __init__(self, settings: Settings, folder: Path, seed: int) -> None:
-        self.settings, self.folder, self.seed = settings, folder, seed
+    def __init__(self, setting: Settings, folder: Path, seed: int) -> None:
+        self.setting, self.folder, self.seed = setting, folder, seed
 
     @cached_property
     def corpus(self) -> Corpus:
-        return Corpus.load(self.settings, self.folder)
+        return Corpus.load(self.setting, self.folder)
 
     @property
     def _teacher_path(self) -> Path:
@@ -337,8 +340,8 @@ class LanguageModelTask:
 
     def train_teacher(self) -> tuple[keras.Model, keras.callbacks.History]:
         """Trains the teacher and keeps it."""
-        teacher = build(self.settings, self.seed)
-        history = self.train(teacher, self.settings.teacher)
+        teacher = build(self.setting, self.seed)
+        history = self._fit(fit, teacher, self.setting.teacher)
         part = self.folder / f"part_{self._teacher_path.name}"
         # The backbone's, for those of the task bring an optimizer.
         teacher.backbone.save_weights(part)
@@ -348,18 +351,9 @@ class LanguageModelTask:
     def teacher(self, dropout: float = 0.0) -> keras.Model:
         """The trained teacher, a new one in each call; without dropout."""
         del dropout
-        teacher = build(self.settings, self.seed)
+        teacher = build(self.setting, self.seed)
         teacher.backbone.load_weights(self._teacher_path)
         return teacher
-
-    def with_table(
-        self, embedding: keras.layers.Layer, dropout: float = 0.0
-    ) -> keras.Model:
-        raise NotImplementedError(
-            "KerasHub's model takes no other table than the package's own: "
-            f"choose a method of `benchmarks.methods.ours`. Received: "
-            f"embedding={embedding.name!r}, a {type(embedding).__name__}"
-        )
 
     @cached_property
     def table(self) -> Table:
@@ -367,40 +361,39 @@ class LanguageModelTask:
         layer = table_layer(self.teacher())
         # What the model reads and what it predicts is the same stream.
         counts = np.bincount(
-            self.corpus.ids["train"], minlength=self.settings.vocabulary
+            self.corpus.ids["train"], minlength=self.setting.vocabulary
         )
         return Table(np.array(layer.embeddings), counts)
 
-    def train(
-        self, model: keras.Model, schedule: Schedule
+    def fine_tune(
+        self, student: keras.Model, recipe: Recipe
     ) -> keras.callbacks.History:
-        """Trains a model, towards the teacher where the recipe says so."""
-        options = {
-            "training": self.corpus.batches("train", self.settings, self.seed),
-            "validation": self.corpus.batches("validation", self.settings),
-            "schedule": schedule,
-            "jit_compile": self.settings.jit_compile,
-            "verbose": 2,
-        }
-        alone = not isinstance(schedule, Recipe)
-        if alone or schedule.student_loss_weight == 1.0:
-            return fit(model, **options)
-        return distil(self.teacher(), model, **options)
+        """Trains a student by a recipe."""
+        keras.utils.set_random_seed(self.seed + 1)
+        if recipe.student_loss_weight == 1.0:
+            return self._fit(fit, student, recipe)
+        return self._fit(partial(distil, self.teacher()), student, recipe)
 
-    def evaluate(self, model: keras.Model, split: str) -> dict[str, float]:
-        """Nats a token, perplexity, and bits a byte of the text."""
-        metric = keras.metrics.SparseCategoricalCrossentropy(
-            from_logits=True, name="nll"
+    def _fit(
+        self, train: Callable, model: keras.Model, schedule: Schedule
+    ) -> keras.callbacks.History:
+        return train(
+            model,
+            self.corpus.batches("train", self.setting, self.seed),
+            self.corpus.batches("validation", self.setting),
+            schedule,
+            jit_compile=self.setting.jit_compile,
+            verbose=2,
         )
-        model.compile(
-            weighted_metrics=[metric], jit_compile=self.settings.jit_compile
-        )
-        nll = model.evaluate(
-            self.corpus.batches(split, self.settings),
-            verbose=0,
-            return_dict=True,
-        )["nll"]
-        about = self.corpus.about[split]
+
+    def nll(self, model: keras.Model) -> float:
+        """Nats a token of the test."""
+        batches = self.corpus.batches("test", self.setting)
+        return nats_a_token(model, batches, self.setting.jit_compile)
+
+    def evaluate(self, model: keras.Model) -> dict[str, float]:
+        """Nats a token, perplexity, and bits a byte of the test."""
+        nll, about = self.nll(model), self.corpus.about["test"]
         bits = nll * about["tokens"] / math.log(2)
         return {
             "nll": nll,

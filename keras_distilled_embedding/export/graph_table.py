@@ -8,7 +8,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_distilled_embedding.sizes import factor_bytes
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -16,6 +15,7 @@ from keras_distilled_embedding.quantization import FORMATS
 from keras_distilled_embedding.quantization import dequantize
 from keras_distilled_embedding.quantization import round_factors
 from keras_distilled_embedding.quantization import round_table
+from keras_distilled_embedding.sizes import factor_bytes
 
 
 class GraphTable(keras.layers.Layer):

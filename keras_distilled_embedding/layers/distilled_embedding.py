@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.arguments import as_positive_number
@@ -18,6 +20,9 @@ from keras_distilled_embedding.quantization import FORMATS
 from keras_distilled_embedding.quantization import check_quantization
 from keras_distilled_embedding.quantization import round_codes
 from keras_distilled_embedding.sizes import factor_bytes
+
+# The largest whole number below which a dtype holds all of them.
+_EXACT_BELOW = {"bfloat16": 2**8, "float16": 2**11, "float32": 2**24}
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
@@ -79,8 +84,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         **kwargs: Base layer arguments, such as `name`, `trainable`, `dtype`.
 
     Call arguments:
-        inputs: Integer tensor `(...)` of indices; with `reverse=True`, a
-            float tensor `(..., output_dim)`.
+        inputs: Integer tensor `(...)` of indices (floats are cast, as in
+            Keras); with `reverse=True`, a float tensor `(..., output_dim)`.
         reverse: Boolean, whether to project from `output_dim` to `input_dim`
             instead of looking rows up. Defaults to `False`.
 
@@ -91,7 +96,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         of the inputs is kept.
 
     Raises:
-        TypeError: If `inputs` are not integers, or not floats with
+        TypeError: If `inputs` are not numbers, or not floats with
             `reverse=True`.
         ValueError: If `reverse=True` and the last dimension of `inputs` is not
             `output_dim`.
@@ -266,9 +271,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         self._check_inputs(inputs, reverse)
         if not reverse:
-            if keras.backend.standardize_dtype(inputs.dtype) != "int64":
-                inputs = ops.cast(inputs, "int32")
-            return self._rows(self.compute_dtype, inputs)
+            return self._look_up(inputs)
         states, features, shift = self.rank_space(inputs)
         logits = ops.matmul(states, ops.transpose(features))
         if shift is not None:
@@ -279,6 +282,18 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
                 self.logit_soft_cap,
             )
         return logits
+
+    def _look_up(self, inputs: Any) -> Any:
+        if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged tensors
+            return inputs.with_flat_values(self._look_up(inputs.flat_values))
+        ids = inputs
+        if keras.backend.standardize_dtype(ids.dtype) != "int64":
+            ids = ops.cast(ids, "int32")
+        rows = self._rows(self.compute_dtype, ids)
+        if self.mask_zero:
+            # Here, where it is known that these are ids.
+            keras_internals.set_mask(rows, ops.not_equal(ids, 0))
+        return rows
 
     def rank_space(self, inputs: Any) -> tuple[Any, Any, Any]:
         """What the projection's logits are made of, before any soft cap.
@@ -337,10 +352,11 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             value = self._add_lora(value, dtype, ids)
         return value
 
-    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        # Keras does not tell this method about `reverse`; the dtype does.
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        # Keras does not tell this method about `reverse`; the dtype does. For
+        # ids that are floats, `call` sets the mask.
         if not keras.backend.is_int_dtype(inputs.dtype):
-            return previous_mask
+            return mask
         return ops.not_equal(inputs, 0) if self.mask_zero else None
 
     def compute_output_shape(
@@ -357,6 +373,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         return keras.KerasTensor(
             self.compute_output_shape(inputs.shape, reverse=reverse),
             dtype=self._output_dtype(reverse),
+            ragged=inputs.ragged,
+            ragged_rank=inputs.ragged_rank,
         )
 
     def _output_dtype(self, reverse: bool) -> str:
@@ -366,16 +384,22 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
 
     def _check_inputs(self, inputs: Any, reverse: bool) -> None:
         dtype = keras.backend.standardize_dtype(inputs.dtype)
+        is_float = keras.backend.is_float_dtype(dtype)
         if not reverse:
-            if not keras.backend.is_int_dtype(dtype):
+            if not (is_float or keras.backend.is_int_dtype(dtype)):
                 raise TypeError(
-                    "`inputs` must be integer indices. For a symbolic input "
-                    'use `keras.Input(shape, dtype="int32")`; to project '
-                    "hidden states to the vocabulary pass `reverse=True`. "
+                    "`inputs` must be integer indices. "
                     f"Received: inputs of dtype {dtype}"
                 )
+            if is_float and self.input_dim > _EXACT_BELOW.get(dtype, 2**53):
+                warnings.warn(
+                    f"Ids are given as {dtype}, which does not hold all whole "
+                    f"numbers below input_dim={self.input_dim}: use "
+                    '`keras.Input(shape, dtype="int32")`.',
+                    stacklevel=2,
+                )
             return
-        if not keras.backend.is_float_dtype(dtype):
+        if not is_float:
             raise TypeError(
                 "With `reverse=True`, `inputs` must be floating-point hidden "
                 f"states. Received: inputs of dtype {dtype}"

@@ -27,12 +27,16 @@ import filelock
 import keras
 import keras_hub
 import numpy as np
+import sentencepiece
+import tensorflow as tf
+from keras_hub.tokenizers import compute_sentence_piece_proto
 
 from benchmarks.harness.files import write_bytes
 from benchmarks.harness.files import write_json
 from benchmarks.methods import Table
 from benchmarks.methods.storage import table_layer
 from benchmarks.tasks.students import nats_a_token
+from examples.nmt.data import Vocabulary
 from examples.nmt.tokens import EOS_ID
 from examples.nmt.tokens import UNK_ID
 from examples.nmt.train import Recipe
@@ -193,21 +197,41 @@ class Corpus:
         return cls(ids, json.loads((folder / "corpus.json").read_text("utf-8")))
 
     def batches(
-        self, split: str, settings: Settings, shuffle_seed: int | None = None
-    ) -> Windows:
-        """Every token of a split is predicted once; see `Windows`."""
-        return Windows(
-            self.ids[split], settings.length, settings.batch, shuffle_seed
+        self, split: str, setting: Settings, shuffle_seed: int | None = None
+    ) -> tf.data.Dataset:
+        """Batches of windows `(inputs, labels, sample_weight)`.
+
+        Every token is predicted once, from those before it in its window.
+
+        Args:
+            split: Name of the split.
+            setting: Tells the shape, which all batches have.
+            shuffle_seed: Of the order, new in every epoch; whatever fills no
+                batch is then left out. By default the order stays, and the
+                last batch is filled up with weights of zero.
+        """
+        stream, length = self.ids[split], setting.length
+        number = len(stream) - 1
+        if shuffle_seed is None:
+            size = length * setting.batch
+            padded = -(-number // size) * size
+        else:
+            padded = number // length * length
+        stream = np.pad(stream, (0, max(0, padded - number)))
+        weights = (np.arange(padded) < number).astype("float32")
+        tokens, labels, weights = (
+            values.reshape(-1, length)
+            for values in (stream[:padded], stream[1 : padded + 1], weights)
         )
+        inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+        # KerasHub's `fit` takes no other data set than TensorFlow's.
+        windows = tf.data.Dataset.from_tensor_slices((inputs, labels, weights))
+        if shuffle_seed is not None:
+            windows = windows.shuffle(len(tokens), seed=shuffle_seed)
+        return windows.batch(setting.batch, drop_remainder=True).prefetch(2)
 
 
 def _gather(settings: Settings, folder: Path) -> None:
-    import sentencepiece
-    import tensorflow as tf
-    from keras_hub.tokenizers import compute_sentence_piece_proto
-
-    from examples.nmt.data import Vocabulary
-
     documents: dict[str, list[str]] = {}
     splits: dict[str, list[str]] = {}
     for name, kept in paragraphs(settings.documents).items():
@@ -238,61 +262,6 @@ def _gather(settings: Settings, folder: Path) -> None:
     file = io.BytesIO()
     np.savez_compressed(file, **ids)
     write_bytes(folder / "corpus.npz", file.getvalue())
-
-
-class Windows(keras.utils.PyDataset):
-    """Batches of windows `(inputs, labels, sample_weight)` of one shape.
-
-    Every token is predicted once, from those before it in its window.
-
-    Args:
-        stream: int32 ids.
-        length: Tokens of a window.
-        batch: Windows of a batch.
-        shuffle_seed: Of the order, new in every epoch; whatever fills no batch
-            is then left out. By default the order stays, and the last batch
-            is filled up with weights of zero.
-    """
-
-    def __init__(
-        self,
-        stream: np.ndarray,
-        length: int,
-        batch: int,
-        shuffle_seed: int | None = None,
-    ) -> None:
-        super().__init__()
-        number = len(stream) - 1
-        size = length * (batch if shuffle_seed is None else 1)
-        padded = -(-number // size) * size
-        if shuffle_seed is not None:
-            padded = number // size * size
-        stream = np.pad(stream, (0, max(0, padded - number)))
-        weights = (np.arange(padded) < number).astype("float32")
-        self._tokens, self._labels, self._weights = (
-            values.reshape(-1, length)
-            for values in (stream[:padded], stream[1 : padded + 1], weights)
-        )
-        self._batch = batch
-        self._order = np.arange(len(self._tokens))
-        self._random = None
-        if shuffle_seed is not None:
-            self._random = np.random.default_rng(shuffle_seed)
-        self.on_epoch_end()
-
-    def on_epoch_end(self) -> None:
-        """Draws the order of the next epoch."""
-        if self._random is not None:
-            self._random.shuffle(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order) // self._batch
-
-    def __getitem__(self, index: int) -> tuple:
-        rows = self._order[index * self._batch :][: self._batch]
-        tokens = self._tokens[rows]
-        inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-        return inputs, self._labels[rows], self._weights[rows]
 
 
 # The model

@@ -122,5 +122,9 @@ def nats_a_token(
     metric = keras.metrics.SparseCategoricalCrossentropy(
         from_logits=True, name="nll"
     )
-    model.compile(weighted_metrics=[metric], jit_compile=jit_compile)
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[metric],
+        jit_compile=jit_compile,
+    )
     return model.evaluate(batches, verbose=0, return_dict=True)["nll"]

@@ -1,6 +1,6 @@
 """Damaged and hostile files, by the thousand, for everything that reads one.
 
-    python -m benchmarks.fuzz_files
+    python -m tests.stress.fuzz_files
 
 Every case is a file that was changed at random, from its number alone: cut
 short, bits flipped, blocks lost or doubled; archives whose checksums are right
@@ -35,10 +35,11 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from benchmarks._report import environment
-from benchmarks._report import write_text
+from benchmarks.harness.environment import environment
+from benchmarks.harness.files import RESULTS
+from benchmarks.harness.files import write_json
 
-OUTPUT = Path(__file__).parent / "results" / "fuzz_files.json"
+OUTPUT = RESULTS / "fuzz_files.json"
 # Beside what Keras, TensorFlow and LiteRT take themselves.
 MEMORY_MB = 1_024
 SECONDS = 60  # after which a case counts as hanging
@@ -418,11 +419,11 @@ def main(arguments: list[str] | None = None) -> int:
     results = fuzz(options.cases, options.first)
     results |= {
         "memory_mb": MEMORY_MB,
-        "command": f"python -m benchmarks.fuzz_files --cases {options.cases} "
+        "command": f"python -m tests.stress.fuzz_files --cases {options.cases} "
         f"--first {options.first}",
         "environment": environment(),
     }
-    write_text(options.output, json.dumps(results, indent=1) + "\n")
+    write_json(options.output, results)
     print(json.dumps(results, indent=1))
     return 1 if results["bad"] else 0
 

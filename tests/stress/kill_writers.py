@@ -1,6 +1,6 @@
 """Whatever writes a file is killed at random: what is left is whole.
 
-    python -m benchmarks.kill_writers
+    python -m tests.stress.kill_writers
 
 A process writes the same file again and again, in two versions by turns, and
 is killed (SIGKILL) at a random moment; then the file is read. It must be one
@@ -30,10 +30,11 @@ import keras
 import numpy as np
 
 import keras_distilled_embedding as kde
-from benchmarks._report import environment
-from benchmarks._report import write_text
+from benchmarks.harness.environment import environment
+from benchmarks.harness.files import RESULTS
+from benchmarks.harness.files import write_json
 
-OUTPUT = Path(__file__).parent / "results" / "kill_writers.json"
+OUTPUT = RESULTS / "kill_writers.json"
 IDS = np.arange(60, dtype="int32").reshape(3, 20)
 
 
@@ -217,11 +218,11 @@ def main(arguments: list[str] | None = None) -> int:
         results[name] = run(name, options.kills // len(names), options.seed)
         print(name, json.dumps(results[name]), flush=True)
     results["command"] = (
-        f"python -m benchmarks.kill_writers --kills {options.kills} "
+        f"python -m tests.stress.kill_writers --kills {options.kills} "
         f"--seed {options.seed}"
     )
     results["environment"] = environment()
-    write_text(options.output, json.dumps(results, indent=1) + "\n")
+    write_json(options.output, results)
     return int(any(results[n]["whole"] < results[n]["kills"] for n in names))
 
 

@@ -1,8 +1,8 @@
 """Faults put into the code one at a time: do the tests notice?
 
-    python -m benchmarks.mutation run [--limit N]
-    python -m benchmarks.mutation run --survivors --backend tensorflow
-    python -m benchmarks.mutation report
+    python -m tests.stress.mutation run [--limit N]
+    python -m tests.stress.mutation run --survivors --backend tensorflow
+    python -m tests.stress.mutation report
 
 `run` goes on where it was; a mutant whose survival is not explained in the
 report is a test that is missing, or code that is not needed.
@@ -19,21 +19,22 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from benchmarks.mutation.mutants import Mutant
-from benchmarks.mutation.mutants import all_mutants
-from benchmarks.mutation.reach import BACKENDS
-from benchmarks.mutation.reach import Reach
-from benchmarks.mutation.report import ALIVE
-from benchmarks.mutation.report import read_reasons
-from benchmarks.mutation.report import write_report
-from benchmarks.mutation.trial import work
+from benchmarks.harness.files import RESULTS
+from tests.stress.mutation.mutants import Mutant
+from tests.stress.mutation.mutants import all_mutants
+from tests.stress.mutation.reach import BACKENDS
+from tests.stress.mutation.reach import Reach
+from tests.stress.mutation.report import ALIVE
+from tests.stress.mutation.report import read_reasons
+from tests.stress.mutation.report import write_report
+from tests.stress.mutation.trial import work
 
-RESULTS = Path(__file__).parents[1] / "results" / "mutation"
+OUTPUT = RESULTS / "mutation"
 SEED = 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutation")
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.mutation")
     parser.add_argument("command", choices=["run", "report"])
     add = parser.add_argument
     add("--folder", type=Path, default=Path("runs/mutation"))
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "report":
         known = {mutant.name for mutant in mutants} & records.keys()
         unexplained = write_report(
-            [records[name] for name in known], len(mutants), SEED, RESULTS
+            [records[name] for name in known], len(mutants), SEED, OUTPUT
         )
         print("\n\n".join(unexplained), f"\n{len(unexplained)} to explain")
         return 0
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     todo = mutants[: options.limit]
     if options.survivors:
         alive = {n for n, r in records.items() if r["outcome"] in ALIVE}
-        alive.difference_update(*read_reasons(RESULTS).values())
+        alive.difference_update(*read_reasons(OUTPUT).values())
         todo = [mutant for mutant in todo if mutant.name in alive]
     else:
         todo = [mutant for mutant in todo if mutant.name not in records]

@@ -16,7 +16,7 @@ from cosmic_ray.ast import ast_nodes
 from cosmic_ray.ast import get_ast
 from cosmic_ray.mutating import mutate_code
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MUTATED = ("factorization", "distillation")  # folders of the package
 
 Position = tuple[int, int]  # line, from 1; column

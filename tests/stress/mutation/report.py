@@ -6,8 +6,8 @@ import collections
 import json
 from pathlib import Path
 
-from benchmarks._report import environment
-from benchmarks._report import write_text
+from benchmarks.harness.environment import environment
+from benchmarks.harness.files import write_text
 
 OUTCOMES = ("killed", "hung", "survived", "unreached")
 ALIVE = ("survived", "unreached")
@@ -37,7 +37,7 @@ def write_report(
     lines = [
         "# Mutants of factorization and distillation",
         "",
-        f"`python -m benchmarks.mutation run`, seed {seed}: {len(records):,} "
+        f"`python -m tests.stress.mutation run`, seed {seed}: {len(records):,} "
         f"of {total:,} mutants, one for each place and kind of fault "
         f"(cosmic-ray's operators), in a random order. {environment()}.",
         "",

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from rich.progress import track
 
-from benchmarks.mutation.mutants import ROOT
-from benchmarks.mutation.mutants import Mutant
-from benchmarks.mutation.reach import Reach
+from tests.stress.mutation.mutants import ROOT
+from tests.stress.mutation.mutants import Mutant
+from tests.stress.mutation.reach import Reach
 
 FIRST = 10.0  # seconds of tests to begin with: most mutants do not outlive them
 BROKEN = 70  # the exit status where the tests could not be run

@@ -275,7 +275,8 @@ class _Planner:
             )
 
         while rank <= limit and loses_more(rank):
-            rank += max(1, rank // 16)
+            further = rank + max(1, rank // 16)
+            rank = limit if rank < limit < further else further
         if rank > limit:
             raise ValueError(
                 "`max_error` is too small: factors that lose so little in "

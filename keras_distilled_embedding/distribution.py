@@ -1,4 +1,4 @@
-"""Factors over several devices, with `keras.distribution`."""
+"""Divides factors among several devices, with `keras.distribution`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import keras
 
-# The variables with one row a token, of `layers.DistilledEmbedding`.
-_ROWS_OF_TOKENS = r"(.*/)?((reverse_)?codes(_scale)?|lora_codes_a)"
+# The variables of `layers.DistilledEmbedding` with one row for each token.
+_TOKEN_ROWS = r"(.*/)?((reverse_)?codes|lora_codes_a)"
 
 
 def vocabulary_layout_map(
@@ -16,29 +16,30 @@ def vocabulary_layout_map(
     axis: str = "model",
     tables: Sequence[str] = (),
 ) -> keras.distribution.LayoutMap:
-    """Splits what has a row for each token over the devices of one axis.
+    """Divides variables with a row for each token among devices.
 
-    Of the factors, `E ~ f(U) W`, each device keeps its share of the rows of
-    `U (V, r)`; `W (r, d)`, which is small, is on all of them. Neither is ever
-    gathered: a look-up adds up what the devices find, and each device projects
-    to its own part of the vocabulary. Everything else stays whole, unless you
-    add to the map.
+    Of the factors `E ~ f(U) W + 1 c`, each device keeps its share of the rows
+    of `U (V, r)`. The small `W (r, d)` and `c (d,)` are on all devices. The
+    full table is never gathered: a look-up sums what the devices find, and
+    each device projects to its own part of the vocabulary. All other variables
+    stay whole, unless you add them to the map.
 
-    Use it with `keras.distribution.ModelParallel` (on JAX), and make, load or
-    compress the model under that distribution: a variable is laid out when it
-    is made. `V` must be a multiple of the number of devices along the axis.
+    Use the map with `keras.distribution.ModelParallel` (on JAX), and make,
+    load or compress the model under that distribution, because a variable is
+    laid out when it is made. `V` must be a multiple of the number of devices
+    along the axis.
 
     Args:
         device_mesh: A `keras.distribution.DeviceMesh`.
-        axis: Name of the axis of the mesh to split over.
-        tables: Names of layers with full tables, such as the teacher's, which
-            are split in the same way.
+        axis: The name of the axis of the mesh to divide over.
+        tables: The names of layers with full tables, such as the teacher's,
+            to divide in the same way.
 
     Returns:
-        A `keras.distribution.LayoutMap`, to which more can be added.
+        A `keras.distribution.LayoutMap`, to which you can add more.
 
     Raises:
-        TypeError: If `device_mesh` is something else.
+        TypeError: If `device_mesh` is not a `DeviceMesh`.
         ValueError: If the mesh has no such axis.
 
     Example:
@@ -59,17 +60,15 @@ def vocabulary_layout_map(
         )
     if axis not in device_mesh.axis_names:
         raise ValueError(
-            f"`axis` must be one of the mesh's, {device_mesh.axis_names}. "
+            f"`axis` must be an axis of the mesh, {device_mesh.axis_names}. "
             f"Received: axis={axis!r}"
         )
     if isinstance(tables, str):
         tables = (tables,)
     layout_map = keras.distribution.LayoutMap(device_mesh)
-    layout_map[_ROWS_OF_TOKENS] = (axis, None)
+    layout_map[_TOKEN_ROWS] = (axis, None)
     for name in tables:
-        layout_map[rf"(.*/)?{re.escape(name)}/embeddings"] = (axis, None)
-        layout_map[rf"(.*/)?{re.escape(name)}/reverse_embeddings"] = (
-            None,
-            axis,
-        )
+        path = rf"(.*/)?{re.escape(name)}"
+        layout_map[f"{path}/embeddings"] = (axis, None)
+        layout_map[f"{path}/reverse_embeddings"] = (None, axis)
     return layout_map

@@ -276,8 +276,8 @@ def chunked_cross_entropy(
         products = ops.matmul(chunk, ops.transpose(features))
         return finished(products, bias)
 
-    def losses_of(states: Any, features: Any, *bias: Any) -> tuple:
-        bias = bias[0] if bias else None
+    def losses_of(states: Any, features: Any, *given: Any) -> tuple:
+        bias = given[0] if given else None
         rows = ops.take(features, labels, axis=0)
         chosen, slope_of_chosen = finished(
             ops.einsum("nk,nk->n", states, rows),
@@ -316,11 +316,11 @@ def chunked_cross_entropy(
                     ops.matmul(error, features),
                 )
                 # Summed in float32: there can be thousands of chunks.
-                of_table = [
+                sums = [
                     total + ops.cast(change, "float32")
                     for total, change in zip(of_table, changes)
                 ]
-                return (of_states, *of_table)
+                return (of_states, *sums)
 
             weights = padded(upstream)
             # The sums over the chunks start from what the labels' own logits

@@ -58,7 +58,7 @@ class Format:
             columns: Number of columns, before they are filled up.
         """
         columns = self.stored_columns(columns)
-        scales = 4 if self.block is None else 2 * rows * columns // self.block
+        scales = 4 if self.block is None else 2 * rows * (columns // self.block)
         return rows * columns * self.bits // 8 + scales
 
     def pack(self, integers: np.ndarray) -> np.ndarray:
@@ -98,11 +98,11 @@ class Format:
         )
 
     def _round_in_blocks(self, values: Any) -> tuple[Any, Any]:
-        largest = float(2 ** (self.bits - 1) - 1)
+        largest, size = float(2 ** (self.bits - 1) - 1), self.block or 1
         rows, columns = values.shape
         stored = self.stored_columns(columns)
         values = ops.pad(values, [[0, 0], [0, stored - columns]])
-        blocks = ops.reshape(values, (rows, stored // self.block, self.block))
+        blocks = ops.reshape(values, (rows, stored // size, size))
         maxima = ops.max(ops.abs(blocks), axis=-1, keepdims=True)
         best = scales = least = None
         for clip in _CLIPS:

@@ -1,4 +1,4 @@
-"""Saving and loading models, those whose classes know nothing of a swap too."""
+"""Saves and loads models, also those whose layers `compress` replaced."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pathlib import PurePosixPath
+from typing import IO
 from typing import Any
 
 import keras
 
 from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding._utils.files import check_destination
 from keras_distilled_embedding._utils.files import write_atomically
 from keras_distilled_embedding.layers.distilled_embedding import (
@@ -25,31 +27,31 @@ from keras_distilled_embedding.layers.vocabulary_projection import (
 from keras_distilled_embedding.losses import ChunkedCrossEntropy
 
 _FORMAT = 1
-_INSTEAD = "Save it with `keras_distilled_embedding.save_model(model, path)`."
+_MEMBERS = {"config.json", "metadata.json", "model.weights.h5"}
 
 
 def save_model(model: keras.Model, path: str | os.PathLike) -> None:
-    """Saves a compressed model, of whatever class, in one file.
+    """Saves a compressed model of any class in one file.
 
-    The file is in Keras's own format, a zip archive of a configuration, the
-    weights (with the optimizer's state, if there is one) and assets such as
-    vocabularies. Beside what Keras would write it records which layers were
-    replaced and which are shared, so that models load as they were whose
-    classes know nothing of it: KerasHub's tasks and backbones, subclassed
-    models. It appears whole or not at all.
+    The file is in Keras's own format: a zip archive of a configuration, the
+    weights (with the state of the optimizer, if there is one) and assets such
+    as vocabularies. It also records which layers were replaced and which are
+    shared, so that models load whose own configuration does not record this,
+    such as KerasHub's tasks and backbones and subclassed models. The file
+    appears complete or not at all.
 
-    `load_model` reads it; with a name that ends in `.keras`, and this package
-    imported, `keras.saving.load_model` does, too.
+    `load_model` reads the file. If its name ends in `.keras` and this package
+    is imported, `keras.saving.load_model` reads it, too.
 
     Args:
         model: A built model, compressed or not.
-        path: The file to write. An existing file is replaced, once the new
-            one is complete.
+        path: The file to write. An existing file is replaced once the new one
+            is complete.
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If it is not built, or holds a Python lambda: to load it
-            would be to run code from the file.
+        ValueError: If it is not built, or contains a Python lambda, which
+            cannot be loaded without running code from the file.
         FileNotFoundError: If the folder of `path` does not exist.
         IsADirectoryError: If `path` is a folder.
         PermissionError: If its folder cannot be written to.
@@ -68,9 +70,8 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
     ```
     """
     path = Path(path)
-    keras_internals.check_copyable(model)
+    check_built_model("model", model)
     check_destination("path", path)
-    keras_internals.check_internals()
     saved = SavedModel(model)
     write_atomically(
         path, lambda file: keras_internals.write_archive(model, saved, file)
@@ -81,25 +82,24 @@ def load_model(
     path: str | os.PathLike,
     custom_objects: Mapping[str, Any] | None = None,
 ) -> keras.Model:
-    """Loads a model that `save_model`, or `model.save()` of Keras, has saved.
+    """Loads a model saved by `save_model`, or by Keras's `model.save()`.
 
-    Nothing in the file is run: it holds numbers and configurations, and the
-    classes that these name must be Keras's, KerasHub's (imported if need be),
-    registered or given.
+    No code in the file is run. The file holds numbers and configurations, and
+    the classes that these name must belong to Keras or KerasHub (imported if
+    needed), be registered with Keras, or be given.
 
     Args:
         path: The file.
-        custom_objects: Classes and functions by name, those that the model
-            uses and that are not registered with
-            `keras.saving.register_keras_serializable`.
+        custom_objects: The model's classes and functions, by name, that are
+            not registered with `keras.saving.register_keras_serializable`.
 
     Returns:
         The model, compiled as it was.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or not a model's, or if it needs
-            what is not there.
+        ValueError: If the file is damaged or does not hold a model, or if a
+            class or function of the model is not found.
 
     Example:
 
@@ -114,12 +114,10 @@ def load_model(
         raise FileNotFoundError(
             f"`path` must be a file. Received: path={str(path)!r}"
         )
-    keras_internals.check_internals()
     with open(path, "rb") as file:
         _check_archive(path, file)
         try:
-            with keras_internals.without_initial_values():
-                model = keras_internals.read_archive(file, custom_objects)
+            model = keras_internals.read_archive(file, custom_objects)
         except Exception as error:
             raise ValueError(
                 f"The model in {str(path)!r} cannot be loaded: "
@@ -134,61 +132,60 @@ def load_model(
 
 
 def _first_cause(error: BaseException) -> str:
-    """What went wrong, without the configuration in which it did."""
+    """Returns the message of the first error, without configurations."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     message = str(error).split("Full object config")[0].strip()
-    if isinstance(error, LookupError):  # whose message is a key alone
+    if isinstance(error, LookupError):  # its message is only a key
         message = f"{type(error).__name__}: {message}"
     if "Could not locate" in message:
-        message += " Or give them as `custom_objects`."
+        message += " Or pass it in `custom_objects`."
     return message
 
 
-def _check_archive(path: Path, file: Any) -> None:
-    """Refuses, before anything is made of it, what is not a whole model."""
+def _check_archive(path: Path, file: IO[bytes]) -> None:
+    """Refuses a file that is not a complete model, before it is read."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-            # No file of ours or of Keras is compressed; one that is could
-            # take any amount of memory.
-            packed = [m.filename for m in members if m.compress_type]
-            outside = [
-                m.filename
-                for m in members
-                if PurePosixPath(m.filename).is_absolute()
-                or ".." in PurePosixPath(m.filename).parts
-                or "\\" in m.filename
-            ]
-            names = {m.filename for m in members}
-            damaged = None
-            if not packed:
-                damaged = archive.testzip()
+            problems = {m.filename: _problem(m) for m in members}
+            if not any(problems.values()):
+                problems[archive.testzip()] = "has a wrong checksum"
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"{str(path)!r} is not a saved model, or not all of one: {error}"
+            f"{str(path)!r} is not a saved model, or is incomplete: {error}"
         ) from error
-    wanted = {"config.json", "metadata.json", "model.weights.h5"}
-    if not wanted <= names:
+    missing = _MEMBERS - problems.keys()
+    if missing:
         raise ValueError(
-            f"{str(path)!r} is not a saved model: it has no "
-            f"{', '.join(sorted(wanted - names))}."
+            f"{str(path)!r} is not a file written by `save_model` or by Keras: "
+            f"it has no {', '.join(sorted(missing))}."
         )
-    if packed or outside or damaged:
-        raise ValueError(
-            f"{str(path)!r} is damaged, or not written by Keras: its member "
-            f"{(packed or outside or [damaged])[0]!r} is not as it should be."
-        )
+    for name, problem in problems.items():
+        if name and problem:
+            raise ValueError(
+                f"{str(path)!r} is damaged, or was not written by `save_model` "
+                f"or by Keras: its member {name!r} {problem}."
+            )
+
+
+def _problem(member: zipfile.ZipInfo) -> str | None:
+    parts = PurePosixPath(member.filename)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in member.filename:
+        return "leads outside the archive"
+    if member.compress_type:
+        return "is compressed, so it could expand to any size"
+    return None
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
 class SavedModel:
-    """How to make a model: what a saved file's configuration is of.
+    """The object whose configuration is written to a file.
 
-    Keras's own loader calls `from_config`, and gets the model.
+    Keras's loader calls `from_config`, which returns the model itself.
 
     Args:
-        model: The model that is saved.
+        model: The model to save.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -199,11 +196,14 @@ class SavedModel:
         tree = keras_internals.LayerTree.of(self.model, numbers)
         config = keras.saving.serialize_keras_object(self.model)
         config.pop("compile_config", None)
+        config["config"] = keras_internals.without_compiling(
+            type(self.model), config["config"]
+        )
         if _has_lambda(config):
             raise ValueError(
-                "`model` must not hold a Python lambda: to load it would be "
-                "to run code from the file. Use a registered function or "
-                f"layer. Received: model '{self.model.name}'"
+                "`model` must not contain a Python lambda, which cannot be "
+                "loaded without running code from the file. Use a registered "
+                f"function or layer. Received: model '{self.model.name}'"
             )
         return {
             "format": _FORMAT,
@@ -226,14 +226,15 @@ class SavedModel:
         config = keras.saving.serialize_keras_object(arguments)
         if _has_lambda(config):
             warnings.warn(
-                "The model is saved without its compile settings, which hold "
-                "a Python lambda: compile it again after loading.",
+                "The model is saved without its compile settings, which "
+                "contain a Python lambda. Compile it again after loading.",
                 stacklevel=2,
             )
             return None
         optimizer = getattr(self.model, "optimizer", None)
         return {
             "arguments": config,
+            "excluded": keras_internals.weight_decay_exclusions(self.model),
             "optimizer_built": bool(optimizer is not None and optimizer.built),
         }
 
@@ -241,8 +242,8 @@ class SavedModel:
     def from_config(cls, config: dict[str, Any]) -> keras.Model:
         if config["format"] != _FORMAT:
             raise ValueError(
-                f"the file is of format {config['format']}; this version of "
-                f"the package reads {_FORMAT}"
+                f"the file has format {config['format']}, but this version of "
+                f"keras-distilled-embedding reads format {_FORMAT}"
             )
         deserialize = keras.saving.deserialize_keras_object
         model = deserialize(config["model"])
@@ -250,15 +251,16 @@ class SavedModel:
             int(number): deserialize(layer)
             for number, layer in config["replaced"].items()
         }
-        tree = keras_internals.LayerTree.from_dict(config["layers"])
         rebuilder = keras_internals.Rebuilder(replaced)
-        rebuilder.match(tree, model)
+        rebuilder.match(
+            keras_internals.LayerTree.from_dict(config["layers"]), model
+        )
         for number in replaced:
             layer = rebuilder.layers[number]
             if not layer.built:
                 layer.build()
-        # Not checked: Keras itself keeps what it makes until it is done, and
-        # `compress` has refused what would fail.
+        # `check_swapped` is of no use: Keras keeps the layers it makes until
+        # loading ends, and `compress` has refused what the check would find.
         rebuilder.swap([model])
         refuse_to_forget(model)
         if config["compile"] is not None:
@@ -267,9 +269,11 @@ class SavedModel:
 
 
 def refuse_to_forget(model: keras.Model) -> None:
-    """Has a model refuse `save()` where that would forget its factors."""
-    keras_internals.refuse_unrecorded_configs(
-        model, DistilledEmbedding, _INSTEAD
+    """Makes `model.save()` refuse to write a file without the factors."""
+    keras_internals.refuse_incomplete_configs(
+        model,
+        DistilledEmbedding,
+        "Save it with `keras_distilled_embedding.save_model(model, path)`.",
     )
 
 
@@ -280,10 +284,11 @@ def _compile(model: keras.Model, config: dict[str, Any]) -> None:
             if isinstance(loss, ChunkedCrossEntropy):
                 loss.bind(model)
         model.compile(**arguments)
+        keras_internals.exclude_from_weight_decay(model, config["excluded"])
     except Exception as error:
         warnings.warn(
-            "The model is loaded without its compile settings, which need "
-            f"what is not there: {error}",
+            "The model is loaded without its compile settings, which cannot "
+            f"be restored: {error}",
             stacklevel=2,
         )
         return

@@ -63,3 +63,18 @@ def classifier(vocabulary=300, width=24, name="tokens"):
         ],
         name="classifier",
     )
+
+
+def stored_bytes(rank, rows, columns, quantization, use_bias=True):
+    """Bytes of the arrays that a file holds of a table, one by one."""
+    if quantization is None:
+        arrays = [("f4", rows, rank), ("f4", rank, columns)]
+        arrays += [("f4", columns)] * use_bias
+    elif quantization == "int8":
+        arrays = [("i1", rows, rank), ("f4", 1), ("i1", rank, columns)]
+        arrays += [("f4", columns)]
+    else:
+        blocks = -(-rank // 32)
+        arrays = [("u1", rows, 16 * blocks), ("f2", rows, blocks)]
+        arrays += [("i1", 32 * blocks, columns), ("f4", columns)]
+    return sum(np.empty(shape, dtype).nbytes for dtype, *shape in arrays)

@@ -75,7 +75,6 @@ def mesh():
     [
         ("tokens/codes", ("model", None)),
         ("decoder/tokens/reverse_codes", ("model", None)),
-        ("tokens/codes_scale", ("model", None)),
         ("tokens/lora_codes_a", ("model", None)),
         ("teacher/embeddings", ("model", None)),
         ("teacher/reverse_embeddings", (None, "model")),

@@ -122,10 +122,9 @@ def export(model, path, **options):
         lambda: make_factorized(activation="tanh"),
         lambda: make_factorized(tie_weights=False),
         lambda: make_factorized(logit_soft_cap=3.0),
-        lambda: make_factorized(hidden_dim=7, hidden_activation="relu"),
-        lambda: make_factorized(
-            hidden_dim=7, hidden_activation="relu", tie_weights=False
-        ),
+        lambda: make_factorized(use_bias=False),
+        lambda: make_factorized(use_bias=False, logit_soft_cap=3.0),
+        lambda: make_dense(logit_soft_cap=3.0),
     ],
     ids=[
         "dense",
@@ -135,8 +134,9 @@ def export(model, path, **options):
         "tanh",
         "untied",
         "soft-cap",
-        "hidden",
-        "hidden-untied",
+        "no-offset",
+        "no-offset-soft-cap",
+        "dense-soft-cap",
     ],
 )
 def test_outputs_equal_keras(make_embedding, path):
@@ -163,7 +163,9 @@ def test_one_copy_of_a_dense_table(path):
 @pytest.mark.parametrize("activation", ["relu", None])
 def test_one_copy_of_a_compressed_table(activation, path):
     model = make_model()
-    student = compress(model, rank=RANK, activation=activation, verbose=0)
+    student = compress(
+        model, rank=RANK, activation=activation, quantization=None, verbose=0
+    )
     layer = student.get_layer("tokens")
     # Codes on both sides of zero, which training makes of positive ones.
     layer.codes.assign(np.random.default_rng(0).normal(size=layer.codes.shape))
@@ -193,7 +195,7 @@ def test_overhead(compressed, path):
         keras.layers.ReversibleEmbedding(5000, 64, name="tokens")
     )
     if compressed:
-        model = compress(model, 4.0, verbose=0)
+        model = compress(model, 4.0, quantization=None, verbose=0)
     report = export(model, path)
     weights = sum(4 * int(np.prod(w.shape)) for w in model.weights)
     assert report.weights_bytes == weights
@@ -358,7 +360,7 @@ def test_report(path, capsys):
     assert isinstance(report, ExportReport)
     assert capsys.readouterr().out.strip() == str(report)
     assert f"{path}: {path.stat().st_size:,} bytes" in str(report)
-    assert "tokens (1 copy)" in str(report)
+    assert f"tokens (1 copy, {4 * VOCABULARY * WIDTH:,} bytes)" in str(report)
     assert report.to_dict() == {
         "filepath": str(path),
         "bytes": path.stat().st_size,
@@ -366,7 +368,7 @@ def test_report(path, capsys):
         "tables": {"tokens": 1},
         "signatures": ("serving_default",),
         "quantization": None,
-        "table_bytes": {},
+        "table_bytes": {"tokens": 4 * VOCABULARY * WIDTH},
         "fidelity": {
             "relative_rms_error": pytest.approx(0.0, abs=1e-5),
             "top1_agreement": 1.0,

@@ -8,9 +8,9 @@ from keras import ops
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import compression_report
 from keras_distilled_embedding import export_litert
-from keras_distilled_embedding.factorization import factor_bytes
 from keras_distilled_embedding.layers import DistilledEmbedding
-from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.quantization import round_factors
+from keras_distilled_embedding.sizes import factor_bytes
 
 pytest.importorskip("tensorflow")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")
@@ -105,7 +105,7 @@ def test_the_integers_are_those_that_were_trained(quantization, tmp_path):
     layer = model.get_layer("tokens")
     codes = np.maximum(ops.convert_to_numpy(layer.codes), 0)
     integers = ops.convert_to_numpy(
-        round_codes(codes, layer.basis, quantization).integers
+        round_factors(codes, layer.basis, layer.offset, quantization).integers
     ).astype("int8")
     if quantization == "int8":
         wanted = integers.tobytes()
@@ -116,9 +116,12 @@ def test_the_integers_are_those_that_were_trained(quantization, tmp_path):
     assert stored == wanted
     # What is left is int8 of hidden states and of the other matrices.
     assert report.fidelity.relative_rms_error < 0.02
-    with pytest.raises(ValueError, match=f"'{quantization}', as.*'tokens' was"):
-        other = {"int8": "int4", "int4": "int8"}[quantization]
-        export_litert(model, path, quantization=other, verbose=False)
+    # Unless another format is asked for.
+    other = {"int8": "int4", "int4": "int8"}[quantization]
+    report = export_litert(model, path, quantization=other, verbose=False)
+    assert report.quantization == other
+    planned = factor_bytes(RANK, VOCABULARY, WIDTH, other)
+    assert report.table_bytes == {"tokens": planned}
 
 
 @QUANTIZATION
@@ -178,11 +181,12 @@ def test_soft_cap_and_masks(tmp_path):
 
 
 def test_a_layer_quantized_by_keras_is_exported(tmp_path):
-    """Whose own int8 does not survive the converter."""
+    """As it computes since, and in that format by default."""
     model, path = make_model(), tmp_path / "model.tflite"
-    expected = ops.convert_to_numpy(model(IDS))
     model.get_layer("tokens").quantize("int8")
-    export_litert(model, path, quantization="int8", verbose=False)
+    expected = ops.convert_to_numpy(model(IDS))
+    report = export_litert(model, path, verbose=False)
+    assert report.quantization == "int8"
     found = run(path, ids=IDS)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert error < 0.03
@@ -220,15 +224,13 @@ def test_planned_bytes_are_those_of_the_file(quantization, rank, tmp_path):
     ids = keras.Input((None,), dtype="int32", name="ids")
     pooled = keras.layers.GlobalAveragePooling1D()(embedding(ids))
     model, path = keras.Model(ids, pooled), tmp_path / "model.tflite"
+    embedding.offset.assign(np.linspace(-1, 1, WIDTH))
     report = export_litert(
         model, path, quantization=quantization, verbose=False
     )
     planned = factor_bytes(rank, VOCABULARY, WIDTH, quantization)
-    if quantization is None:
-        # A report of floats tells no bytes of tables; here they are all.
-        assert report.weights_bytes == planned
-    else:
-        assert report.table_bytes == {"tokens": planned}
+    assert report.table_bytes == {"tokens": planned}
+    assert report.weights_bytes == planned
     file, sizes = read(path), {}
     for graph in file.subgraphs:
         for tensor in graph.tensors:
@@ -272,7 +274,7 @@ def test_the_model_says_how_it_is_stored(quantization, tmp_path):
     )
 
 
-def test_a_layer_without_rounding_follows_the_others(tmp_path):
+def test_a_layer_without_quantization_follows_the_others(tmp_path):
     model = make_two(None, "int8")
     path = tmp_path / "model.tflite"
     report = export_litert(model, path, verbose=False)
@@ -280,29 +282,25 @@ def test_a_layer_without_rounding_follows_the_others(tmp_path):
     assert set(report.table_bytes) == {"a", "b"}
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-def test_layers_of_different_roundings(quantization, tmp_path, monkeypatch):
-    monkeypatch.setattr("keras_distilled_embedding.export.litert.convert", None)
-    path = tmp_path / "model.tflite"
+def test_layers_of_different_formats(tmp_path):
+    model, path = make_two("int8", "int4"), tmp_path / "model.tflite"
     with pytest.raises(
-        ValueError, match="one `rounding`.*'a': 'int8', 'b': 'int4'"
+        ValueError, match="`quantization` must be.*'a': 'int8', 'b': 'int4'"
     ):
-        export_litert(
-            make_two("int8", "int4"),
-            path,
-            quantization=quantization,
-            verbose=False,
-        )
+        export_litert(model, path, verbose=False)
     assert not path.exists()
+    report = export_litert(model, path, quantization="int4", verbose=False)
+    planned = factor_bytes(RANK, VOCABULARY, WIDTH, "int4")
+    assert report.table_bytes == {"a": planned, "b": planned}
 
 
-def make_two(*roundings):
+def make_two(*formats):
     ids = keras.Input((None,), dtype="int32", name="ids")
     tables = [
         DistilledEmbedding(VOCABULARY, WIDTH, RANK, name=name, quantization=r)(
             ids
         )
-        for name, r in zip("ab", roundings)
+        for name, r in zip("ab", formats)
     ]
     return keras.Model(ids, keras.layers.Add()(tables))
 
@@ -351,11 +349,6 @@ def test_fidelity_on_given_inputs(tmp_path):
     ("make", "options", "message"),
     [
         (make_model, {"quantization": "int2"}, "quantization='int2'"),
-        (
-            lambda: make_model(hidden_dim=8),
-            {"quantization": "int8"},
-            "cannot be stored as integers.*'tokens' with hidden_dim=8",
-        ),
     ],
 )
 def test_refused(make, options, message, tmp_path):

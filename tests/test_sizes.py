@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from keras_distilled_embedding.factorization.ranks import num_parameters
 
 from keras_distilled_embedding import factorize
 from keras_distilled_embedding.factorization import Table
@@ -20,7 +21,6 @@ from keras_distilled_embedding.factorization import rank_for_error
 from keras_distilled_embedding.factorization import rank_for_speedup
 from keras_distilled_embedding.factorization import useful_ranks
 from keras_distilled_embedding.factorization import validate_rank
-from keras_distilled_embedding.factorization.ranks import num_parameters
 
 
 def table_with_spectrum(num_rows, values, seed=0):

@@ -1,17 +1,20 @@
-"""Compiling a copy as its original."""
+"""Compiling a copy of a model as the original is compiled."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
+from keras_distilled_embedding.keras_internals.models import own_variables
+
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
-    """What a model was compiled with; empty if it was not.
+    """The arguments a model was compiled with; empty if it was not.
 
-    Of a KerasHub task its sampler, too.
+    They include the sampler of a KerasHub task.
     """
     if not model.compiled or not hasattr(model, "_compile_config"):
         return {}
@@ -24,11 +27,35 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
     return arguments
 
 
+def without_compiling(
+    kind: type[keras.layers.Layer], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a configuration that makes a model without compiling it.
+
+    KerasHub's tasks compile themselves, unless they are told not to.
+
+    Args:
+        kind: The class that the configuration is for.
+        config: What `get_config` returns.
+    """
+    return {**config, "compile": False} if _compiles(kind) else dict(config)
+
+
+def _compiles(kind: type[keras.layers.Layer]) -> bool:
+    """Whether the constructor of a class compiles, unless told not to."""
+    constructors = [vars(base).get("__init__") for base in kind.__mro__]
+    return any(
+        "compile" in inspect.signature(constructor).parameters
+        for constructor in constructors
+        if constructor is not None
+    )
+
+
 def compile_alike(copy: keras.Model, model: keras.Model) -> None:
-    """Compiles a copy as the original, with fresh optimizer and metrics."""
+    """Compiles a copy as the original, with a new optimizer and new metrics."""
 
     def renew(value: Any) -> Any:
-        # Losses have no state, and not all of them a full configuration.
+        # Losses have no state, and some have no complete configuration.
         if isinstance(value, keras.losses.Loss):
             return value
         if isinstance(value, list | tuple):
@@ -43,3 +70,61 @@ def compile_alike(copy: keras.Model, model: keras.Model) -> None:
     arguments = compile_arguments(model)
     if arguments:
         copy.compile(**renew(arguments))
+        exclude_from_weight_decay(copy, weight_decay_exclusions(model))
+    elif _compiles(type(copy)):
+        copy.optimizer = None  # code expects one of such a model
+
+
+def weight_decay_exclusions(model: keras.Model) -> dict[str, Any] | None:
+    """Returns what a model's optimizer excludes from weight decay.
+
+    The configuration of an optimizer does not record this.
+
+    Returns:
+        The `pattern` of excluded names, or `None`, and the names of `layers`
+        with the names of their excluded variables. Plain values that can be
+        written as JSON; `None` if nothing is excluded.
+    """
+    optimizer = _inner_optimizer(model)
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    if not excluded and pattern is None:
+        return None
+    layers: dict[str, list[str]] = {}
+    for layer in model._flatten_layers():
+        for variable in own_variables(layer):
+            matches = pattern and pattern.search(variable.name)
+            if matches or optimizer._var_key(variable) in excluded:
+                layers.setdefault(layer.name, []).append(variable.name)
+    return {"pattern": pattern and pattern.pattern, "layers": layers}
+
+
+def exclude_from_weight_decay(
+    model: keras.Model, exclusions: Mapping[str, Any] | None
+) -> None:
+    """Excludes from weight decay what another model's optimizer excludes.
+
+    A layer whose table was excluded and is replaced is excluded as a whole.
+
+    Args:
+        model: A compiled model whose optimizer is not built.
+        exclusions: As `weight_decay_exclusions` returns them.
+    """
+    if exclusions is None:
+        return
+    variables = []
+    for layer in model._flatten_layers():
+        names = set(exclusions["layers"].get(layer.name, ()))
+        own = own_variables(layer)
+        is_replaced = bool(names - {variable.name for variable in own})
+        variables += [v for v in own if is_replaced or v.name in names]
+    pattern = exclusions["pattern"]
+    _inner_optimizer(model).exclude_from_weight_decay(
+        variables, [pattern] if pattern is not None else None
+    )
+
+
+def _inner_optimizer(model: keras.Model) -> Any:
+    """Returns the optimizer, without the one that scales the loss for it."""
+    optimizer = getattr(model, "optimizer", None)
+    return getattr(optimizer, "inner_optimizer", optimizer)

@@ -2,73 +2,83 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_distilled_embedding.keras_internals.assumptions import (
-    check_internals,
+from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals.compiling import (
+    without_compiling,
 )
-from keras_distilled_embedding.keras_internals.configs import configs_allowed
-from keras_distilled_embedding.keras_internals.private_keras import Functional
-from keras_distilled_embedding.keras_internals.private_keras import (
-    SafeModeScope,
-)
-from keras_distilled_embedding.keras_internals.rebuilding import LayerTree
-from keras_distilled_embedding.keras_internals.rebuilding import Rebuilder
-from keras_distilled_embedding.keras_internals.rebuilding import (
+from keras_distilled_embedding.keras_internals.layer_tree import LayerTree
+from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
+from keras_distilled_embedding.keras_internals.layer_tree import (
     not_as_configured,
 )
-from keras_distilled_embedding.keras_internals.rebuilding import own_variables
+from keras_distilled_embedding.keras_internals.layer_tree import own_policy
+from keras_distilled_embedding.keras_internals.models import own_variables
+from keras_distilled_embedding.keras_internals.own_objects import (
+    hand_over_own_objects,
+)
+from keras_distilled_embedding.keras_internals.reads import refuse_reads
+from keras_distilled_embedding.keras_internals.scopes import (
+    allow_incomplete_configs,
+)
+from keras_distilled_embedding.keras_internals.scopes import keep_policies
+from keras_distilled_embedding.keras_internals.scopes import (
+    without_initial_values,
+)
 
 
+@private_keras.note_untested_keras()
 def copy_models(
     models: Sequence[keras.Model],
     replacements: Mapping[keras.layers.Layer, keras.layers.Layer],
 ) -> list[keras.Model]:
     """Copies models, with other layers in the place of some.
 
-    Functional and Sequential models are copied as the graphs they are, others
-    as their configuration tells. A layer that is used several times, at any
-    depth or by several of the models, is copied once: what was shared stays
-    shared. The copies have the classes and names of the originals, start with
-    the same weights and share no variable with them. They are not compiled,
-    unless their class compiles itself.
+    Functional and Sequential models are copied as graphs, other models by
+    their configuration. A layer that is used several times, at any depth or by
+    several of the models, is copied once, so shared layers stay shared. The
+    copies have the classes, names and weights of the originals, and share no
+    variable with them. They are not compiled.
 
     Args:
         models: Built models.
-        replacements: What stands in for which layer. A replacement is called
+        replacements: The replacement of each layer to replace. It is called
             with the arguments of the layer that it replaces.
 
     Returns:
         The copies, in the order of `models`.
 
     Raises:
-        ValueError: If a layer is not what its configuration tells, or if
-            something that is not a layer keeps one to be replaced.
+        ValueError: If a layer cannot be made from its configuration, or if a
+            copy would still use a layer that is replaced, or a variable of the
+            originals.
     """
-    check_internals()
     copier = _Copier(replacements)
-    # What the layers hold is code of this process: a `Lambda` may be copied.
     with (
-        SafeModeScope(False),
-        _known_classes(models),
-        configs_allowed(),
+        hand_over_own_objects(),
+        allow_incomplete_configs(),
+        keep_policies(),
         without_initial_values(),
     ):
-        # Layers with layers inside first: what they keep may be used outside.
+        # First the layers with layers inside, which others may share.
         for model in models:
-            for layer in _composites(model):
+            for layer in _outermost_composites(model):
                 copier.copy_by_config(layer)
         copies = [copier.copy(model) for model in models]
         copier.finish(copies)
+    for copy in copies:
+        refuse_reads(copy, copier.variables_left_behind())
     return copies
 
 
@@ -78,21 +88,25 @@ class _Copier:
     ) -> None:
         self._numbers: dict[int, int] = {}
         self._originals: dict[int, keras.layers.Layer] = {}
-        self._operations: dict[int, Any] = {}  # that are not layers
+        self._operations: dict[int, Any] = {}  # those that are not layers
+        self._variables: dict[int, tuple[keras.layers.Layer, int]] = {}
         self._replaced = {self._number(layer) for layer in replacements}
         self._rebuilder = Rebuilder(
             {self._number(old): new for old, new in replacements.items()}
         )
-        # A graph takes them at once.
+        # In a graph, replacements are called at once.
         for old, new in replacements.items():
             self._rebuilder.layers[self._number(old)] = new
 
     def _number(self, layer: keras.layers.Layer) -> int:
-        self._originals[id(layer)] = layer  # so that the id stays its own
+        if id(layer) not in self._originals:
+            self._originals[id(layer)] = layer  # its id is not to be reused
+            for index, variable in enumerate(own_variables(layer)):
+                self._variables[id(variable)] = layer, index
         return self._numbers.setdefault(id(layer), len(self._numbers))
 
     def copy(self, layer: Any) -> Any:
-        """The copy of a layer, a model or a bare operation."""
+        """Returns the copy of a layer, a model or another operation."""
         if not isinstance(layer, keras.layers.Layer):
             if id(layer) not in self._operations:
                 copy = type(layer).from_config(layer.get_config())
@@ -107,41 +121,96 @@ class _Copier:
         return self._rebuilder.layers[number]
 
     def copy_by_config(self, layer: keras.layers.Layer) -> None:
-        """Copies a layer, and all that it keeps inside."""
+        """Copies a layer, and all layers inside it."""
         for inner in layer._flatten_layers():
             self._number(inner)
         try:
-            copy = type(layer).from_config(layer.get_config())
+            copy = _from_config(layer)
         except Exception as error:
             raise ValueError(
-                f"`model` has a layer that cannot be copied, '{layer.name}' "
-                f"of class {type(layer).__name__}: `from_config(get_config())` "
-                f"must make it anew. It says: {error}"
+                f"Layer '{layer.name}' ({type(layer).__name__}) cannot be "
+                "copied: `from_config(get_config())` must make it again, but "
+                f"raises: {error}"
             ) from error
         self._rebuilder.match(LayerTree.of(layer, self._numbers), copy)
         for inner in layer._flatten_layers():
-            # One that the copy has not made yet is made when it is called.
+            # A layer may make other layers only when it is called.
             made = self._rebuilder.layers.get(self._numbers[id(inner)])
             if made is not None:
                 _copy_assets(inner, made)
 
-    # Not `keras.models.clone_model`, which compiles the copy of a compiled
-    # model, optimizer state and all, and drops the model's dtype policy.
+    # `keras.models.clone_model` is of no use here: it compiles the copy of a
+    # compiled model, optimizer state included, and drops the dtype policy.
     def _copy_graph(self, model: keras.Model) -> keras.Model:
         if isinstance(model, keras.Sequential):
-            # Unlike `layers`, `_layers` has the input layer.
+            # Unlike `layers`, `_layers` contains the input layer.
             layers = [self.copy(layer) for layer in model._layers]
             return keras.Sequential(layers, name=model.name)
         inputs = keras.tree.map_structure(
             lambda x: self.copy(x._keras_history.operation).output, model.input
         )
-        outputs = model._run_through_graph(inputs, operation_fn=self.copy)
-        return Functional(inputs, outputs, name=model.name)
+        for layer in model._flatten_layers():
+            self._number(layer)
+        outputs = model._run_through_graph(inputs, operation_fn=self._call_of)
+        return private_keras.Functional(inputs, outputs, name=model.name)
+
+    def _call_of(self, operation: Any) -> Callable[..., Any]:
+        """Returns the call of an operation's copy in a graph."""
+        copy = self.copy(operation)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = keras.tree.map_structure(
+                lambda value: self._copy_argument(value, operation.name),
+                (args, kwargs),
+            )
+            return copy(*args, **kwargs)
+
+        return call
+
+    def _copy_argument(self, value: Any, operation: str) -> Any:
+        """Returns the argument of a call, for a variable that of the copy."""
+        layer, index = self._variables.get(id(value), (None, 0))
+        if layer is None and keras.ops.is_tensor(value):
+            layer = self._replaced_layer_with_values(value)
+        if layer is None:
+            return value
+        if self._number(layer) in self._replaced:
+            raise ValueError(
+                f"Layer '{layer.name}' cannot be replaced: the operation "
+                f"'{operation}' uses its table without calling it. Call the "
+                "layer instead: a `keras.layers.ReversibleEmbedding` projects "
+                "to the vocabulary when called with `reverse=True`."
+            )
+        copy = self.copy(layer)
+        if not copy.built:
+            copy.build_from_config(layer.get_build_config())
+        return own_variables(copy)[index]
+
+    def _replaced_layer_with_values(
+        self, constant: Any
+    ) -> keras.layers.Layer | None:
+        """Returns the layer of which a constant is the table, or transposed."""
+        for layer in self._originals.values():
+            if self._numbers[id(layer)] not in self._replaced:
+                continue
+            for variable in own_variables(layer):
+                if sorted(variable.shape) == sorted(constant.shape):
+                    values = ops.convert_to_numpy(constant)
+                    table = ops.convert_to_numpy(variable)
+                    if any(np.array_equal(values, t) for t in (table, table.T)):
+                        return layer
+        return None
+
+    def variables_left_behind(self) -> list[keras.Variable]:
+        """Returns the variables that no copy may use."""
+        originals = map(own_variables, self._originals.values())
+        strays = self._rebuilder.variables_left_behind()
+        return [*itertools.chain(*originals), *strays]
 
     def finish(self, copies: Sequence[keras.Model]) -> None:
-        """What can be done once all layers are there."""
+        """Replaces layers and copies weights, once all layers are made."""
         self._rebuilder.swap(copies)
-        self._rebuilder.check_swapped()
+        self._rebuilder.check_swapped(copies)
         for original in list(self._originals.values()):
             number = self._numbers[id(original)]
             copy = self._rebuilder.layers.get(number)
@@ -149,32 +218,47 @@ class _Copier:
                 _copy_state(original, copy)
 
 
+def _from_config(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Makes a layer again from its configuration."""
+    kind = type(layer)
+    try:
+        return kind.from_config(without_compiling(kind, layer.get_config()))
+    except Exception as error:
+        # Some layers expect what Keras does to a configuration in a file.
+        try:
+            config = keras.saving.serialize_keras_object(layer.get_config())
+            return kind.from_config(without_compiling(kind, config))
+        except Exception:
+            raise error from None
+
+
 def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """What a layer itself holds, beside the layers in it."""
-    if isinstance(old, keras.Model):  # of other layers, configurations tell
-        new.dtype_policy = old.dtype_policy
-    # Not `trainable`, which sets that of the layers inside as well.
+    """Copies what a layer itself holds, without the layers inside it."""
+    policy = own_policy(old)
+    if policy is not None:
+        new._dtype_policy = policy
+    # `new.trainable = ...` would also set the layers inside.
     new._trainable = old._trainable
     variables, copies = own_variables(old), own_variables(new)
     if [v.shape for v in variables] != [v.shape for v in copies]:
         raise not_as_configured(
             new,
-            f"has weights of shapes {[v.shape for v in copies]}, not "
-            f"{[v.shape for v in variables]}",
+            f"has weights of shapes {[tuple(v.shape) for v in copies]}, not "
+            f"{[tuple(v.shape) for v in variables]}",
         )
     for variable, copy in zip(variables, copies):
-        # On JAX what is assigned is kept, and a step may give it away.
+        # JAX keeps the assigned array itself, and a step may donate it.
         copy.assign(ops.copy(variable))
         copy.trainable = variable.trainable
     if variables and hasattr(new, "finalize_state"):
-        # One that was adapted computes from copies of its weights.
+        # An adapted layer computes from copies of its weights.
         new.finalize_state()
 
 
 def _copy_assets(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Vocabularies, which configurations leave out, and calls need."""
+    """Copies vocabularies, which configurations omit and calls need."""
     if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
-        # What belongs to a vocabulary, such as its weights, goes first.
+        # The variables of a vocabulary, such as its weights, come first.
         own: dict[str, Any] = {}
         old.save_own_variables(own)
         new.load_own_variables(own)
@@ -184,52 +268,15 @@ def _copy_assets(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
 
 
 def _is_graph(layer: Any) -> bool:
-    # The very classes: a subclass has a constructor of its own.
-    return type(layer) in (keras.Sequential, Functional)
+    # A subclass has its own constructor, which its configuration is for.
+    return type(layer) in (keras.Sequential, private_keras.Functional)
 
 
-def _composites(model: keras.Model) -> Iterator[keras.layers.Layer]:
-    """The outermost layers with layers inside that are not graphs."""
+def _outermost_composites(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """Yields the outermost layers with layers inside that are not graphs."""
     if not _is_graph(model):
         yield model
         return
     for layer in model._layers:
         if isinstance(layer, keras.layers.Layer) and layer._layers:
-            yield from _composites(layer)
-
-
-@contextlib.contextmanager
-def without_initial_values() -> Iterator[None]:
-    """Has new weights start at zero, where they are about to be assigned.
-
-    Random numbers for a large table take seconds, and three times its memory.
-    """
-    add_weight = keras.layers.Layer.add_weight
-
-    def add_zeros(
-        self: keras.layers.Layer,
-        shape: Any = None,
-        initializer: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> keras.Variable:
-        return add_weight(self, shape, "zeros", *args, **kwargs)
-
-    keras.layers.Layer.add_weight = add_zeros
-    try:
-        yield
-    finally:
-        keras.layers.Layer.add_weight = add_weight
-
-
-def _known_classes(
-    models: Iterable[keras.Model],
-) -> contextlib.AbstractContextManager:
-    """Lets configurations name the classes of this process's layers."""
-    classes = {
-        type(layer).__name__: type(layer)
-        for model in models
-        for layer in model._flatten_layers()
-        if type(layer).__module__.split(".")[0] not in ("keras", "keras_hub")
-    }
-    return keras.saving.CustomObjectScope(classes)
+            yield from _outermost_composites(layer)

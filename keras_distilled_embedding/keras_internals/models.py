@@ -1,4 +1,4 @@
-"""Looking at models: their layers, inputs, masks and calls."""
+"""Questions about models: their layers, inputs, masks and calls."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ import keras
 from keras import ops
 
 from keras_distilled_embedding._utils.arguments import check_built_model
-from keras_distilled_embedding.keras_internals.private_keras import Functional
-from keras_distilled_embedding.keras_internals.private_keras import (
-    get_keras_mask,
-)
-from keras_distilled_embedding.keras_internals.private_keras import (
-    set_keras_mask,
-)
+from keras_distilled_embedding.keras_internals import private_keras
 
 
 def iterate_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
@@ -28,17 +22,23 @@ def iterate_layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield layer
 
 
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the variables of a layer without those of the layers inside."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
 def find_layer(
     model: keras.Model, name: str, argument: str
 ) -> keras.layers.Layer:
-    """The one layer of that name, at any depth.
+    """Returns the layer with a name, at any depth.
 
-    Those next to the model's surface first, as `get_layer` finds them.
+    As with `get_layer`, a layer directly in the model comes before layers
+    inside other layers.
 
     Args:
         model: The model.
         name: The layer's name.
-        argument: What the model is called in errors.
+        argument: The name of the model in errors.
 
     Raises:
         ValueError: If no layer, or more than one, has this name.
@@ -49,8 +49,8 @@ def find_layer(
             return found[0]
         if found:
             raise ValueError(
-                f"`{argument}` must have one layer of a name that is asked "
-                f"for. Received: {len(found)} layers named '{name}'"
+                f"`{argument}` must have only one layer with the name "
+                f"'{name}'. Received: {len(found)} layers with this name"
             )
     raise ValueError(
         f"`{argument}` has no layer '{name}'. Received: {argument} with "
@@ -59,18 +59,22 @@ def find_layer(
 
 
 def input_structure(model: keras.Model) -> Any:
-    """The symbolic inputs of a Functional or Sequential model, as it is called.
+    """Returns the symbolic inputs of a Functional or Sequential model.
 
-    A tensor, or a list or dictionary of tensors.
+    They are a tensor, or a list or dictionary of tensors, as in a call.
     """
-    # A Sequential model has no `input` before it is called.
-    return model.input if isinstance(model, Functional) else model.inputs[0]
+    # A Sequential model has no `input` before its first call.
+    return (
+        model.input
+        if isinstance(model, private_keras.Functional)
+        else model.inputs[0]
+    )
 
 
 def named_inputs(model: keras.Model) -> dict[str, keras.KerasTensor]:
-    """The symbolic inputs by name, in the order in which Keras flattens them.
+    """Returns the symbolic inputs by name, in the order Keras flattens them.
 
-    Those of a dictionary by its keys.
+    The names are the keys of a dictionary of inputs, or else the tensors' own.
     """
     inputs = input_structure(model)
     tensors = keras.tree.flatten(inputs)
@@ -80,13 +84,13 @@ def named_inputs(model: keras.Model) -> dict[str, keras.KerasTensor]:
 
 
 def before_last_layer(model: keras.Model) -> tuple[Any, Any]:
-    """What the last layer of a model with one output is called with.
+    """Returns the input of a model's last layer, and that layer.
 
     Returns:
-        The symbolic tensor, and the layer (or operation).
+        The symbolic tensor, and the layer or operation.
 
     Raises:
-        ValueError: If the model is not symbolic, or has several outputs.
+        ValueError: If the model has no symbolic inputs, or several outputs.
     """
     check_symbolic(model)
     if len(model.outputs) != 1:
@@ -100,33 +104,36 @@ def before_last_layer(model: keras.Model) -> tuple[Any, Any]:
 
 
 def keras_mask(tensor: Any) -> Any:
-    """The mask that Keras has attached to a layer's output, or `None`."""
-    return get_keras_mask(tensor)
+    """Returns the mask that Keras attached to a tensor, or `None`."""
+    return private_keras.get_keras_mask(tensor)
 
 
 def set_mask(tensor: Any, mask: Any) -> None:
-    """Has Keras leave out where `mask` is false, as it leaves out padding."""
-    set_keras_mask(tensor, mask)
+    """Attaches a Keras mask: losses skip where it is false, as padding."""
+    private_keras.set_keras_mask(tensor, mask)
 
 
 def count_steps(optimizer: keras.optimizers.Optimizer) -> int:
-    """The batches an optimizer has seen, accumulated ones included."""
-    # The public `iterations` counts updates, and rounds down.
+    """Returns how many batches an optimizer has seen.
+
+    Unlike the public `iterations`, which counts updates, this counts every
+    batch of gradients that are accumulated.
+    """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     return int(ops.convert_to_numpy(optimizer._iterations))
 
 
 def make_variables_current(model: keras.Model) -> None:
-    """Has a training in progress read its state from the variables again.
+    """Writes the state of a training in progress to the model's variables.
 
-    On JAX `fit` keeps the state of the model to itself until an epoch ends.
+    On JAX, `fit` keeps the state to itself until an epoch ends.
     """
     if keras.backend.backend() == "jax":
         model.jax_state_sync()
 
 
 def watch_calls(layer: keras.layers.Layer, keep: Callable[..., object]) -> None:
-    """Watches what `layer` is called with and returns, until told to stop.
+    """Reports each call of `layer` to a function, until `stop_watching`.
 
     Args:
         layer: The layer.
@@ -140,8 +147,7 @@ def watch_calls(layer: keras.layers.Layer, keep: Callable[..., object]) -> None:
         keep(outputs, *args, **kwargs)
         return outputs
 
-    # Past Keras, which would track an attribute: its layers look `call` up
-    # on themselves each time they are called.
+    # `object.__setattr__` bypasses Keras, which would track the attribute.
     object.__setattr__(layer, "call", watched_call)
 
 
@@ -150,25 +156,15 @@ def stop_watching(layer: keras.layers.Layer) -> None:
     vars(layer).pop("call", None)
 
 
-def check_copyable(model: Any) -> None:
-    """Refuses what `copy_models` cannot copy.
+def check_symbolic(model: Any) -> None:
+    """Refuses a model that is not built or has no symbolic inputs.
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If it is not built.
+        ValueError: If it is not built, or has no symbolic inputs.
     """
     check_built_model("model", model)
-
-
-def check_symbolic(model: Any) -> None:
-    """Refuses a model whose inputs are not known, beside `check_copyable`.
-
-    Raises:
-        TypeError: As `check_copyable`.
-        ValueError: As `check_copyable`, or if it has no symbolic inputs.
-    """
-    check_copyable(model)
-    if not isinstance(model, Functional | keras.Sequential):
+    if not isinstance(model, private_keras.Functional | keras.Sequential):
         raise ValueError(
             "`model` must have symbolic inputs, as Functional and Sequential "
             "models have. Wrap it: `x = keras.Input(...); "

@@ -1,35 +1,54 @@
-"""The parts of Keras that are not public."""
+"""The parts of Keras that are not public, and the version they are tested in.
+
+`tests/test_keras_internals.py` checks, one by one, what this package relies on.
+"""
+
+# Everything is imported here once for the other modules.
+# ruff: noqa: F401
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import keras
 
-TESTED_KERAS = ">=3.15,<3.16"
+TESTED_KERAS = "3.15"
 
 try:
+    from keras.src.backend import StatelessScope
+    from keras.src.backend import compute_output_spec
     from keras.src.backend import get_keras_mask
+    from keras.src.backend.common import global_state
     from keras.src.backend.common.masking import set_keras_mask
     from keras.src.models.functional import Functional
     from keras.src.ops.function import map_graph
     from keras.src.ops.node import KerasHistory
+    from keras.src.saving import object_registration
     from keras.src.saving import saving_lib
+    from keras.src.saving import serialization_lib
     from keras.src.saving.serialization_lib import ObjectSharingScope
     from keras.src.saving.serialization_lib import SafeModeScope
+    from keras.src.utils import python_utils
     from keras.src.utils.tracking import DotNotTrackScope
 except ImportError as error:
     raise ImportError(
-        "keras-distilled-embedding relies on parts of Keras that this version "
-        f"does not have: it is tested with keras{TESTED_KERAS}. "
-        f"Received: keras {keras.__version__} ({error})"
+        "keras-distilled-embedding uses private parts of Keras that this "
+        f"version does not have. It is tested with Keras {TESTED_KERAS}. "
+        f"Received: Keras {keras.__version__} ({error})"
     ) from error
 
-__all__ = [
-    "TESTED_KERAS",
-    "DotNotTrackScope",
-    "Functional",
-    "KerasHistory",
-    "ObjectSharingScope",
-    "SafeModeScope",
-    "get_keras_mask",
-    "map_graph",
-    "saving_lib",
-    "set_keras_mask",
-]
+
+@contextlib.contextmanager
+def note_untested_keras() -> Iterator[None]:
+    """Adds a note to the errors of a version of Keras that is not tested."""
+    try:
+        yield
+    except Exception as error:
+        if not keras.__version__.startswith(f"{TESTED_KERAS}."):
+            error.add_note(
+                "keras-distilled-embedding uses private parts of Keras and is "
+                f"tested with Keras {TESTED_KERAS}. This is Keras "
+                f"{keras.__version__}, which may be the cause."
+            )
+        raise

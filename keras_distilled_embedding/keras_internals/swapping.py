@@ -1,4 +1,4 @@
-"""Other layers in the place of some, wherever models keep them."""
+"""Replaces layers wherever models keep them."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from typing import Any
 
 import keras
 
-from keras_distilled_embedding.keras_internals.private_keras import (
-    DotNotTrackScope,
-)
-from keras_distilled_embedding.keras_internals.private_keras import Functional
-from keras_distilled_embedding.keras_internals.private_keras import KerasHistory
-from keras_distilled_embedding.keras_internals.private_keras import map_graph
+from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals.models import own_variables
 
 
 def swap_layers(
     roots: Sequence[keras.layers.Layer],
     swaps: Sequence[tuple[keras.layers.Layer, keras.layers.Layer]],
 ) -> None:
-    """Puts other layers in the place of some, wherever models keep them.
+    """Replaces layers wherever models keep them, in place.
 
-    In the graphs of Functional models, as attributes of layers, in lists,
-    tuples, sets and dictionaries of such. The models are changed in place.
+    Layers are found in the graphs of Functional models, in the attributes of
+    layers, and in lists, tuples, sets and dictionaries in those attributes.
 
     Args:
         roots: The models.
-        swaps: Pairs `(old, new)`. `new` takes the calls of `old`.
+        swaps: Pairs `(old, new)`. `new` takes over the calls of `old`.
     """
     if not swaps:
         return
     for old, new in swaps:
         _move_nodes(old, new)
-    by_id = {id(old): new for old, new in swaps}
+    by_id: dict[int, Any] = {id(old): new for old, new in swaps}
+    for old, new in swaps:
+        if type(old) is type(new):  # layers may keep its variables, too
+            for variable, other in zip(own_variables(old), own_variables(new)):
+                by_id[id(variable)] = other
     owners = {}
     for root in roots:
         for owner in root._flatten_layers():
             owners[id(owner)] = owner
             if isinstance(owner, keras.Sequential) and owner._functional:
                 owners[id(owner._functional)] = owner._functional
-    # What is new is known to the trackers under the old one's number, below.
-    with DotNotTrackScope():
+    # The trackers are changed below: nothing is to be tracked a second time.
+    with private_keras.DotNotTrackScope():
         for owner in owners.values():
             _swap_in_attributes(owner, by_id)
-            if isinstance(owner, Functional):
-                # It knows its nodes by their operations' ids.
-                graph = map_graph(owner._inputs, owner._outputs)
+            if isinstance(owner, private_keras.Functional):
+                # Its nodes are known by the ids of their operations.
+                graph = private_keras.map_graph(owner._inputs, owner._outputs)
                 owner._nodes, owner._nodes_by_depth = graph[:2]
                 owner._operations, owner._operations_by_depth = graph[2:]
 
 
 def _swap_in_attributes(
-    owner: keras.layers.Layer, by_id: Mapping[int, keras.layers.Layer]
+    owner: keras.layers.Layer, by_id: Mapping[int, Any]
 ) -> None:
-    # What TensorFlow's own tracking knows of layers; nothing elsewhere.
+    # TensorFlow's own record of layers; other backends have none.
     tracked = getattr(owner, "_self_unconditional_dependency_names", {})
     for name, value in list(tracked.items()):
         if id(value) in by_id:
@@ -64,12 +64,12 @@ def _swap_in_attributes(
         swapped = _swap_in(value, by_id)
         if swapped is value:
             continue
-        if _is_wrapped(value):  # TensorFlow wraps, and tracks, the new one too
+        if _is_wrapped(value):  # TensorFlow wraps and tracks the new one, too
             setattr(owner, name, swapped)
         else:
             object.__setattr__(owner, name, swapped)
     for _, store in owner._tracker.config.values():
-        _swap_in(store, by_id)  # a Sequential model lists its layers anew
+        _swap_in(store, by_id)  # a Sequential model makes these lists anew
     for ids in owner._tracker.stored_ids.values():
         for stray in ids & by_id.keys():
             ids.remove(stray)
@@ -77,15 +77,15 @@ def _swap_in_attributes(
 
 
 def _is_wrapped(value: Any) -> bool:
-    """Whether TensorFlow has wrapped a container, to be told of changes."""
+    """Whether a container is TensorFlow's wrapper, which reports changes."""
     return type(value).__module__.startswith("tensorflow.")
 
 
-def _swap_in(value: Any, by_id: Mapping[int, keras.layers.Layer]) -> Any:
-    """What takes the place of an attribute's value, or of a part of it.
+def _swap_in(value: Any, by_id: Mapping[int, Any]) -> Any:
+    """Returns what replaces an attribute's value, or a part of the value.
 
-    A container is changed in place, since others may hold it, too; but for
-    those that cannot be.
+    A container that can be changed is changed in place, since others may hold
+    it, too.
     """
     if id(value) in by_id:
         return by_id[id(value)]
@@ -100,13 +100,13 @@ def _swap_in(value: Any, by_id: Mapping[int, keras.layers.Layer]) -> Any:
         swapped = dict(zip(swapped[::2], swapped[1::2]))
     if _is_wrapped(value):
         return swapped
-    # The plain methods: Keras's own would track what is put in.
+    # Built-in methods: those of Keras's containers track what is added.
     if isinstance(value, list):
         list.__setitem__(value, slice(None), swapped)
     elif isinstance(value, dict | set):
-        plain = dict if is_dict else set
-        plain.clear(value)
-        plain.update(value, swapped)
+        builtin = dict if is_dict else set
+        builtin.clear(value)
+        builtin.update(value, swapped)
     elif hasattr(value, "_fields"):  # a named tuple
         value = type(value)(*swapped)
     else:
@@ -115,11 +115,11 @@ def _swap_in(value: Any, by_id: Mapping[int, keras.layers.Layer]) -> Any:
 
 
 def _move_nodes(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Makes the calls of a layer in graphs the calls of another."""
+    """Makes the calls of a layer in graphs the calls of another layer."""
     for node in old._inbound_nodes:
         index = len(new._inbound_nodes)
         node.operation = new
         new._inbound_nodes.append(node)
         for i, tensor in enumerate(node.outputs):
-            tensor._keras_history = KerasHistory(new, index, i)
+            tensor._keras_history = private_keras.KerasHistory(new, index, i)
     new._outbound_nodes.extend(old._outbound_nodes)

@@ -121,6 +121,10 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
     - [Press and Wolf, 2016](https://arxiv.org/abs/1608.05859)
     """
 
+    # Keras has no type hints of its own.
+    built: bool
+    dtype_policy: Any
+
     def __init__(
         self,
         input_dim: int,

@@ -1,0 +1,221 @@
+"""What a model's layers are, beyond what its configuration records."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import weakref
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_distilled_embedding.keras_internals.models import own_variables
+from keras_distilled_embedding.keras_internals.swapping import swap_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTree:
+    """The layers of a model, and which of them are the same layer.
+
+    A configuration records how to make a model. It does not record which of
+    the layers made are shared, which were replaced since, or the shapes that
+    the parts of a subclassed model were built with.
+
+    Args:
+        number: The number of the layer. Trees with the same number describe
+            the same layer.
+        name: The name of the layer.
+        kind: The name of its class.
+        build_config: The argument of `build_from_config`, or `None`.
+        trainable: Its own flag.
+        variables_trainable: The flags of its own variables.
+        dtype_policy: Its policy, which a configuration may omit or merge into
+            a map; `None` if it is a map.
+        children: The trees of the layers inside.
+    """
+
+    number: int
+    name: str
+    kind: str
+    build_config: dict[str, Any] | None
+    trainable: bool
+    variables_trainable: tuple[bool, ...]
+    dtype_policy: Any
+    children: tuple[LayerTree, ...]
+
+    @classmethod
+    def of(
+        cls, layer: keras.layers.Layer, numbers: dict[int, int]
+    ) -> LayerTree:
+        """Returns the tree of a layer or model.
+
+        Args:
+            layer: The root.
+            numbers: The numbers of layers by their `id`. New ones are added.
+        """
+        return cls(
+            number=numbers.setdefault(id(layer), len(numbers)),
+            name=layer.name,
+            kind=type(layer).__name__,
+            build_config=layer.get_build_config() if layer.built else None,
+            trainable=layer._trainable,
+            variables_trainable=tuple(
+                v.trainable for v in own_variables(layer)
+            ),
+            dtype_policy=own_policy(layer),
+            children=tuple(cls.of(child, numbers) for child in layer._layers),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the tree as plain values that can be written as JSON."""
+        return keras.saving.serialize_keras_object(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerTree:
+        """Returns the tree that `to_dict` made the values of."""
+        # Not the whole tree at once: a name could be that of a custom object.
+        objects = {
+            key: keras.saving.deserialize_keras_object(values[key])
+            for key in ("build_config", "dtype_policy")
+        }
+        children = tuple(map(cls.from_dict, values["children"]))
+        return cls(**{**values, **objects, "children": children})
+
+
+class Rebuilder:
+    """Turns new layers into what `LayerTree`s describe.
+
+    Args:
+        replacements: The replacements of layers, by the layers' numbers.
+    """
+
+    def __init__(
+        self, replacements: Mapping[int, keras.layers.Layer] | None = None
+    ) -> None:
+        self.layers: dict[int, keras.layers.Layer] = {}  # by number
+        self._replacements = dict(replacements or {})
+        self._matched: set[tuple[int, int]] = set()
+        self._to_swap: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
+        self._variables_left_behind: list[weakref.ref] = []
+
+    def match(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
+        """Finds the layers of a tree in a new layer, and builds them.
+
+        Raises:
+            ValueError: If the layer's parts are not those of the tree.
+        """
+        if (tree.number, id(layer)) in self._matched:
+            return
+        self._matched.add((tree.number, id(layer)))
+        replacement = self._replacements.get(tree.number)
+        if replacement is None and type(layer).__name__ != tree.kind:
+            raise not_as_configured(layer, f"is not a {tree.kind}")
+        if type(layer) is type(replacement):  # recorded by the configuration
+            replacement = None
+        known = self.layers.setdefault(tree.number, replacement or layer)
+        layer.name = tree.name  # without one in the configuration, numbered
+        if known is not layer:
+            self._to_swap.append((layer, known))
+        built_by_parts = is_default(layer.build)
+        if tree.build_config and not layer.built and not built_by_parts:
+            layer.build_from_config(tree.build_config)
+        if replacement is not None:
+            if type(replacement).__name__ != tree.kind:
+                return
+            layer = replacement  # the layers inside may be shared
+        # A layer that cannot be built from its configuration, such as a
+        # preprocessor, builds itself at its first call, and adds layers then.
+        unfinished = not layer.built and not tree.build_config
+        if len(layer._layers) != len(tree.children) and not unfinished:
+            raise not_as_configured(
+                layer,
+                f"has {len(layer._layers)} layers inside, not "
+                f"{len(tree.children)}",
+            )
+        for child_tree, child in zip(tree.children, layer._layers):
+            self.match(child_tree, child)
+        if tree.build_config and built_by_parts:
+            layer.built = True
+            layer._build_shapes_dict = tree.build_config.get(
+                "shapes_dict", dict(tree.build_config)
+            )
+        self._set_flags(tree, layer)
+
+    def _set_flags(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
+        # `layer.trainable = ...` would also set the layers inside.
+        layer._trainable = tree.trainable
+        variables = own_variables(layer)
+        if len(variables) == len(tree.variables_trainable):
+            for variable, flag in zip(variables, tree.variables_trainable):
+                variable.trainable = flag
+        if tree.dtype_policy is not None:
+            # `layer.dtype_policy = ...` would nest it in a map, or quantize.
+            layer._dtype_policy = tree.dtype_policy
+
+    def swap(self, roots: Sequence[keras.layers.Layer]) -> None:
+        """Puts replacements and shared layers in place throughout `roots`."""
+        swap_layers(roots, self._to_swap)
+
+    def check_swapped(self, roots: Sequence[keras.layers.Layer]) -> None:
+        """Refuses to continue if a layer that was swapped out is still used.
+
+        Raises:
+            ValueError: Naming the layer.
+        """
+        strays = [weakref.ref(stray) for stray, _ in self._to_swap]
+        self._variables_left_behind = [
+            weakref.ref(variable)
+            for stray, _ in self._to_swap
+            for variable in own_variables(stray)
+        ]
+        self._to_swap.clear()
+        if any(stray() is not None for stray in strays):
+            gc.collect()
+        for stray in filter(None, (stray() for stray in strays)):
+            raise ValueError(
+                f"Layer '{stray.name}' cannot be replaced: something that is "
+                "neither a layer nor an attribute of a layer uses it, such as "
+                "a function defined where the layer was made. Keep the layer "
+                "as an attribute, and call that attribute."
+            )
+        left_behind = {id(v): v for v in self.variables_left_behind()}
+        for root in roots:
+            for layer in root._flatten_layers():
+                for variable in own_variables(layer):
+                    if id(variable) in left_behind:
+                        raise ValueError(
+                            f"Layer '{layer.name}' ({type(layer).__name__}) "
+                            f"keeps the variable '{variable.path}', so the "
+                            "layer of that variable cannot be replaced. Keep "
+                            "the layer, and read its variable in `call`."
+                        )
+
+    def variables_left_behind(self) -> list[keras.Variable]:
+        """Returns the variables of swapped layers that are still in use."""
+        found = (variable() for variable in self._variables_left_behind)
+        return [variable for variable in found if variable is not None]
+
+
+def not_as_configured(layer: keras.layers.Layer, how: str) -> ValueError:
+    """Returns the error for a layer that its configuration does not make."""
+    return ValueError(
+        f"Layer '{layer.name}' ({type(layer).__name__}) cannot be copied or "
+        "loaded: what its `from_config(get_config())` makes "
+        f"{how}. Make `get_config()` record the constructor's arguments."
+    )
+
+
+def own_policy(layer: keras.layers.Layer) -> Any:
+    """Returns a copy of a layer's dtype policy, or `None` for a map."""
+    policy = layer._dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return None
+    return copy.deepcopy(policy)
+
+
+def is_default(method: Any) -> bool:
+    """Whether a method is Keras's own default, which does nothing."""
+    return getattr(method, "_is_default", False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,9 +416,18 @@ def test_damaged_files_are_reported(tmp_path, damage):
         ):
             with pytest.raises(ValueError, match=message):
                 open_cache()
-    for file in tmp_path.iterdir():
-        file.unlink()
+    shutil.rmtree(tmp_path)
     assert_batches_equal(cache_teacher(teacher, batches, tmp_path), batches)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_file_is_missing_in_an_interrupted_cache(tmp_path, index):
+    teacher, batches = make_teacher(), make_batches()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        cache_teacher(teacher, Interrupted(batches, 3), tmp_path)
+    (tmp_path / f"batch_00000{index}.npz").unlink()
+    with pytest.raises(ValueError, match=f"batch_00000{index}.npz.*missing"):
+        cache_teacher(teacher, batches, tmp_path)
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):

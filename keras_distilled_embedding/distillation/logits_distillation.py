@@ -81,12 +81,12 @@ class LogitsDistillation(DistillationLoss):
         Raises:
             ValueError: If the last dimensions of the outputs differ.
         """
-        outputs = [
-            getattr(model, "outputs", None) for model in (teacher, student)
-        ]
-        if not all(outputs):
-            return
-        sizes = [[out.shape[-1] for out in outs] for outs in outputs]
+        sizes = []
+        for model in (teacher, student):
+            outputs = getattr(model, "outputs", None)
+            if not outputs:
+                return
+            sizes.append([output.shape[-1] for output in outputs])
         if sizes[0] != sizes[1]:
             raise ValueError(
                 "`teacher` and `student` must predict over the same "

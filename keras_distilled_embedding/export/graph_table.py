@@ -201,13 +201,13 @@ class StoredTable(keras.layers.Layer):
         if self._first_row_is_zero:
             keep = ops.cast(ops.not_equal(flat, 0), "float32")
             rows = ops.multiply(rows, ops.expand_dims(keep, -1))
-        return ops.reshape(rows, (*ops.shape(ids), self.width))
+        return ops.reshape(rows, (*_sizes(ids), self.width))
 
     def project(self, hidden: Any) -> Any:
         """Products with all rows of the table, `(..., rows)`."""
         import tensorflow as tf
 
-        shape = (*ops.shape(hidden)[:-1], self.rows)
+        shape = (*_sizes(hidden)[:-1], self.rows)
         hidden = ops.reshape(ops.cast(hidden, "float32"), (-1, self.width))
         states = hidden
         if self.basis is not None:
@@ -243,6 +243,14 @@ def _factors(
             offset = read(f"{prefix}offset", "float32")
         found.append((codes, read(f"{prefix}basis", "float32"), offset))
     return found
+
+
+def _sizes(tensor: Any) -> tuple[Any, ...]:
+    """Its sizes, of which one that is not known need not be computed."""
+    sizes = tuple(tensor.shape)
+    if sizes.count(None) > 1:
+        return ops.shape(tensor)
+    return tuple(-1 if size is None else size for size in sizes)
 
 
 def _affine(codes: Any, basis: Any, offset: Any) -> Any:

@@ -24,6 +24,7 @@ from keras_distilled_embedding.export.graph_table import StoredTable
 from keras_distilled_embedding.export.report import ExportReport
 from keras_distilled_embedding.export.report import measure_fidelity
 from keras_distilled_embedding.export.signatures import Signature
+from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -94,10 +95,8 @@ def export_litert(
             of different ones; if a model has no symbolic inputs or is of
             another dtype; if a signature is not part of `model`; or if the
             model needs operators that LiteRT does not have.
-        FileNotFoundError: If the folder of `filepath` does not exist.
-        IsADirectoryError: If `filepath` is a folder.
-        PermissionError: If its folder cannot be written to.
-        OSError: If the disk is full.
+        OSError: If the file cannot be written: the folder does not exist, is
+            protected or full, or `filepath` is a folder itself.
         ImportError: If TensorFlow or a package of LiteRT is missing.
         RuntimeError: If the file would hold a table more than once.
 
@@ -196,12 +195,13 @@ def _graph_tables(
 
 def _layers(models: Iterable[keras.Model]) -> list[keras.layers.Layer]:
     """All layers of some models, each once."""
-    layers = {
-        id(layer): layer
-        for model in models
-        for layer in keras_internals.iterate_layers(model)
-    }
-    return list(layers.values())
+    return list(
+        dict.fromkeys(
+            layer
+            for model in models
+            for layer in keras_internals.iterate_layers(model)
+        )
+    )
 
 
 def _count_copies(
@@ -213,32 +213,22 @@ def _count_copies(
         file: The `LiteRTFile` of the converted models, still without the
             tables in `tables`.
         models: The models that it was made of.
-        tables: What stands for their embeddings. An embedding with a `call`
-            of its own is not replaced, and left to the converter.
+        tables: What stands for their embeddings, and will be stored once. An
+            embedding with a `call` of its own is left to the converter.
 
     Raises:
         RuntimeError: If a table is held more than once.
     """
-    shapes = [tuple(w.shape) for w in _other_weights(models, tables)]
-    counts: dict[str, int] = {}
+    counts = {table.name: 1 for table in tables.values()}
     for layer in _layers(models):
-        if layer not in tables and not isinstance(
-            layer, keras.layers.Embedding
-        ):
-            continue
-        shape = (layer.input_dim, layer.output_dim)
-        # The converter may have multiplied a copy with something, so any
-        # matrix of the shape is one, unless it is another weight.
-        others = sum(other in (shape, shape[::-1]) for other in shapes)
-        count = 1 + max(0, file.count_matrices(shape) - others)
-        # The largest number, of layers of one name in nested models.
-        counts[layer.name] = max(count, counts.get(layer.name, 0))
+        if isinstance(layer, keras.layers.Embedding) and layer not in tables:
+            counts[layer.name] = file.count_copies(to_numpy(layer.embeddings))
     repeated = {name: count for name, count in counts.items() if count > 1}
     if repeated:
         raise RuntimeError(
-            "The file would hold tables more than once, so nothing was "
+            "The converter stored tables more than once, so nothing was "
             "written. Use `keras.layers.ReversibleEmbedding` instead of a "
-            "subclass with a `call` of its own. "
+            "subclass of `Embedding` with a `call` of its own. "
             f"Copies by layer: {repeated}"
         )
     return counts
@@ -382,8 +372,8 @@ def convert(
         except Exception as error:
             raise ValueError(
                 "`model` cannot be converted with LiteRT's built-in operators "
-                "alone. A fixed `batch_size` may help, which recurrent layers "
-                "need, or a fixed `sequence_length`. "
+                "alone. A `sequence_length` may help, or a `batch_size` if it has "
+                "recurrent layers. "
                 f"The converter says: {str(error)[:500]}"
             ) from error
 

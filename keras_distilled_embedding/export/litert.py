@@ -372,8 +372,8 @@ def convert(
         except Exception as error:
             raise ValueError(
                 "`model` cannot be converted with LiteRT's built-in operators "
-                "alone. A `sequence_length` may help, or a `batch_size` if it has "
-                "recurrent layers. "
+                "alone. A `sequence_length` may help, or a `batch_size` if it "
+                "has recurrent layers. "
                 f"The converter says: {str(error)[:500]}"
             ) from error
 

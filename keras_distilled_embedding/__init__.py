@@ -5,15 +5,6 @@ trains the result towards the original, `export_litert` writes it for
 on-device use with one copy of each table.
 """
 
-import os
-import sys
-from pathlib import Path
-
-if Path(sys.argv[0]).stem == "keras-distilled-embedding":
-    # The command line: its one line of an error would be lost among the notes
-    # with which TensorFlow starts, of which some remain.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 from keras_distilled_embedding import layers
 from keras_distilled_embedding.calibration import TableStatistics
 from keras_distilled_embedding.calibration import calibrate

@@ -74,8 +74,8 @@ def calibrate(
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If the data is infinite or empty, or texts for a model
-            without a preprocessor, or if hidden states are not finite.
+        ValueError: If the data is infinite, empty or no batches, or texts for
+            a model without a preprocessor, or if hidden states are not finite.
 
     Example:
 
@@ -110,7 +110,7 @@ def collect_statistics(
     """The same for some tables of a model, by table."""
     collectors = {target: _Collector(target) for target in targets}
     batches = _batches(calibration_data)
-    num_batches(batches)
+    num_batches(batches, "calibration_data")
     count = 0
     try:
         for target, collector in collectors.items():
@@ -180,7 +180,16 @@ def _checked(target: Target, values: np.ndarray, *weights: Any) -> Table:
 
 
 def _batches(data: Any) -> Any:
-    """The data as batches: texts are put together."""
+    """The data as batches: texts are put together.
+
+    Raises:
+        ValueError: If it is one batch rather than several.
+    """
+    if isinstance(data, dict) or hasattr(data, "shape"):
+        raise ValueError(
+            "`calibration_data` must be an iterable of batches. Put a single "
+            f"batch into a list. Received: {type(data).__name__}"
+        )
     if isinstance(data, str):
         data = [data]
     if isinstance(data, list | tuple) and data and isinstance(data[0], str):
@@ -206,7 +215,7 @@ def _preprocessed(model: keras.Model, batch: Any) -> Any:
             "`preprocessor`; give it batches of what the model is called "
             f"with. Received: texts, for model '{model.name}'"
         )
-    return preprocessor(batch)
+    return preprocessor(*batch if isinstance(batch, tuple) else [batch])
 
 
 class _Collector:
@@ -237,12 +246,16 @@ class _Collector:
         return keep
 
     def _add_tokens(self, inputs: Any) -> None:
+        if hasattr(inputs, "to_tensor"):  # TensorFlow's ragged tensors
+            inputs = inputs.to_tensor(-1)
         ids = ops.convert_to_numpy(ops.cast(inputs, "int32"))
         weights = self._weights_of(inputs, inputs)
         if self._counts is None:
             self._counts = np.zeros(self._target.shape[0])
         size = len(self._counts)
         counted = (ids >= 0) & (ids < size)
+        if getattr(self._target.layer, "mask_zero", False):
+            counted &= ids != 0
         self._counts += np.bincount(
             ids[counted],
             None if weights is None else weights[counted],
@@ -288,6 +301,7 @@ class _Collector:
         if self._weight > 0:
             moment = (self._moment + self._moment.T) / (2 * self._weight)
         counts = self._counts
-        if counts is not None and not counts.any():
-            counts = None
-        return TableStatistics(counts, moment)
+        return TableStatistics(
+            counts if np.any(counts) else None,
+            moment if np.any(moment) else None,
+        )

@@ -63,3 +63,32 @@ def classifier(vocabulary=300, width=24, name="tokens"):
         ],
         name="classifier",
     )
+
+
+def stored_bytes(rank, rows, columns, quantization, use_bias=True):
+    """Bytes of the arrays that a file holds of a table, one by one."""
+    if quantization is None:
+        arrays = [("f4", rows, rank), ("f4", rank, columns)]
+        arrays += [("f4", columns)] * use_bias
+    elif quantization == "int8":
+        arrays = [("i1", rows, rank), ("f4", 1), ("i1", rank, columns)]
+        arrays += [("f4", columns)]
+    else:
+        blocks = -(-rank // 32)
+        arrays = [("u1", rows, 16 * blocks), ("f2", rows, blocks)]
+        arrays += [("i1", 32 * blocks, columns), ("f4", columns)]
+    return sum(np.empty(shape, dtype).nbytes for dtype, *shape in arrays)
+
+
+def table_with_spectrum(num_rows, values, seed=0):
+    """A float64 table of these singular values."""
+    rng = np.random.default_rng(seed)
+    size = len(values)
+    left = np.linalg.qr(rng.normal(size=(num_rows, size)))[0]
+    right = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    return left * values @ right
+
+
+def to_floats(x):
+    """A tensor or variable of any precision as a float32 NumPy array."""
+    return to_numpy(ops.cast(x, "float32"))

@@ -1,197 +1,139 @@
-"""Token counts and hidden covariances, against NumPy."""
-
-import gzip
+"""Token counts and second moments of hidden states, against NumPy."""
 
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 import keras_distilled_embedding as kde
+from keras_distilled_embedding import keras_internals
+from tests.shared import affine_optimum
+from tests.shared import classifier
+from tests.shared import lost_share
+from tests.shared import random_ids
+from tests.shared import tied_model
+from tests.shared import to_numpy
 
 VOCABULARY, WIDTH = 31, 6
-IDS = np.random.default_rng(0).integers(0, VOCABULARY, size=(12, 7))
-COUNTS = np.bincount(IDS.ravel(), minlength=VOCABULARY)
+IDS = random_ids(VOCABULARY, (12, 7))
 
 
-def count(dataset, **options):
-    return kde.count_tokens(dataset, VOCABULARY, verbose=0, **options)
-
-
-# Tokens
-
-
-def test_counts_every_integer_of_a_batch():
-    batches = [
-        ({"a": IDS[:4], "b": IDS[4:6]}, IDS[6:8], np.ones((2, 7), "float32")),
-        ({"a": IDS[8:10], "b": IDS[10:]}, None),
-    ]
-    np.testing.assert_array_equal(count(batches), COUNTS)
-
-
-def test_counts_an_array_a_tensor_and_a_dataset():
-    tf = pytest.importorskip("tensorflow")
-    dataset = tf.data.Dataset.from_tensor_slices(IDS).batch(5)
-    for given in (IDS, [ops.convert_to_tensor(IDS)], dataset, iter(IDS)):
-        counts = count(given)
-        np.testing.assert_array_equal(counts, COUNTS)
-        assert counts.dtype == np.int64
-
-
-def test_counts_ragged_tensors():
-    tf = pytest.importorskip("tensorflow")
-    rows = [row[: i % 5] for i, row in enumerate(IDS.tolist())]
-    ragged = tf.ragged.constant(rows, dtype="int64", ragged_rank=1)
-    expected = np.bincount(np.concatenate(rows).astype(int), minlength=31)
-    np.testing.assert_array_equal(count([(ragged,)]), expected)
-
-
-def test_counts_a_sequence_without_iter():
-    class Batches(keras.utils.PyDataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, index):
-            return IDS[4 * index : 4 * index + 4], np.ones(4)
-
-    np.testing.assert_array_equal(count(Batches()), COUNTS)
-
-
-def test_select_and_padding():
-    batches = [(IDS, np.full(12, 10**6))]
-    counts = count(batches, select=lambda x, y: x, padding_id=3)
-    expected = COUNTS.copy()
-    expected[3] = 0
-    np.testing.assert_array_equal(counts, expected)
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".npy"])
-@pytest.mark.parametrize("as_string", [True, False])
-def test_counts_a_file(tmp_path, monkeypatch, suffix, as_string):
-    monkeypatch.setattr(kde.calibration, "LINES_AT_A_TIME", 5)
-    monkeypatch.setattr(kde.calibration, "ENTRIES_AT_A_TIME", 11)
-    path = tmp_path / f"ids{suffix}"
-    if suffix == ".npy":
-        np.save(path, IDS.astype("uint16"))
-    else:
-        text = "\n".join(" ".join(map(str, row)) for row in IDS) + "\n\n"
-        opened = gzip.open if suffix.endswith("gz") else open
-        with opened(path, "wt") as file:
-            file.write(text)
-    given = str(path) if as_string else path
-    np.testing.assert_array_equal(count(given), COUNTS)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "options", "match"),
-    [
-        ([IDS + 1], {}, "from 1 to 31.*pass `select`"),
-        ([IDS - 1], {}, "from -1 to 29"),
-        ([np.ones(3)], {}, "no token to count"),
-        ([np.zeros(3, int)], {"padding_id": 0}, "no token to count"),
-        ([], {}, "no token to count"),
-        (3, {}, "iterable of batches"),
-        ([IDS], {"padding_id": -1}, "`padding_id` must be .* at least 0"),
-    ],
-)
-def test_what_cannot_be_counted(dataset, options, match):
-    with pytest.raises(ValueError, match=match):
-        count(dataset, **options)
-
-
-def test_an_infinite_dataset_is_refused():
-    tf = pytest.importorskip("tensorflow")
-    dataset = tf.data.Dataset.from_tensors(IDS).repeat()
-    with pytest.raises(ValueError, match="finite"):
-        count(dataset)
-
-
-def test_files_that_hold_no_ids(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.txt', which is no"):
-        count(tmp_path / "nothing.txt")
-    text = tmp_path / "words.txt"
-    text.write_text("1 2\n3 a b\n")
-    with pytest.raises(ValueError, match=r"words\.txt' with line 2: '3 a b'"):
-        count(text)
-    array = tmp_path / "floats.npy"
-    np.save(array, np.ones(3))
-    with pytest.raises(ValueError, match="dtype float64"):
-        count(array)
-    objects = tmp_path / "objects.npy"
-    np.save(objects, np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"objects\.npy'; NumPy says"):
-        count(objects)
-
-
-# Hidden states
-
-
-def make_model(mask_zero=False, head="tied"):
-    """The states are a fixed function of two tokens, that NumPy knows."""
+def make_model(mask_zero=False, projection="tied"):
+    """States are a function of each token; what projects them differs."""
     ids = keras.Input((None,), dtype="int32")
-    embedding = keras.layers.ReversibleEmbedding(
-        VOCABULARY, WIDTH, mask_zero=mask_zero, name="tokens"
+    tokens = keras.layers.ReversibleEmbedding(
+        VOCABULARY,
+        WIDTH,
+        mask_zero=mask_zero,
+        tie_weights=projection != "untied",
+        embeddings_initializer="normal",
+        name="tokens",
     )
-    states = keras.layers.Dense(WIDTH, "tanh", name="body")(embedding(ids))
+    states = keras.layers.Dense(WIDTH, "tanh", name="body")(tokens(ids))
     states = keras.layers.Dropout(0.5)(states)
-    if head == "tied":
-        return keras.Model(ids, embedding(states, reverse=True))
-    return keras.Model(ids, keras.layers.Dense(3, name="classes")(states))
+    if projection == "dense":
+        head = keras.layers.Dense(VOCABULARY, name="head")
+        return keras.Model(ids, head(states))
+    return keras.Model(ids, tokens(states, reverse=True))
 
 
-def numpy_states(model, ids):
-    kernel, bias = model.get_layer("body").get_weights()
-    table = np.asarray(model.get_layer("tokens").embeddings, "float64")
+def states_of(model, ids):
+    """The hidden states that are projected, in NumPy."""
+    table = to_numpy(model.get_layer("tokens").embeddings).astype("float64")
+    kernel, bias = map(to_numpy, model.get_layer("body").weights)
     return np.tanh(table[ids] @ kernel + bias).reshape(-1, WIDTH)
 
 
-def numpy_covariance(states, weights=None):
-    weights = np.ones(len(states)) if weights is None else weights.ravel()
-    return (states.T * weights) @ states / weights.sum()
+def assert_statistics(found, model, ids=IDS, weights=None, moment_of="tokens"):
+    """Both statistics, against NumPy."""
+    weights = np.ones(ids.shape) if weights is None else weights
+    weights = np.broadcast_to(weights, ids.shape).ravel().astype("float64")
+    states = states_of(model, ids)
+    counts = np.bincount(ids.ravel(), weights, minlength=VOCABULARY)
+    np.testing.assert_allclose(found["tokens"].token_counts, counts, rtol=1e-6)
+    moment = found[moment_of].second_moment
+    expected = (states.T * weights) @ states / weights.sum()
+    np.testing.assert_allclose(moment, expected, rtol=1e-5, atol=1e-7)
+    assert moment.dtype == found["tokens"].token_counts.dtype == np.float64
+    np.testing.assert_array_equal(moment, moment.T)
 
 
-def test_covariance_of_a_tied_projection():
-    model = make_model()
-    expected = numpy_covariance(numpy_states(model, IDS))
+# What is counted
+
+
+@pytest.mark.parametrize("projection", ["tied", "untied", "dense"])
+def test_against_numpy(projection):
+    model = make_model(projection=projection)
     batches = [IDS[:5], (IDS[5:9],), (IDS[9:], IDS[9:])]
-    covariance = kde.second_moment(model, batches, verbose=0)
-    np.testing.assert_allclose(covariance, expected, rtol=1e-5, atol=1e-7)
-    assert covariance.dtype == np.float64
-    np.testing.assert_array_equal(covariance, covariance.T)
+    found = kde.calibrate(model, batches, verbose=0)
+    is_dense = projection == "dense"
+    assert found.keys() == ({"tokens", "head"} if is_dense else {"tokens"})
+    assert_statistics(found, model, moment_of="head" if is_dense else "tokens")
+    if is_dense:
+        assert found["tokens"].second_moment is None
+        assert found["head"].token_counts is None
 
 
-def test_covariance_of_a_named_layer():
-    model = make_model(head="dense")
-    covariance = kde.second_moment(model, [IDS], "classes", verbose=0)
-    expected = numpy_covariance(numpy_states(model, IDS))
-    np.testing.assert_allclose(covariance, expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("per_token", [True, False])
-def test_covariance_is_weighted(per_token):
+@pytest.mark.parametrize("shape", [(12,), (12, 7)])
+def test_sample_weights(shape):
     model = make_model()
-    random = np.random.default_rng(1)
-    shape = (12, 7) if per_token else (12,)
-    weights = random.integers(0, 3, size=shape).astype("float32")
-    covariance = kde.second_moment(model, [(IDS, IDS, weights)], verbose=0)
-    if not per_token:
-        weights = np.repeat(weights, 7)
-    expected = numpy_covariance(numpy_states(model, IDS), weights)
-    np.testing.assert_allclose(covariance, expected, rtol=1e-5, atol=1e-7)
+    weights = np.random.default_rng(1).integers(0, 3, size=shape)
+    data = [(IDS, IDS, weights.astype("float32"))]
+    found = kde.calibrate(model, data, verbose=0)
+    weights = weights.reshape(12, -1)
+    assert_statistics(found, model, weights=weights)
 
 
-def test_covariance_leaves_out_what_a_mask_hides():
-    model = make_model(mask_zero=True)
+@pytest.mark.parametrize("make", [make_model, classifier])
+def test_padding_does_not_count(make):
+    """Of layers that mask it; of others it is a token like any other."""
     ids = IDS.copy()
     ids[:, 4:] = 0
-    covariance = kde.second_moment(model, [ids], verbose=0)
-    expected = numpy_covariance(
-        numpy_states(model, ids), (ids != 0).astype("float64")
-    )
-    np.testing.assert_allclose(covariance, expected, rtol=1e-5, atol=1e-7)
+    for mask_zero in (True, False):
+        if make is make_model:
+            model = make(mask_zero=mask_zero)
+        else:
+            model = make(VOCABULARY, WIDTH)
+            model.get_layer("tokens").mask_zero = mask_zero
+        found = kde.calibrate(model, [ids], verbose=0)
+        weights = ids != 0 if mask_zero else np.ones(ids.shape)
+        if make is make_model:
+            assert_statistics(found, model, ids, weights)
+        counts = np.bincount(ids.ravel(), weights.ravel(), VOCABULARY)
+        np.testing.assert_array_equal(found["tokens"].token_counts, counts)
 
 
-def test_covariance_of_a_subclassed_and_of_a_compressed_model():
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return IDS[4 * index : 4 * index + 4], np.ones(4)
+
+
+def test_every_kind_of_data():
+    tf = pytest.importorskip("tensorflow")
+    dataset = tf.data.Dataset.from_tensor_slices((IDS, IDS)).batch(5)
+    model = make_model()
+    for data in (Batches(), dataset, [IDS], ([x] for x in (IDS[:7], IDS[7:]))):
+        assert_statistics(kde.calibrate(model, data, verbose=0), model)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="only TensorFlow has them"
+)
+def test_ragged_ids():
+    tf = pytest.importorskip("tensorflow")
+    rows = [row[: i % 5] for i, row in enumerate(IDS.tolist())]
+    ids = keras.Input((None,), dtype="int32", ragged=True)
+    tokens = keras.layers.Embedding(VOCABULARY, WIDTH, name="tokens")
+    model = keras.Model(ids, tokens(ids))
+    data = [tf.ragged.constant(rows, dtype="int32", ragged_rank=1)]
+    found = kde.calibrate(model, data, verbose=0)
+    expected = np.bincount(np.concatenate(rows).astype(int), minlength=31)
+    np.testing.assert_array_equal(found["tokens"].token_counts, expected)
+
+
+def test_subclassed_and_compressed_models():
     class Tied(keras.Model):
         def __init__(self, functional):
             super().__init__()
@@ -204,94 +146,218 @@ def test_covariance_of_a_subclassed_and_of_a_compressed_model():
     functional = make_model()
     model = Tied(functional)
     model(IDS)
-    expected = kde.second_moment(functional, [IDS], verbose=0)
-    np.testing.assert_allclose(
-        kde.second_moment(model, [IDS], verbose=0), expected, rtol=1e-6
-    )
+    assert_statistics(kde.calibrate(model, [IDS], verbose=0), functional)
     student = kde.compress(functional, rank=4, verbose=0)
-    covariance = kde.second_moment(student, [IDS], verbose=0)
-    assert covariance.shape == (WIDTH, WIDTH)
+    assert_statistics(kde.calibrate(student, [IDS], verbose=0), student)
 
 
-def test_the_model_is_left_as_it_was():
+def test_a_table_that_the_data_does_not_reach():
+    layer = keras.layers.Embedding(VOCABULARY, WIDTH, name="unused")
     model = make_model()
-    before = model.get_weights()
-    kde.second_moment(model, [IDS], verbose=0)
-    assert "call" not in vars(model.get_layer("tokens"))
-    for old, new in zip(before, model.get_weights()):
-        np.testing.assert_array_equal(old, new)
+    model.other = layer
+    layer.build()
+    found = kde.calibrate(model, [IDS], verbose=0)
+    assert found["unused"].token_counts is None
+    assert found["unused"].second_moment is None
+    student = kde.compress(
+        model, rank=3, calibration_data=[IDS], layers="tokens", verbose=0
+    )
+    assert student.get_layer("tokens").rank == 3
 
 
-def make_broken():
+# Texts
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    """GPT-2 with a byte-pair tokenizer of fifteen tokens."""
+    hub = pytest.importorskip("keras_hub")
+    space = "\u0120"
+    tokens = ["<|endoftext|>", *"abcdefghij", space, "ab", "cd", f"{space}c"]
+    tokenizer = hub.models.GPT2Tokenizer(
+        vocabulary={token: i for i, token in enumerate(tokens)},
+        merges=["a b", "c d", f"{space} c"],
+    )
+    backbone = hub.models.GPT2Backbone(
+        vocabulary_size=len(tokens),
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=12,
+        max_sequence_length=9,
+    )
+    preprocessor = hub.models.GPT2CausalLMPreprocessor(tokenizer, 9)
+    return hub.models.GPT2CausalLM(backbone, preprocessor)
+
+
+TEXTS = ["abc cd", "a", "jihg fed cba", "c c", "ab ab"] * 3
+
+
+def test_texts(language_model):
+    tf = pytest.importorskip("tensorflow")
+    model = language_model
+    x, _, weights = model.preprocessor(TEXTS)
+    ids, weights = to_numpy(x["token_ids"]), to_numpy(weights).astype("float64")
+    assert 0 < weights.mean() < 1  # texts of several lengths
+    counts = np.bincount(ids.ravel(), weights.ravel(), minlength=15)
+    states = to_numpy(model.backbone(x)).astype("float64").reshape(-1, 8)
+    moment = (states.T * weights.ravel()) @ states / weights.sum()
+    dataset = tf.data.Dataset.from_tensor_slices(TEXTS).batch(4)
+    for data in (TEXTS, tuple(TEXTS), dataset, [(TEXTS,)]):
+        found = kde.calibrate(model, data, verbose=0)["token_embedding"]
+        np.testing.assert_allclose(found.token_counts, counts, rtol=1e-6)
+        np.testing.assert_allclose(found.second_moment, moment, rtol=1e-3)
+
+
+def test_one_text_compresses(language_model):
+    student = kde.compress(
+        language_model, rank=2, calibration_data=TEXTS[0], verbose=0
+    )
+    found = kde.calibrate(student, TEXTS[0], verbose=0)["token_embedding"]
+    assert found.second_moment.shape == (8, 8)
+
+
+# What weighs
+
+
+def test_rows_count_by_their_tokens():
+    """Each one more than it occurs: the weighted affine optimum."""
+    model = classifier(VOCABULARY, WIDTH)
+    ids = (np.random.default_rng(0).beta(1, 5, (9, 50)) * 31).astype("int32")
+    table = to_numpy(model.get_layer("tokens").embeddings)
+    weights = 1 + np.bincount(ids.ravel(), minlength=VOCABULARY)
+    roots = np.sqrt(weights)[:, np.newaxis]
+    centered = table - weights @ table / weights.sum()
+    best = np.square(np.linalg.svd(roots * centered)[1][3:]).sum()
+    for activation in ("relu", None):
+        student = kde.compress(
+            model,
+            rank=3,
+            activation=activation,
+            calibration_data=[ids],
+            verbose=0,
+        )
+        made = to_numpy(student.get_layer("tokens").embeddings)
+        lost = np.square(roots * (table - made)).sum()
+        assert lost == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("projection", ["untied", "dense"])
+def test_a_table_that_only_projects_keeps_the_best_logits(projection):
+    """Eckart and Young, of the logits: none of its rank has better ones."""
+    model = make_model(projection=projection)
+    states = states_of(model, IDS)
+    name = {"untied": "tokens", "dense": "head"}[projection]
+
+    def logits_error(**options):
+        student = kde.compress(
+            model,
+            rank=3,
+            heads="factorize" if name == "head" else None,
+            verbose=0,
+            **options,
+        )
+        old, new = (x.get_layer(name) for x in (model, student))
+        if name == "head":
+            table, made = old.kernel, new.embedding.embeddings
+        else:
+            table = old.reverse_embeddings
+            made = new.reconstruct(reverse=True)
+        table = to_numpy(table).T.astype("float64") @ states.T
+        return lost_share(table, to_numpy(made) @ states.T), table
+
+    error, logits = logits_error(calibration_data=[IDS])
+    assert error == pytest.approx(affine_optimum(logits, 3), rel=1e-3)
+    assert error < logits_error()[0]
+
+
+def test_a_tied_table_keeps_better_logits():
+    """Where hidden states live in few directions."""
+    model = tied_model(VOCABULARY, WIDTH)
+    body = model.get_layer("body")
+    kernel = np.random.default_rng(0).normal(size=(WIDTH, WIDTH))
+    kernel[:, 2:] *= 0.01
+    body.set_weights([30 * kernel, np.zeros(WIDTH)])
+    logits = to_numpy(model(IDS))
+    errors = [
+        lost_share(
+            logits,
+            states_of(model, IDS).reshape(*IDS.shape, WIDTH)
+            @ to_numpy(student.get_layer("tokens").embeddings).T,
+        )
+        for student in (
+            kde.compress(model, rank=2, verbose=0, **options)
+            for options in ({}, {"calibration_data": [IDS]})
+        )
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+# What is refused, and what stays
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_model_is_left_as_it_was(broken):
     model = make_model()
-    kernel, bias = model.get_layer("body").get_weights()
-    model.get_layer("body").set_weights([kernel * np.nan, bias])
-    return model
+    if broken:
+        body = model.get_layer("body")
+        body.set_weights([np.nan * x for x in body.get_weights()])
+    before = [to_numpy(v) for v in model.variables]  # seeds, too
+    losses = len(model.losses)
+    if broken:
+        with pytest.raises(ValueError, match="NaN or infinity, .* 'tokens'"):
+            kde.calibrate(model, [IDS], verbose=0)
+    else:
+        kde.calibrate(model, [IDS], verbose=0)
+    for layer in keras_internals.iterate_layers(model):
+        assert "call" not in vars(layer)
+    for old, new in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(old, to_numpy(new))
+    assert len(model.losses) == losses
+
+
+def test_what_has_no_weight_may_be_anything():
+    model = make_model()
+    table = model.get_layer("tokens").embeddings
+    values = to_numpy(table).copy()
+    values[IDS[0, 0]] = np.nan
+    table.assign(values)
+    weights = (IDS[0, 0] != IDS).astype("float32")
+    found = kde.calibrate(model, [(IDS, IDS, weights)], verbose=0)["tokens"]
+    assert np.isfinite(found.second_moment).all()
+    nothing = [(IDS, IDS, np.zeros(12))]
+    found = kde.calibrate(model, nothing, verbose=0)["tokens"]
+    assert (found.token_counts, found.second_moment) == (None, None)
+
+
+def infinite():
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensors(IDS).repeat()
 
 
 @pytest.mark.parametrize(
-    ("make", "dataset", "layer", "match"),
+    ("make_data", "match"),
     [
-        (lambda: make_model(head="dense"), [IDS], None, "a model without any"),
-        (make_model, [], None, "or no batch"),
-        (make_model, [IDS], "nothing", "no layer 'nothing'.*'body'"),
-        (
-            lambda: make_model(head="dense"),
-            [IDS],
-            "tokens",
-            "layer='tokens', which was not",
-        ),
-        (make_model, [(IDS, IDS, np.zeros(12))], None, "positive weight"),
-        (make_broken, [IDS], None, "NaN or infinity"),
+        (lambda: [], "must have at least one batch. Received: none"),
+        (lambda: iter([]), "must have at least one batch. Received: none"),
+        (infinite, "must be finite"),
+        (lambda: 3, "must be an iterable of batches. Received: 3"),
+        (lambda: IDS, "single batch into a list. Received: ndarray"),
+        (lambda: {"ids": IDS}, "single batch into a list. Received: dict"),
+        (lambda: ["a text"], "has a `preprocessor`.* for model 'functional"),
+        (lambda: "a text", "has a `preprocessor`"),
     ],
 )
-def test_what_has_no_covariance(make, dataset, layer, match):
-    model = make()
+def test_what_is_no_calibration_data(make_data, match):
+    model = make_model()
+    match = f"`calibration_data` .*{match}"
     with pytest.raises(ValueError, match=match):
-        kde.second_moment(model, dataset, layer, verbose=0)
+        kde.calibrate(model, make_data(), verbose=0)
+    with pytest.raises(ValueError, match=match):
+        kde.compress(model, calibration_data=make_data(), verbose=0)
     assert "call" not in vars(model.get_layer("tokens"))
-
-
-def test_two_projections_must_be_told_apart():
-    ids = keras.Input((None,), dtype="int32")
-    layers = [
-        keras.layers.ReversibleEmbedding(VOCABULARY, WIDTH, name=name)
-        for name in "ab"
-    ]
-    outputs = [layer(layer(ids), reverse=True) for layer in layers]
-    model = keras.Model(ids, outputs)
-    with pytest.raises(ValueError, match=r"several: \['a', 'b'\]"):
-        kde.second_moment(model, [IDS], verbose=0)
-    table = np.asarray(layers[1].embeddings)
-    np.testing.assert_allclose(
-        kde.second_moment(model, [IDS], "b", verbose=0),
-        numpy_covariance(table[IDS.ravel()]),
-        rtol=1e-4,
-        atol=1e-8,
-    )
 
 
 def test_not_a_model():
     with pytest.raises(TypeError, match="`model` must be a `keras.Model`"):
-        kde.second_moment(None, [IDS])
-
-
-def test_covariance_makes_the_best_logits():
-    """What it is for, from the data to the compressed model."""
-    model = make_model()
-    covariance = kde.second_moment(model, [IDS], verbose=0)
-    states = numpy_states(model, IDS)
-    table = np.asarray(model.get_layer("tokens").embeddings, "float64")
-    student = kde.compress(
-        model,
-        rank=2,
-        activation=None,
-        hidden_covariances=covariance,
-        verbose=0,
-    )
-    made = np.asarray(student.get_layer("tokens").embeddings)
-    # Eckart and Young, of the logits: no table of rank 2 has better ones.
-    values = np.linalg.svd(states @ table.T, compute_uv=False)
-    assert np.square(states @ (table - made).T).sum() == pytest.approx(
-        np.square(values[2:]).sum(), rel=1e-3
-    )
+        kde.calibrate(None, [IDS])

@@ -1,22 +1,24 @@
 """`compress`, against dense models that hold the reconstructed tables."""
 
-import contextlib
+import itertools
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_distilled_embedding import compression
-from keras_distilled_embedding.compression import compress
-from keras_distilled_embedding.compression import compression_report
-from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding import compress
+from keras_distilled_embedding import compression_report
+from keras_distilled_embedding import factorize
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.layers import DistilledEmbedding
-
-# Keras's own, whenever it copies a variable to NumPy, as saving does.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't:DeprecationWarning"
-)
+from tests.shared import affine_optimum
+from tests.shared import classifier
+from tests.shared import lost_share
+from tests.shared import random_table
+from tests.shared import stored_bytes
+from tests.shared import tied_model
+from tests.shared import to_numpy
 
 VOCABULARY, WIDTH = 61, 16
 IDS = np.array([[1, 60, 7, 3], [2, 5, 0, 0]], dtype="int32")
@@ -43,22 +45,9 @@ def hub_reversible(**options):
     )
 
 
-def nlp_reversible(**options):
-    keras_nlp = pytest.importorskip("keras_nlp")
-    return keras_nlp.layers.ReversibleEmbedding(
-        VOCABULARY, WIDTH, name="tokens", **options
-    )
-
-
 EMBEDDINGS = pytest.mark.parametrize(
     "make_embedding",
-    [
-        keras_embedding,
-        keras_reversible,
-        keras_untied,
-        hub_reversible,
-        nlp_reversible,
-    ],
+    [keras_embedding, keras_reversible, keras_untied, hub_reversible],
 )
 
 
@@ -126,17 +115,13 @@ def randomize(model):
     return model
 
 
-def to_numpy(x):
-    return ops.convert_to_numpy(ops.cast(x, "float32"))
-
-
 def find(model, name="tokens"):
     """The only layer of that name, at any depth."""
-    (layer,) = {
-        id(layer): layer
-        for layer in model._flatten_layers()
+    (layer,) = (
+        layer
+        for layer in keras_internals.iterate_layers(model)
         if layer.name == name
-    }.values()
+    )
     return layer
 
 
@@ -151,12 +136,15 @@ def weights_by_path(model, but=()):
 def reconstructed(layer, prefix=""):
     """The table in NumPy, for the two activations tested here."""
     codes, basis = (
-        to_numpy(getattr(layer, prefix + name)) for name in ("codes", "basis")
+        to_numpy(getattr(layer, prefix + name)).astype("float32")
+        for name in ("codes", "basis")
     )
     if layer.activation is not keras.activations.linear:
         assert layer.activation is keras.activations.relu
         codes = np.maximum(codes, 0)
-    return codes @ basis
+    if not layer.use_bias:
+        return codes @ basis
+    return codes @ basis + to_numpy(getattr(layer, prefix + "offset"))
 
 
 def assign_reconstructed(model, student, name="tokens"):
@@ -168,57 +156,116 @@ def assign_reconstructed(model, student, name="tokens"):
     find(model, name).set_weights(tables)
 
 
+def in_floats(model, compression=3.0, **options):
+    """Three times fewer bytes, whatever the test is about."""
+    options = {"quantization": None, "verbose": 0, **options}
+    return compress(model, compression, **options)
+
+
+def assert_same_outputs(model, other, inputs=IDS, tolerance=1e-4):
+    expected, found = model(inputs), other(inputs)
+    keras.tree.assert_same_structure(found, expected)
+    for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(expected)):
+        a, b = (to_numpy(ops.cast(x, "float32")) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
 @pytest.fixture
 def no_work(monkeypatch):
-    """Fails a test in which a table is factorised."""
+    """Fails a test in which a table is factorized."""
 
     def work(*args, **kwargs):
-        raise AssertionError("factorize was called")
+        raise AssertionError("factorize_table was called")
 
-    monkeypatch.setattr(compression, "factorize", work)
+    monkeypatch.setattr(
+        "keras_distilled_embedding.compression.factorize_table", work
+    )
 
 
 # What comes out
 
 
 @EMBEDDINGS
-@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize(
+    ("activation", "use_bias"), [("relu", True), ("relu", False), (None, True)]
+)
 def test_equals_the_dense_model_of_the_reconstructed_table(
-    make_embedding, activation
+    make_embedding, activation, use_bias
 ):
     model = make_model(make_embedding)
-    before = weights_by_path(model)
     outputs = to_numpy(model(IDS))
-    student = compress(
-        model, 3.0, activation=activation, verbose=0, quantization=None
-    )
-
-    # The teacher is untouched, byte for byte.
-    after = weights_by_path(model)
-    assert before.keys() == after.keys()
-    for path, value in before.items():
-        np.testing.assert_array_equal(value, after[path], err_msg=path)
-    np.testing.assert_array_equal(outputs, to_numpy(model(IDS)))
-    own = {id(v) for v in model.variables}
-    assert not own & {id(v) for v in student.variables}
+    student = in_floats(model, activation=activation, use_bias=use_bias)
+    assert type(student) is type(model)
+    has_offset = any("offset" in weight.path for weight in student.weights)
+    assert has_offset == use_bias
 
     # The other weights are the teacher's, under the same names.
+    before = weights_by_path(model, but=["tokens"])
     copied = weights_by_path(student, but=["tokens"])
-    assert copied.keys() == weights_by_path(model, but=["tokens"]).keys()
+    assert copied.keys() == before.keys()
     for path, value in copied.items():
         np.testing.assert_array_equal(value, before[path], err_msg=path)
 
-    assert type(student) is type(model)
     assert not np.allclose(outputs, to_numpy(student(IDS)), atol=1e-3)
     assign_reconstructed(model, student)
-    np.testing.assert_allclose(
-        to_numpy(student(IDS)), to_numpy(model(IDS)), rtol=1e-5, atol=5e-5
+    assert_same_outputs(model, student)
+
+
+class Noisy(keras.layers.Layer):
+    """Keeps a seed, as dropout does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seed_generator = keras.random.SeedGenerator(3)
+
+    def call(self, x):
+        return x
+
+
+def state_of(model):
+    """Everything that a training reads or changes."""
+    variables = {v.path: to_numpy(v) for v in model.variables}
+    variables |= {v.path: to_numpy(v) for v in model.optimizer.variables}
+    flags = {
+        layer.path: (layer.trainable, vars(layer).get("call"))
+        for layer in keras_internals.iterate_layers(model)
+    }
+    return variables, (flags, model.get_config(), model.get_compile_config())
+
+
+@pytest.mark.parametrize("heads", ["tie", "factorize"])
+@pytest.mark.parametrize("quantization", ["auto", "int8"])
+def test_the_original_is_untouched(heads, quantization):
+    ids = keras.Input((None,), dtype="int32")
+    x = Noisy(name="noisy")(keras_embedding()(ids))
+    x = keras.layers.Dropout(0.5, name="dropout")(x)
+    x = keras.layers.BatchNormalization(name="norm", trainable=False)(x)
+    head = keras.layers.Dense(VOCABULARY, name="head")
+    model = keras.Model(ids, head(x))
+    model.compile(keras.optimizers.Adam(0.25), "mse", metrics=["mae"])
+    model.fit(IDS, np.zeros((*IDS.shape, VOCABULARY)), verbose=0)
+    variables, settings = state_of(model)
+    assert any("seed" in path for path in variables)
+    student = compress(
+        model,
+        2.0,
+        quantization=quantization,
+        heads=heads,
+        calibration_data=[IDS, IDS],
+        verbose=0,
     )
+    later, later_settings = state_of(model)
+    assert later_settings == settings
+    assert later.keys() == variables.keys()
+    for path, value in variables.items():
+        np.testing.assert_array_equal(later[path], value, err_msg=path)
+    own = {id(v) for v in model.variables}
+    assert not own & {id(v) for v in student.variables}
 
 
 def test_sequential():
     model = make_sequential()
-    student = compress(model, 3.0, verbose=0, quantization=None)
+    student = in_floats(model)
     assert type(student) is keras.Sequential
     assert [layer.name for layer in student.layers] == [
         layer.name for layer in model.layers
@@ -227,31 +274,24 @@ def test_sequential():
     assert student.inputs[0].name == "ids"
     assert student.inputs[0].dtype == "int32"
     assign_reconstructed(model, student)
-    np.testing.assert_allclose(
-        to_numpy(student(IDS)), to_numpy(model(IDS)), rtol=1e-5, atol=1e-5
-    )
+    assert_same_outputs(model, student)
 
 
 def test_a_shared_table_stays_one_layer():
     model = make_nested()
-    student = compress(model, 3.0, verbose=0, quantization=None)
-    assert len(student.weights) == len(model.weights) + 1  # two factors
-    layer = find(student)
-    assert student.get_layer("inner").get_layer("tokens") is layer
-    inputs = [IDS, IDS[::-1]]
+    student = in_floats(model)
+    # Codes, basis and offset in place of the table.
+    assert len(student.weights) == len(model.weights) + 2
+    assert student.get_layer("inner").get_layer("tokens") is find(student)
     assign_reconstructed(model, student)
-    np.testing.assert_allclose(
-        to_numpy(student(inputs)), to_numpy(model(inputs)), rtol=1e-4, atol=1e-4
-    )
+    assert_same_outputs(model, student, [IDS, IDS[::-1]])
 
 
 def test_two_tables_of_one_name_stay_two():
     model = make_two_of_one_name()
     sizes = (VOCABULARY, 53)
     for layers in (None, ["tokens"]):
-        student = compress(
-            model, 3.0, layers=layers, verbose=0, quantization=None
-        )
+        student = in_floats(model, layers=layers)
         inner = [student.get_layer(f"inner_{i}") for i in range(2)]
         assert [m.get_layer("tokens").input_dim for m in inner] == [*sizes]
         assert len(compression_report(student).rows) == 2
@@ -268,7 +308,7 @@ def test_structures_and_names_of_inputs_and_outputs():
         "others": [ops.mean(x, axis=1), ops.sum(x, axis=1)],
     }
     model = randomize(keras.Model(inputs, outputs, name="structured"))
-    student = compress(model, 3.0, verbose=0, quantization=None)
+    student = in_floats(model)
     assert student.name == "structured"
     assert student.output_names == model.output_names
     keras.tree.assert_same_structure(student.input, model.input)
@@ -280,10 +320,7 @@ def test_structures_and_names_of_inputs_and_outputs():
         )
     data = {"ids": np.ones((2, 7), "int32"), "scale": np.ones((2, 1))}
     assign_reconstructed(model, student)
-    expected, actual = model(data), student(data)
-    keras.tree.assert_same_structure(actual, expected)
-    for a, b in zip(keras.tree.flatten(actual), keras.tree.flatten(expected)):
-        np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-4)
+    assert_same_outputs(model, student, data)
 
 
 def test_optional_input_stays_optional():
@@ -300,8 +337,17 @@ def test_optional_input_stays_optional():
     model = keras.Model(
         [ids, extra], AddIfGiven()(keras_embedding()(ids), extra)
     )
-    student = compress(model, 3.0, verbose=0, quantization=None)
+    student = in_floats(model)
     assert student([IDS, None]).shape == (2, 4, WIDTH)
+
+
+def test_ids_of_floats():
+    """As they come from a `keras.Input` without a dtype."""
+    ids = keras.Input((None,))
+    model = randomize(keras.Model(ids, keras_embedding()(ids)))
+    student = in_floats(model)
+    assign_reconstructed(model, student)
+    assert_same_outputs(model, student, IDS.astype("float32"))
 
 
 @pytest.mark.parametrize("make_embedding", [keras_embedding, keras_reversible])
@@ -313,14 +359,12 @@ def test_mask_propagates(make_embedding):
     model = randomize(
         keras.Model(ids, keras.layers.GlobalAveragePooling1D()(x))
     )
-    student = compress(model, 3.0, verbose=0, quantization=None)
-    outputs = to_numpy(student(IDS))
+    student = in_floats(model)
     assign_reconstructed(model, student)
-    np.testing.assert_allclose(
-        outputs, to_numpy(model(IDS)), rtol=1e-5, atol=1e-5
-    )
     longer = np.pad(IDS, ((0, 0), (0, 3)))
-    np.testing.assert_allclose(to_numpy(student(longer)), outputs, rtol=1e-5)
+    for ids in (IDS, longer):
+        assert_same_outputs(model, student, ids)
+    np.testing.assert_allclose(student(longer), student(IDS), rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
@@ -331,21 +375,17 @@ def test_dtype_policy(policy):
         model = make_model()
     finally:
         keras.config.set_dtype_policy(before)
-    student = compress(model, 3.0, verbose=0, quantization=None)
+    student = in_floats(model)
     # The model's own policy decides about loss scaling.
     assert student.dtype_policy.name == policy
     for layer in student.layers[1:]:  # but for the input layer
         assert layer.dtype_policy == model.get_layer(layer.name).dtype_policy
     assert student(IDS).dtype == student.outputs[0].dtype
     assert student.outputs[0].dtype == model.outputs[0].dtype
-    layer = find(student)
-    assert layer.codes.dtype == find(model).embeddings.dtype
-    expected = to_numpy(model(IDS))
+    assert find(student).codes.dtype == find(model).embeddings.dtype
+    scale = np.abs(to_numpy(ops.cast(model(IDS), "float32"))).max()
     assign_reconstructed(model, student)
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(
-        to_numpy(student(IDS)), to_numpy(model(IDS)), atol=0.03 * scale
-    )
+    assert_same_outputs(model, student, tolerance=0.03 * scale)
 
 
 class Pair(keras.layers.Layer):
@@ -378,16 +418,17 @@ def test_trainable_flags():
     model.get_layer("frozen").trainable = False
     model.get_layer("pair").first.trainable = False
     inner.trainable = False
-    student = compress(model, 3.0, verbose=0, quantization=None)
+    student = in_floats(model)
     trainable = {v.path for v in student.trainable_variables}
     expected = {
         v.path for v in model.trainable_variables if "tokens" not in v.path
     }
     assert expected
-    assert trainable == expected | {"tokens/codes", "tokens/basis"}
+    factors = {f"tokens/{name}" for name in ("codes", "basis", "offset")}
+    assert trainable == expected | factors
 
     embedding.trainable = False
-    student = compress(model, 3.0, verbose=0, quantization=None)
+    student = in_floats(model)
     assert not find(student).trainable
     model.trainable = False
     assert not compress(
@@ -402,10 +443,10 @@ def test_trainable_flags():
 
 def test_the_copy_is_compiled_alike_and_trains_alone():
     model = make_model()
-    assert not compress(model, 3.0, verbose=0, quantization=None).compiled
+    assert not in_floats(model).compiled
     model.compile(keras.optimizers.Adam(0.25), "mse", metrics=["mae"])
     model.fit(IDS, np.zeros((*IDS.shape, VOCABULARY)), verbose=0)
-    student = compress(model, 3.0, verbose=0, quantization=None)
+    student = in_floats(model)
     assert student.loss == "mse"
     assert student.optimizer is not model.optimizer
     assert student.optimizer.learning_rate == 0.25
@@ -427,32 +468,27 @@ def test_settings_that_cannot_be_renewed_are_dropped_with_a_warning():
     model = make_model()
     model.compile("adam", "mse", metrics=[Metric(needed=1)])
     with pytest.warns(UserWarning, match="not compiled as the model was"):
-        assert not compress(model, 3.0, verbose=0, quantization=None).compiled
+        assert not in_floats(model).compiled
 
 
 def test_lambda_layers_are_copied():
     ids = keras.Input((None,), dtype="int32")
     x = keras.layers.Lambda(lambda x: 2 * x)(keras_embedding()(ids))
     model = keras.Model(ids, x)
-    student = compress(model, 3.0, verbose=0, quantization=None)
+    student = in_floats(model)
     assign_reconstructed(model, student)
-    np.testing.assert_allclose(
-        to_numpy(student(IDS)), to_numpy(model(IDS)), atol=1e-5
-    )
+    assert_same_outputs(model, student)
 
 
 @EMBEDDINGS
 def test_saving(make_embedding, tmp_path):
-    model = make_model(make_embedding)
-    student = compress(model, 3.0, verbose=0, quantization=None)
+    student = in_floats(make_model(make_embedding))
     expected = to_numpy(student(IDS))
     student.save(tmp_path / "student.keras")
     restored = keras.saving.load_model(tmp_path / "student.keras")
     np.testing.assert_array_equal(to_numpy(restored(IDS)), expected)
     student.save_weights(tmp_path / "student.weights.h5")
-    other = compress(
-        randomize(make_model(make_embedding)), 3.0, verbose=0, quantization=None
-    )
+    other = in_floats(make_model(make_embedding))
     for variable in other.weights:
         variable.assign(np.zeros(variable.shape))
     other.load_weights(tmp_path / "student.weights.h5")
@@ -462,32 +498,56 @@ def test_saving(make_embedding, tmp_path):
 # What is asked for
 
 
-@pytest.mark.parametrize("compression", [1.5, 3.0, 12])
-def test_compression_is_reached_by_the_largest_rank(compression):
-    student = compress(make_model(), compression, verbose=0, quantization=None)
-    layer = find(student)
-    dense = VOCABULARY * WIDTH
-    assert dense / (layer.rank * (VOCABULARY + WIDTH)) >= compression
-    assert dense / ((layer.rank + 1) * (VOCABULARY + WIDTH)) < compression
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("compression", [1.5, 4, 11.0])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_compression_counts_bytes_as_stored(
+    compression, quantization, use_bias
+):
+    """The largest rank is taken that is small enough."""
+    rows, columns = 400, 96
+    student = compress(
+        classifier(rows, columns),
+        compression,
+        quantization=quantization,
+        use_bias=use_bias,
+        verbose=0,
+    )
+    layer = student.get_layer("tokens")
+    assert layer.quantization == quantization
+    assert layer.compression_ratio >= compression
+    arguments = (rows, columns, quantization, use_bias)
+    allowed = 4 * rows * columns / compression
+    assert stored_bytes(layer.rank, *arguments) <= allowed
+    assert (
+        layer.rank == columns
+        or stored_bytes(layer.rank + 1, *arguments) > allowed
+    )
 
 
-def test_rank_stands_in_for_compression():
-    layer = find(compress(make_model(), rank=5, verbose=0))
-    assert layer.rank == 5
-    layer = find(compress(make_model(), None, rank=5, verbose=0))
-    assert layer.rank == 5
+def test_the_default_is_eight_times():
+    model = tied_model()
+    layers = [find(compress(model, *size, verbose=0)) for size in ((), (8.0,))]
+    assert layers[0].rank == layers[1].rank
+    assert layers[0].quantization == layers[1].quantization is not None
+    assert layers[0].compression_ratio >= 8.0
+
+
+def test_a_rank_alone_means_floats():
+    for options in ({"rank": 5}, {"compression": None, "rank": np.int64(5)}):
+        layer = find(compress(make_model(), **options, verbose=0))
+        assert (layer.rank, layer.quantization) == (5, None)
+    layer = find(compress(make_model(), rank=5, quantization="int8", verbose=0))
+    assert (layer.rank, layer.quantization) == (5, "int8")
 
 
 @pytest.mark.parametrize("activation", ["relu", None])
-def test_reconstruction_is_as_good_as_an_svd(activation):
+def test_reconstruction_is_the_affine_optimum(activation):
     model = make_model()
     table = to_numpy(find(model).embeddings)
     student = compress(model, rank=5, activation=activation, verbose=0)
-    error = np.square(table - reconstructed(find(student))).sum()
-    spectrum = np.square(np.linalg.svd(table, compute_uv=False))
-    assert error >= spectrum[5:].sum() * (1 - 1e-4)
-    bound = spectrum[5:] if activation is None else spectrum[4:]
-    assert error <= bound.sum() * (1 + 1e-4)
+    lost = lost_share(table, reconstructed(find(student)))
+    assert lost == pytest.approx(affine_optimum(table, 5), rel=1e-4)
 
 
 def test_learned_method():
@@ -498,27 +558,9 @@ def test_learned_method():
     )
     layer = find(student)
     assert layer.activation is keras.activations.tanh
-    codes, basis = to_numpy(layer.codes), to_numpy(layer.basis)
-    error = np.square(table - np.tanh(codes) @ basis).sum()
+    codes, basis, offset = map(to_numpy, layer.weights)
+    error = np.square(table - np.tanh(codes) @ basis - offset).sum()
     assert error < 0.5 * np.square(table - table.mean()).sum()
-
-
-@pytest.mark.parametrize("as_dictionary", [False, True])
-@pytest.mark.parametrize(
-    "dtype", ["int64", "float32"], ids=["counts", "shares"]
-)
-def test_token_frequencies(as_dictionary, dtype):
-    model = make_model()
-    frequencies = (1000 / np.arange(1, VOCABULARY + 1) ** 1.5).astype(dtype)
-    given = {"tokens": frequencies} if as_dictionary else frequencies
-    table = to_numpy(find(model).embeddings)
-
-    def weighted_error(**options):
-        layer = find(compress(model, rank=4, verbose=0, **options))
-        lost = np.square(table - reconstructed(layer)).sum(axis=1)
-        return frequencies @ lost
-
-    assert weighted_error(token_frequencies=given) < 0.7 * weighted_error()
 
 
 def make_two_tables(rows=(VOCABULARY, 59), width=WIDTH):
@@ -529,26 +571,6 @@ def make_two_tables(rows=(VOCABULARY, 59), width=WIDTH):
         layer = keras.layers.Embedding(size, width, name=name)
         outputs.append(layer(inputs[-1]))
     return randomize(keras.Model(inputs, outputs))
-
-
-def test_token_frequencies_of_some_tables():
-    model = make_two_tables()
-    plain = compress(model, 3.0, verbose=0, quantization=None)
-    weighted = compress(
-        model,
-        3.0,
-        token_frequencies={"b": np.arange(59)},
-        verbose=0,
-        quantization=None,
-    )
-    same = [
-        np.array_equal(
-            reconstructed(plain.get_layer(name)),
-            reconstructed(weighted.get_layer(name)),
-        )
-        for name in "ab"
-    ]
-    assert same == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -563,7 +585,7 @@ def test_token_frequencies_of_some_tables():
 )
 def test_layers(layers, compressed):
     model = make_two_tables()
-    student = compress(model, 3.0, layers=layers, verbose=0, quantization=None)
+    student = in_floats(model, layers=layers)
     for name in "ab":
         expected = (
             DistilledEmbedding if name in compressed else keras.layers.Embedding
@@ -578,124 +600,52 @@ def test_layers(layers, compressed):
 
 def test_tiny_tables_are_left_out(capsys):
     model = make_two_tables(rows=(VOCABULARY, 2))
-    student = compress(model, 3.0, quantization=None)
+    student = in_floats(model, verbose=1)
     assert type(student.get_layer("a")) is DistilledEmbedding
     assert type(student.get_layer("b")) is keras.layers.Embedding
     assert "Left as they are: b" in capsys.readouterr().out
     # One that was asked for is not left out silently.
-    with pytest.raises(ValueError, match=r"Layer 'b': compression=3.0"):
-        compress(model, 3.0, layers=["a", "b"], verbose=0, quantization=None)
+    with pytest.raises(ValueError, match=r"Layer 'b': .* compression=3.0"):
+        in_floats(model, layers=["a", "b"])
 
 
 def test_verbose(capsys):
     model = make_model()
-    compress(model, 3.0, verbose=0, quantization=None)
+    in_floats(model)
     assert capsys.readouterr().out == ""
-    student = compress(model, 3.0, quantization=None)
+    student = in_floats(model, verbose=1)
     shown = capsys.readouterr().out
-    assert "Factorising 'tokens'" in shown
+    assert "Factorizing 'tokens'" in shown
     assert str(compression_report(student, model)) in shown
     assert "Left as they are" not in shown
 
 
-# Sizes by bytes and by error
-
-
-def decaying(layer, decay):
-    """A table whose singular values fall by the factor `decay`."""
-    rows, columns = layer.input_dim, layer.output_dim
-    random = np.random.default_rng(rows)
-    left, _ = np.linalg.qr(random.normal(size=(rows, columns)))
-    right, _ = np.linalg.qr(random.normal(size=(columns, columns)))
-    layer.set_weights([(left * decay ** np.arange(columns)) @ right])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_max_bytes_are_spread_by_the_spectra(dtype):
-    with _policy(dtype):
-        model = make_two_tables()
-    decaying(model.get_layer("a"), 0.98)
-    decaying(model.get_layer("b"), 0.5)
-    itemsize = 4 if dtype == "float32" else 2
-    max_bytes = 1_200 * itemsize
-    student = compress(model, max_bytes=max_bytes, verbose=0, quantization=None)
-    ranks = [student.get_layer(name).rank for name in "ab"]
-    assert ranks[0] > 1.5 * ranks[1]
-    total = sum(row.bytes_after for row in compression_report(student).rows)
-    one_more = (VOCABULARY + WIDTH) * itemsize
-    assert max_bytes - one_more < total <= max_bytes
-
-
-@contextlib.contextmanager
-def _policy(dtype):
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(dtype)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_max_error_takes_the_smallest_rank(activation, weighted):
-    model = make_two_tables()
-    decaying(model.get_layer("a"), 0.9)
-    decaying(model.get_layer("b"), 0.6)
-    frequencies = np.arange(1, VOCABULARY + 1.0) if weighted else None
-    options = {"activation": activation, "verbose": 0}
-    if weighted:
-        options["token_frequencies"] = {"a": frequencies}
-    student = compress(model, max_error=0.1, **options)
-    for name in "ab":
-        table = to_numpy(model.get_layer(name).embeddings)
-        weights = (
-            frequencies if weighted and name == "a" else np.ones(len(table))
+def test_max_error_takes_the_fewest_bytes():
+    """Against every rank of every format, rounding included."""
+    rows, columns = 200, 40
+    model = classifier(rows, columns)
+    table = random_table(rows, columns, mean=0.02)
+    find(model).set_weights([table])
+    tried = []
+    for name, rank in itertools.product((None, "int8", "int4"), range(1, 31)):
+        factors = factorize(table, rank, quantization=name)
+        lost = lost_share(table, factors.reconstruct())
+        tried.append((stored_bytes(rank, rows, columns, name), lost, name))
+    for quantization, max_error in itertools.product(
+        (None, "int8", "int4", "auto"), (0.3, 0.05)
+    ):
+        student = compress(
+            model, max_error=max_error, quantization=quantization, verbose=0
         )
-        lost = table - reconstructed(student.get_layer(name))
-        error = (
-            weights
-            @ np.square(lost).sum(1)
-            / (weights @ np.square(table).sum(1))
+        layer = find(student)
+        assert lost_share(table, to_numpy(layer.embeddings)) <= max_error
+        least = min(
+            size
+            for size, lost, name in tried
+            if lost <= max_error and quantization in (name, "auto")
         )
-        # The sweeps of the ReLU form are for free.
-        assert error <= 0.1
-        root = np.sqrt(weights)[:, np.newaxis]
-        energies = np.linalg.svd(root * table, compute_uv=False) ** 2
-        shares = 1 - np.cumsum(energies) / energies.sum()
-        rank = int(np.argmax(shares <= 0.1)) + 1 + (activation == "relu")
-        assert student.get_layer(name).rank == rank
-
-
-def test_hidden_covariances_keep_the_logits():
-    model = make_model()
-    layer = find(model)
-    root = np.random.default_rng(0).normal(size=(WIDTH, WIDTH))
-    root *= np.geomspace(3, 0.1, WIDTH)[:, np.newaxis]
-    covariance = root.T @ root
-    table = to_numpy(layer.embeddings)
-
-    def logits_error(**options):
-        student = find(compress(model, rank=4, verbose=0, **options))
-        return np.square((table - reconstructed(student)) @ root.T).sum()
-
-    for given in (covariance, {"tokens": covariance}):
-        error = logits_error(hidden_covariances=given)
-        assert error < 0.7 * logits_error()
-
-
-def test_hidden_dim():
-    """The funnel of the student is the one that `factorize` learned."""
-    model = make_model()
-    student = compress(
-        model, rank=3, hidden_dim=4, hidden_activation="tanh", verbose=0
-    )
-    table = to_numpy(find(model).embeddings)
-    expected = factorize(
-        table, 3, hidden_dim=4, hidden_activation="tanh"
-    ).reconstruct()
-    student_table = to_numpy(find(student).embeddings)
-    np.testing.assert_allclose(student_table, expected, atol=1e-5)
+        size = stored_bytes(layer.rank, rows, columns, layer.quantization)
+        assert size == least
 
 
 # What is refused, before any work
@@ -730,11 +680,6 @@ def make_without_embedding():
     return keras.Model(x, keras.layers.Dense(2, name="classes")(x))
 
 
-def make_float_input():
-    ids = keras.Input((None,))
-    return keras.Model(ids, keras_embedding()(ids))
-
-
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -745,12 +690,26 @@ def make_float_input():
         (Subclassed, ValueError, "`model` must be built.*subclassed"),
         (make_around_subclassed, ValueError, "of class Subclassed"),
         (make_without_embedding, ValueError, r"no embedding.*'classes'\]"),
-        (make_float_input, TypeError, r'keras\.Input.*dtype="int32"'),
     ],
 )
 def test_bad_models(make, error, message, no_work):
     with pytest.raises(error, match=message):
-        compress(make(), 3.0, verbose=0, quantization=None)
+        in_floats(make())
+
+
+SIZES = {"compression": 4.0, "rank": 3, "max_bytes": 1_000, "max_error": 0.1}
+
+
+@pytest.mark.parametrize("names", list(itertools.combinations(SIZES, 2)))
+def test_two_sizes_exclude_each_other(names, no_work):
+    first, second = (f"{name}={SIZES[name]}" for name in names)
+    with pytest.raises(ValueError, match=f"at most one .* {first}, {second}"):
+        compress(make_model(), **{name: SIZES[name] for name in names})
+
+
+def test_a_positional_size_counts_as_one(no_work):
+    with pytest.raises(ValueError, match=r"compression=4.0, rank=8$"):
+        compress(make_model(), 4.0, rank=8)
 
 
 @pytest.mark.parametrize(
@@ -760,33 +719,32 @@ def test_bad_models(make, error, message, no_work):
         ({"layers": "hidden"}, r"of \['tokens'\]. Received: .*'hidden'"),
         ({"layers": []}, "no embedding"),
         ({"layers": lambda layer: False}, "no embedding"),
-        ({"rank": 0}, "rank=0"),
-        ({"rank": -1}, "rank=-1"),
-        ({"rank": 2.0}, "rank=2.0"),
-        ({"rank": 13}, "Layer 'tokens': rank=13 .* rank of at most 12"),
-        ({"compression": 1.0}, "compression=1.0"),
-        ({"compression": 0.5}, "compression=0.5"),
+        ({"rank": 0}, "`rank` must be a positive integer. .* rank=0"),
+        ({"rank": 2.0}, "`rank` must be a positive integer. .* rank=2.0"),
+        ({"rank": True}, "rank=True"),
+        ({"rank": 13}, "Layer 'tokens': `rank` must be at most 12.* rank=13"),
+        ({"compression": 1.0}, "greater than 1.* compression=1.0"),
         ({"compression": "8"}, "compression='8'"),
-        ({"compression": None}, "Give one of `compression`, `rank`"),
-        ({"compression": 100.0}, "out of reach .* rank 1"),
-        ({"hidden_dim": 400}, "hidden_dim=400: rank 1"),
-        ({"activation": "relux"}, "relux"),
-        ({"rank": 3, "max_error": 0.1}, "at most one of .* 'max_error': 0.1"),
-        ({"max_bytes": 300}, "`max_bytes` is too small.* max_bytes=300"),
-        ({"max_bytes": 2.5}, "max_bytes=2.5"),
+        ({"compression": True}, "compression=True"),
+        ({"compression": float("inf")}, "compression=inf"),
+        (
+            {"compression": 100.0, "quantization": None},
+            "at most 10.49 .*floats.*rank 1.* compression=100.0",
+        ),
+        ({"max_bytes": 2.5}, "`max_bytes` must be .* max_bytes=2.5"),
+        ({"max_bytes": 100}, "`max_bytes` is too small.* max_bytes=100"),
         ({"max_error": 0.0}, "between 0 and 1.* max_error=0.0"),
         ({"max_error": 1}, "max_error=1"),
-        ({"hidden_covariances": np.eye(3)}, r"'tokens': .* \(16, 16\)"),
-        ({"hidden_covariances": -np.eye(16)}, "positive semidefinite"),
-        ({"hidden_covariances": {"b": np.eye(16)}}, r"\['tokens'\].*\['b'\]"),
-        ({"token_frequencies": np.ones(3)}, r"shape \(61,\).* shape \(3,\)"),
-        ({"token_frequencies": np.ones((61, 1))}, r"shape \(61, 1\)"),
-        ({"token_frequencies": -np.ones(61)}, "not negative.* -1.0 to -1.0"),
-        ({"token_frequencies": np.full(61, np.nan)}, "finite"),
-        ({"token_frequencies": np.zeros(61)}, "only zeros"),
-        ({"token_frequencies": ["a"] * 61}, "must be numbers"),
-        ({"token_frequencies": {"b": np.ones(61)}}, r"\['tokens'\].*\['b'\]"),
-        ({"token_frequencies": {"tokens": [1]}}, "'tokens' must have shape"),
+        ({"max_error": "1"}, "max_error='1'"),
+        ({"max_error": 1e-6}, "`max_error` is too small.* max_error=1e-06"),
+        ({"min_parameters": 1.5}, "at least 0. .* min_parameters=1.5"),
+        ({"quantization": "int3"}, "'int4'.* quantization='int3'"),
+        ({"activation": "relux"}, "`activation` must .*'relux'"),
+        ({"activation": "gelu"}, 'method="learned"'),
+        ({"method": "magic"}, "method='magic'"),
+        ({"heads": "both"}, "heads='both'"),
+        ({"calibration_data": []}, "`calibration_data` must have at least one"),
+        ({"calibration_data": ["a text"]}, "`preprocessor`"),
     ],
 )
 def test_bad_options(options, message, no_work):
@@ -794,28 +752,15 @@ def test_bad_options(options, message, no_work):
         compress(make_model(), verbose=0, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "magic"}, "method='magic'"),
-        ({"activation": "gelu"}, 'method="learned"'),
-        ({"hidden_activation": "gleu"}, "gleu"),
-    ],
-)
-def test_bad_options_of_factorize(options, message):
-    with pytest.raises(ValueError, match=message):
-        compress(make_model(), 3.0, verbose=0, **options)
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_tables_that_are_not_finite(value, reverse, no_work):
     """The last of the tables too is looked at before the first costs time."""
     first, last = (
-        keras_untied(),
         keras.layers.ReversibleEmbedding(
-            VOCABULARY, WIDTH, tie_weights=False, name="last"
-        ),
+            VOCABULARY, WIDTH, tie_weights=False, name=name
+        )
+        for name in ("first", "last")
     )
     ids = keras.Input((None,), dtype="int32")
     model = keras.Model(ids, last(first(ids), reverse=True))
@@ -824,6 +769,6 @@ def test_tables_that_are_not_finite(value, reverse, no_work):
     table[3, 5] = value
     last.weights[reverse].assign(table)
     row = 5 if reverse else 3  # the projection's kernel is transposed
-    named = f"'last': table must be finite.* 1 of its .* first of them {row}"
+    named = f"'last': `table` must be finite.* 1 of its .* first of them {row}"
     with pytest.raises(ValueError, match=named):
-        compress(model, 3.0, verbose=0, quantization=None)
+        in_floats(model)

@@ -6,17 +6,27 @@ Nothing here belongs to one backend: `KERAS_BACKEND=jax pytest` runs it too.
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
 from keras_distilled_embedding.layers import DistilledEmbedding
+from tests.distillation_models import BATCH
+from tests.distillation_models import VOCABULARY
+from tests.distillation_models import WIDTH
+from tests.distillation_models import cross_entropies
+from tests.distillation_models import divergences
+from tests.distillation_models import float64
+from tests.distillation_models import make_distiller
+from tests.distillation_models import make_factors
+from tests.distillation_models import make_table
+from tests.distillation_models import randomize
+from tests.distillation_models import reconstruct
+from tests.distillation_models import row_distances
 
-VOCABULARY, WIDTH, RANK, CLASSES = 23, 8, 3, 5
-BATCH, LENGTH = 4, 6
+LENGTH, CLASSES = 6, 5
 
-# Keras's word on weights that no loss depends on.
+# Keras warns of weights that no loss depends on.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Gradients do not exist:UserWarning"
 )
@@ -53,14 +63,6 @@ def make_layers(make_embedding, hidden="hidden"):
         "pool": keras.layers.GlobalAveragePooling1D(),
         "classes": keras.layers.Dense(CLASSES, name="classes"),
     }
-
-
-def make_table():
-    return keras.layers.Embedding(VOCABULARY, WIDTH, name="tokens")
-
-
-def make_factors():
-    return DistilledEmbedding(VOCABULARY, WIDTH, RANK, name="tokens")
 
 
 def chain(layers):
@@ -134,10 +136,7 @@ class SubclassedOfBlocks(keras.Model):
 def make(kind, layers, seed):
     model = kind(layers)
     model(make_data()[0])
-    rng = np.random.default_rng(seed)
-    for variable in model.weights:
-        variable.assign(rng.normal(size=variable.shape, scale=0.5))
-    return model
+    return randomize(model, seed)
 
 
 def make_pair(teacher_kind, student_kind=None, hidden="hidden"):
@@ -150,14 +149,10 @@ def make_pair(teacher_kind, student_kind=None, hidden="hidden"):
 # The computation in NumPy
 
 
-def float64(x):
-    return np.asarray(ops.convert_to_numpy(x), "float64")
-
-
 def hidden_states(layers, ids):
     tokens, hidden = layers["tokens"], layers["hidden"]
     if isinstance(tokens, DistilledEmbedding):
-        table = np.maximum(float64(tokens.codes), 0) @ float64(tokens.basis)
+        table = reconstruct(tokens)
     else:
         table = float64(tokens.embeddings)
     return np.tanh(table[ids] @ float64(hidden.kernel) + float64(hidden.bias))
@@ -174,24 +169,10 @@ def distance(layers, ids):
     return np.square(states[0] - states[1]).mean()
 
 
-def log_softmax(x):
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
 def features(student="hidden"):
     return keras.distillation.FeatureDistillation(
         "mse", teacher_layer_name="hidden", student_layer_name=student
     )
-
-
-def make_distiller(models, losses, *, optimizer=None, **options):
-    distiller = Distiller(*models, losses)
-    distiller.compile(
-        optimizer or keras.optimizers.SGD(0.0),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        **options,
-    )
-    return distiller
 
 
 def assert_nothing_left(layers):
@@ -254,7 +235,10 @@ def test_features_in_a_compiled_step(kind):
     distiller = make_distiller(
         models,
         [features(), LogitsDistillation()],
-        optimizer=keras.optimizers.SGD(0.5),
+        # Mostly the features.
+        [10.0, 1.0],
+        student_loss_weight=0.1,
+        optimizer=keras.optimizers.SGD(0.05),
         jit_compile=True,
     )
     expected = distance(layers, ids)
@@ -321,21 +305,22 @@ def test_subclassed_models_as_a_whole(kind):
     distiller = make_distiller(
         models,
         [EmbeddingDistillation(), LogitsDistillation()],
-        optimizer=keras.optimizers.Adam(0.05),
+        student_loss_weight=0.1,
+        optimizer=keras.optimizers.Adam(0.01),
     )
     old, new = (each["tokens"] for each in layers)
-    rows = np.maximum(float64(new.codes), 0) @ float64(new.basis)
-    log_p, log_q = (log_softmax(logits(each, ids)) for each in layers)
+    teacher_logits, student_logits = (logits(each, ids) for each in layers)
     expected = {
-        "task_loss": -log_q[np.arange(BATCH), targets].mean(),
-        "embedding_distillation_loss": np.square(float64(old.embeddings) - rows)
-        .sum(axis=1)
-        .mean(),
-        "logits_distillation_loss": (np.exp(log_p) * (log_p - log_q))
-        .sum(axis=-1)
-        .mean(),
+        "task_loss": cross_entropies(targets, student_logits).mean(),
+        "embedding_distillation_loss": row_distances(
+            old.embeddings, new
+        ).mean(),
+        "logits_distillation_loss": divergences(
+            teacher_logits, student_logits
+        ).mean(),
     }
-    expected["loss"] = sum(expected.values()) / 2
+    task, *others = expected.values()
+    expected["loss"] = 0.1 * task + 0.9 * sum(others)
     before = float64(old.embeddings)
     history = distiller.fit(
         ids, targets, batch_size=BATCH, epochs=5, verbose=0
@@ -387,11 +372,20 @@ def test_a_layer_on_the_surface_is_meant_before_those_inside():
             x = self.block(self.tokens(ids))
             return self.classes(self.pool(self.hidden(x)))
 
-    (teacher, _), _ = make_pair(Subclassed)
+    (teacher, _), (teacher_layers, _) = make_pair(Subclassed)
     layers = make_layers(make_factors)
     student = make(Shadowed, layers, seed=2)
-    distiller = make_distiller((teacher, student), features())
-    assert distiller._student_features._layers == {"hidden": layers["hidden"]}
+    distiller = make_distiller((teacher, student), features(), run_eagerly=True)
+    ids, targets = make_data()
+    distiller.train_on_batch(ids, targets)
+    logs = distiller.test_on_batch(ids, targets, return_dict=True)
+    outputs = [
+        hidden_states(teacher_layers, ids),
+        layers["hidden"](student.block(layers["tokens"](ids))),
+    ]
+    assert logs["feature_distillation_loss"] == pytest.approx(
+        np.square(np.subtract(*map(float64, outputs))).mean(), rel=1e-5
+    )
 
 
 class CalledTwice(Subclassed):

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import keras
@@ -28,33 +29,38 @@ def test_all_is_true():
 DEFAULTS = {
     kde.layers.DistilledEmbedding: {
         "activation": "relu",
-        "hidden_dim": None,
+        "use_bias": True,
         "tie_weights": True,
         "embeddings_regularizer": None,
         "embeddings_constraint": None,
         "mask_zero": False,
         "reverse_dtype": None,
         "logit_soft_cap": None,
+        "quantization": None,
     },
     kde.factorize: {
         "activation": "relu",
-        "hidden_dim": None,
+        "use_bias": True,
         "method": "exact",
+        "quantization": None,
         "row_weights": None,
+        "column_weights": None,
         "seed": 0,
         "verbose": 0,
-        "hidden_activation": "gelu",
-        "column_weights": None,
-        "sweeps": 5,
     },
     kde.compress: {
-        "compression": 8.0,
+        "compression": None,
         "rank": None,
+        "max_bytes": None,
+        "max_error": None,
+        "min_speedup": None,
+        "quantization": "auto",
         "activation": "relu",
-        "hidden_dim": None,
         "method": "exact",
-        "token_frequencies": None,
+        "calibration_data": None,
         "layers": None,
+        "min_parameters": 0,
+        "heads": None,
         "verbose": 1,
     },
     kde.Distiller: {
@@ -63,7 +69,6 @@ DEFAULTS = {
         "student_loss_weight": 0.5,
         "name": "distiller",
         "student_training": True,
-        "rounding": None,
     },
     kde.EmbeddingDistillation: {
         "num_rows": None,
@@ -74,6 +79,8 @@ DEFAULTS = {
     kde.export_litert: {
         "quantization": None,
         "signatures": None,
+        "batch_size": None,
+        "sequence_length": None,
         "verbose": True,
     },
 }
@@ -87,27 +94,87 @@ def test_defaults_are_kept(function):
 
 
 def test_version_is_written_once():
-    from importlib.metadata import version
+    assert metadata.version("keras-distilled-embedding") == kde.__version__
 
-    assert version("keras-distilled-embedding") == kde.__version__
+
+def test_command_is_installed():
+    (command,) = metadata.entry_points(
+        group="console_scripts", name="keras-distilled-embedding"
+    )
+    assert command.value == "keras_distilled_embedding_cli:main"
+
+
+def run_python(code, *arguments):
+    """What a program prints, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout.strip()
+
+
+OPTIONAL = [
+    "ai_edge_litert",
+    "ai_edge_quantizer",
+    "keras_hub",
+    "keras_nlp",
+    "sacrebleu",
+    "tensorflow_text",
+]
 
 
 def test_import_loads_no_optional_package():
-    optional = (
-        "keras_hub",
-        "keras_nlp",
-        "tensorflow_text",
-        "ai_edge_litert",
-        "sacrebleu",
+    code = f"""
+import sys, keras_distilled_embedding
+print([name for name in {OPTIONAL} if name in sys.modules])
+"""
+    assert run_python(code) == "[]"
+
+
+def test_import_needs_no_optional_package():
+    """Nor matplotlib, which Keras itself imports where it is installed."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({[*OPTIONAL, "matplotlib"]}))
+import keras_distilled_embedding
+print("imported")
+"""
+    assert run_python(code) == "imported"
+
+
+IMPORTS = ["import keras", "import keras_distilled_embedding"]
+
+
+@pytest.mark.parametrize("imports", [IMPORTS, IMPORTS[::-1]], ids="\n".join)
+def test_keras_loads_what_keras_saved(imports, tmp_path):
+    """Whichever is imported first, Keras knows the package's classes."""
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            kde.layers.DistilledEmbedding(50, 8, rank=3, name="tokens"),
+        ]
     )
-    code = (
-        "import sys, keras_distilled_embedding; "
-        f"print([name for name in {optional} if name in sys.modules])"
+    model.save(tmp_path / "model.keras")
+    code = """
+import sys
+import numpy as np
+model = keras.saving.load_model(sys.argv[1])
+np.save(sys.argv[2], model(np.arange(50)[None]))
+print(type(model.get_layer("tokens")).__name__)
+"""
+    name = run_python(
+        "\n".join([*imports, code]),
+        tmp_path / "model.keras",
+        tmp_path / "outputs.npy",
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    assert name == "DistilledEmbedding"
+    np.testing.assert_allclose(
+        np.load(tmp_path / "outputs.npy"),
+        keras.ops.convert_to_numpy(model(np.arange(50)[None])),
+        rtol=1e-6,
     )
-    assert shown.stdout.strip() == "[]"
 
 
 def test_layers_of_keras_nlp_work():
@@ -156,6 +223,16 @@ def _public_objects():
 def test_public_objects_are_documented(name):
     documented = inspect.getdoc(_public_objects()[name])
     assert "\n\nArgs:\n" in documented or "\n\nAttributes:\n" in documented
+
+
+def test_api_pages_show_all_public_objects():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    shown = re.findall(r"^::: keras_distilled_embedding\.(.+)$", text, re.M)
+    expected = {f"layers.{name}" for name in kde.layers.__all__}
+    expected |= set(NAMES) - {"layers"}
+    assert len(set(shown)) == len(shown)
+    assert set(shown) == expected
 
 
 # JAX's own converter warns of JAX.
@@ -207,10 +284,17 @@ def _trained_things(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["calibration", "factorization.factors", "factorization.ranks"]
+    "path",
+    [
+        path
+        for path in sorted((ROOT / "keras_distilled_embedding").rglob("*.py"))
+        if ">>> " in path.read_text(encoding="utf-8")
+    ],
+    ids=lambda path: path.stem,
 )
-def test_doctests(name):
-    module = importlib.import_module(f"keras_distilled_embedding.{name}")
+def test_doctests(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(parts))
     namespace = {**vars(module), "np": np}
     result = doctest.testmod(
         module,

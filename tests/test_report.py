@@ -6,13 +6,18 @@ import json
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import compression_report
+from keras_distilled_embedding import inspect_model
+from keras_distilled_embedding import keras_internals
+from tests.shared import lost_share
+from tests.shared import stored_bytes
+from tests.shared import to_numpy
 from tests.test_compression import VOCABULARY
 from tests.test_compression import WIDTH
 from tests.test_compression import find
+from tests.test_compression import keras_embedding
 from tests.test_compression import keras_reversible
 from tests.test_compression import keras_untied
 from tests.test_compression import make_model
@@ -20,13 +25,19 @@ from tests.test_compression import make_nested
 from tests.test_compression import make_two_of_one_name
 
 
-def test_report():
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_report(quantization, use_bias):
+    """Every number, of two tables in one layer."""
     model = make_model(keras_untied)
-    student = compress(model, rank=5, verbose=0)
+    form = dict(rank=5, quantization=quantization, use_bias=use_bias)
+    student = compress(model, **form, verbose=0)
     report = compression_report(student)
     (row,) = report.rows
     before = 2 * VOCABULARY * WIDTH
-    after = 2 * 5 * (VOCABULARY + WIDTH)
+    after = 2 * (5 * (VOCABULARY + WIDTH) + use_bias * WIDTH)
+    stored = 2 * stored_bytes(5, VOCABULARY, WIDTH, quantization, use_bias)
+    rest = model.count_params() - before
     expected = {
         "layer": "tokens",
         "shape": (VOCABULARY, WIDTH),
@@ -34,16 +45,16 @@ def test_report():
         "parameters_before": before,
         "parameters_after": after,
         "bytes_before": 4 * before,
-        "bytes_after": 4 * after,
-        "ratio": before / after,
+        "bytes_after": stored,
+        "ratio": 4 * before / stored,
         "error": None,
-        "rounding": None,
+        "quantization": quantization,
     }
     assert report.to_dict() == {
         "rows": [expected],
-        "model_parameters": model.count_params() - before + after,
+        "model_parameters": rest + after,
         "model_parameters_before": model.count_params(),
-        "model_bytes": 4 * (model.count_params() - before + after),
+        "model_bytes": 4 * rest + stored,
         "model_bytes_before": 4 * model.count_params(),
     }
     assert row.ratio == pytest.approx(find(student).compression_ratio)
@@ -53,41 +64,34 @@ def test_report():
         "tokens",
         "61 x 16",
         f"{before:,} -> {after:,}",
-        f"{model.count_params():,} -> {student.count_params():,}",
-        f"{before / after:.2f}x",
+        f"{4 * before:,} -> {stored:,}",
+        f"{model.count_params():,} -> {rest + after:,}",
+        f"{4 * before / stored:.2f}x",
+        "stored as",
+        quantization or "floats",
     ):
         assert text in shown
 
 
-@pytest.mark.parametrize(
-    ("rounding", "after"),
-    [
-        ("int8", 5 * VOCABULARY + 4 + 5 * WIDTH + 4 * WIDTH),
-        ("int4", (16 + 2) * VOCABULARY + 32 * WIDTH + 4 * WIDTH),
-    ],
-)
-def test_report_of_what_is_rounded(rounding, after):
-    """The bytes are those of a file of integers, the error is as computed."""
-    model = make_model(keras_untied)
-    student = compress(model, rank=5, quantization=rounding, verbose=0)
-    report = compression_report(student, model)
-    (row,) = report.to_dict()["rows"]
-    assert (row["rounding"], row["bytes_after"]) == (rounding, 2 * after)
-    assert row["parameters_after"] == 2 * 5 * (VOCABULARY + WIDTH)
-    rest = 4 * (model.count_params() - 2 * VOCABULARY * WIDTH)
-    assert report.model_bytes == rest + 2 * after
-    assert report.model_bytes_before == 4 * model.count_params()
-    floats = compression_report(compress(model, rank=5, verbose=0), model)
-    assert row["error"] > floats.rows[0].error
-    shown = str(report)
-    assert f"-> {2 * after:,}" in shown
-    assert "stored as" in shown and rounding in shown
-    assert "stored as" not in str(floats)
+def test_rounding_is_part_of_the_error():
+    model = make_model()
+    errors = []
+    for quantization in (None, "int8"):
+        student = compress(model, rank=5, quantization=quantization, verbose=0)
+        (row,) = compression_report(student, model).rows
+        table, made = (to_numpy(find(x).embeddings) for x in (model, student))
+        assert row.error == pytest.approx(lost_share(table, made), rel=1e-4)
+        errors.append(row.error)
+    assert errors[1] > errors[0]
 
 
 def test_some_tables_are_rounded():
     student = compress(make_two_of_one_name(), rank=3, verbose=0)
-    layer = next(x for x in student._flatten_layers() if x.name == "tokens")
+    layer = next(
+        layer
+        for layer in keras_internals.iterate_layers(student)
+        if layer.name == "tokens"
+    )
     layer.quantization = "int8"
     shown = str(compression_report(student))
     assert "int8" in shown and "floats" in shown
@@ -99,7 +103,7 @@ def test_report_of_half_precision_and_of_nested_models():
     student = compress(make_model(dtype="bfloat16"), rank=3, verbose=0)
     (row,) = compression_report(student).rows
     assert row.bytes_before == 2 * VOCABULARY * WIDTH
-    assert row.bytes_after == 2 * 3 * (VOCABULARY + WIDTH)
+    assert row.bytes_after == 2 * (3 * (VOCABULARY + WIDTH) + WIDTH)
 
 
 def test_bad_report():
@@ -117,7 +121,7 @@ def test_error_against_the_original(make):
     pairs = [(old.embeddings, layer.embeddings)]
     if not layer.tie_weights:
         pairs.append((old.reverse_embeddings, layer.reverse_embeddings))
-    pairs = [[ops.convert_to_numpy(x) for x in pair] for pair in pairs]
+    pairs = [[to_numpy(x) for x in pair] for pair in pairs]
     lost = sum(np.square(a - b).sum() for a, b in pairs)
     expected = lost / sum(np.square(a).sum() for a, _ in pairs)
     report = compression_report(student, model)
@@ -159,6 +163,68 @@ def test_totals_are_those_of_the_models():
         assert got == sum(
             sizes[w.dtype] * int(np.prod(w.shape)) for w in of.weights
         )
+
+
+# Inspection
+
+
+def test_inspection_of_a_model():
+    """Tables of embeddings and of a dense head; what each would become."""
+    ids = keras.Input((None,), dtype="int32")
+    tokens = keras.layers.Embedding(300, 64, name="tokens")
+    few = keras.layers.Embedding(3, 64, name="few")
+    x = keras.layers.Add()([tokens(ids), few(ids)])
+    x = keras.layers.Dense(64, name="body")(x)
+    model = keras.Model(ids, keras.layers.Dense(300, name="head")(x))
+    inspection = inspect_model(model, 4.0)
+    assert inspection.bytes == 4 * model.count_params()
+    found = {table.layer: table for table in inspection.tables}
+    assert found.keys() == {"tokens", "few", "head"}
+    head = found["head"]
+    assert (head.kind, head.shape) == ("Dense", (300, 64))
+    assert head.parameters == 64 * 300 + 300
+    assert head.bytes == 4 * head.parameters
+    rank = head.rank
+    sizes = [stored_bytes(rank + i, 300, 64, None) for i in (0, 1)]
+    assert sizes[0] <= 300 * 64 < sizes[1]
+    assert found["tokens"].rank == rank and found["few"].rank is None
+    assert not any(table.factorized for table in inspection.tables)
+    as_dict = json.loads(json.dumps(inspection.to_dict()))
+    assert as_dict["compression"] == 4.0
+    assert [table["layer"] for table in as_dict["tables"]] == list(found)
+    shown = str(inspection)
+    for text in ("300 x 64", f"{rank} at 4x", "- at 4x", "Dense"):
+        assert text in shown
+
+
+@pytest.mark.parametrize("make", [keras_embedding, keras_untied])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inspection_of_a_compressed_model(make, dtype):
+    student = compress(make_model(make, dtype=dtype), rank=5, verbose=0)
+    (table,) = inspect_model(student).tables
+    assert (table.kind, table.factorized) == ("DistilledEmbedding", True)
+    assert (table.rank, table.shape) == (5, (VOCABULARY, WIDTH))
+    copies = 2 if make is keras_untied else 1
+    parameters = copies * (5 * (VOCABULARY + WIDTH) + WIDTH)
+    assert table.parameters == parameters
+    assert table.bytes == parameters * (4 if dtype == "float32" else 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (("x",), TypeError, "`model` must be a `keras.Model`.* model='x'"),
+        ((keras.Sequential(),), ValueError, "`model` must be built"),
+        ((make_nested(), 1.0), ValueError, "greater than 1.*compression=1.0"),
+        ((make_nested(), "8"), ValueError, "compression='8'"),
+    ],
+)
+def test_what_cannot_be_inspected(arguments, error, match):
+    with pytest.raises(error, match=match):
+        inspect_model(*arguments)
+
+
+# The picture
 
 
 def test_picture(tmp_path):

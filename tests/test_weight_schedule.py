@@ -381,6 +381,14 @@ def test_schedules_are_numbers_or_functions(arguments):
         DistillationWeightSchedule(**arguments)
 
 
+@pytest.mark.parametrize("weights", [0.3, rise, "linear", {"loss": 0.3}])
+def test_schedules_of_distillation_losses_are_a_list(weights):
+    with pytest.raises(
+        TypeError, match="`distillation_loss_weights` must be a list"
+    ):
+        DistillationWeightSchedule(distillation_loss_weights=weights)
+
+
 def test_only_distillers_have_such_weights():
     model = make_teacher()
     model.compile("sgd", "mse")

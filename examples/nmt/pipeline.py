@@ -63,8 +63,8 @@ class Settings:
         batching: Batch shapes.
         teacher: The teacher's training.
         student: The student's distillation.
-        compression: How many times smaller the student's table is.
-        activation: f in E ~ f(U) W; `None` is plain low rank.
+        compression: How many times smaller the student's table is, in floats.
+        activation: f in E ~ f(U) W + 1 c; `None` is plain low rank.
         num_beams: Above 1, beam search is scored beside greedy search.
         max_pairs: Training pairs to use, all by default.
         max_sentences: Validation and test pairs to use, all by default.
@@ -249,7 +249,7 @@ class Run:
         return self._model_stage("teacher", train)
 
     def compress(self) -> Path:
-        """Replaces the table by factors, rows weighted by frequency."""
+        """Replaces the table by factors, all rows weighed alike."""
 
         def compress() -> keras.Model:
             import keras_distilled_embedding as kde
@@ -257,10 +257,8 @@ class Run:
             return kde.compress(
                 self.teacher_with_dropout(self.settings.student.dropout),
                 self.settings.compression,
+                quantization=None,
                 activation=self.settings.activation,
-                token_frequencies=self.vocabulary.token_frequencies(
-                    self.corpus.train
-                ),
                 verbose=int(self._verbose),
             )
 

@@ -178,7 +178,7 @@ def distil(
     training: Batches,
     validation: Batches,
     schedule: Recipe,
-    rounding: str | None = None,
+    quantization: str | None = None,
     **options,
 ) -> keras.callbacks.History:
     """Trains `student` on the task and towards `teacher`, as `fit` does.
@@ -189,8 +189,8 @@ def distil(
         training: As in `fit`.
         validation: As in `fit`.
         schedule: The recipe. A loss of weight zero is not computed.
-        rounding: `"int8"` or `"int4"`: how the student's codes are rounded
-            while it is trained, as a file of that quantization stores them.
+        quantization: `"int8"` or `"int4"`: how the student's codes are rounded
+            from now on, as a file of that quantization stores them.
         **options: Those of `fit`.
     """
     import keras_distilled_embedding as kde
@@ -203,6 +203,8 @@ def distil(
         ): schedule.hidden_weight,
     }
     losses = {loss: weight for loss, weight in losses.items() if weight > 0}
+    if quantization is not None:
+        student.get_layer("token_embedding").quantize(quantization)
     model = student
     if losses and schedule.student_loss_weight < 1.0:
         model = kde.Distiller(
@@ -211,6 +213,5 @@ def distil(
             list(losses),
             distillation_loss_weights=list(losses.values()),
             student_loss_weight=schedule.student_loss_weight,
-            quantization=rounding,
         )
     return fit(model, training, validation, schedule, **options)

@@ -11,8 +11,16 @@ import keras
 from keras_distilled_embedding._utils.progress import make_progress
 
 
-def num_batches(dataset: Any) -> int | None:
-    """The number of batches, or `None` where that is not known before."""
+def num_batches(dataset: Any, name: str = "dataset") -> int | None:
+    """The number of batches, or `None` where that is not known before.
+
+    Args:
+        dataset: The batches.
+        name: What they are called where they are given.
+
+    Raises:
+        ValueError: If it is nothing to iterate over, or infinite.
+    """
     total: Any = None
     if isinstance(dataset, keras.utils.PyDataset):
         total = math.inf if dataset.num_batches is None else len(dataset)
@@ -23,11 +31,11 @@ def num_batches(dataset: Any) -> int | None:
         total = len(dataset)
     elif not hasattr(dataset, "__iter__"):
         raise ValueError(
-            f"`dataset` must be an iterable of batches. Received: {dataset!r}"
+            f"`{name}` must be an iterable of batches. Received: {dataset!r}"
         )
     if total == math.inf:
         raise ValueError(
-            "`dataset` must be finite: one epoch, without `repeat()`. "
+            f"`{name}` must be finite: one epoch, without `repeat()`. "
             f"Received: {dataset!r}"
         )
     return total
@@ -45,6 +53,6 @@ def iterate_batches(
     """
     total = num_batches(dataset)
     if not hasattr(dataset, "__iter__"):
-        dataset = (dataset[i] for i in range(total))
+        dataset = (dataset[i] for i in range(len(dataset)))
     with make_progress(verbose) as progress:
         yield from progress.track(dataset, total, description=description)

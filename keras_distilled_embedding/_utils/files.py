@@ -1,40 +1,26 @@
-"""Files that appear whole or not at all, and folders with one writer."""
+"""Writing files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows: nobody is kept out
-    fcntl = None
-
-_TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp")
-
-
-def final_name(name: str) -> str | None:
-    """What a file would have been called, whose writer was killed."""
-    match = _TEMPORARY.fullmatch(name)
-    return match and match[1]
-
 
 def check_destination(argument: str, path: Path) -> None:
-    """Refuses, before any work, a path that no file can be written to.
+    """Raises an error, before any work, if no file can be written to `path`.
 
     Args:
-        argument: What the path is called where it is given.
-        path: The path.
+        argument: Name of the argument that holds the path, for the error.
+        path: Path of the file.
 
     Raises:
-        IsADirectoryError: If it is a folder.
-        FileNotFoundError: If its folder does not exist.
-        PermissionError: If nothing can be written to its folder.
+        IsADirectoryError: If the path is a folder.
+        FileNotFoundError: If the folder of the path does not exist.
+        PermissionError: If the folder of the path cannot be written to.
     """
     received = f"Received: {argument}={str(path)!r}"
     if path.is_dir():
@@ -54,13 +40,14 @@ def check_destination(argument: str, path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file beside `path`, then puts it in place.
+    """Writes a temporary file beside `path`, then renames it to `path`.
 
-    Of several processes that write one path, each writes a file of its own;
-    the last to end has it. One that is killed leaves its `*.tmp`.
+    If the writing fails, a file that already exists at `path` stays as it is.
+    If several processes write to one path, the last one to finish wins. A
+    process that is killed leaves a temporary file `NAME.xxxxxxxx.tmp`.
 
     Args:
-        path: Path of the file. One that is there stays as it is on a failure.
+        path: Path of the file.
         write: Function that writes to the open binary file it is given.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
@@ -73,48 +60,3 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-class FolderLock:
-    """Keeps other processes out of a folder, as long as it is entered.
-
-    Args:
-        folder: Path of the folder. If it is not there yet, `acquire` is to be
-            called again once it is.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> FolderLock:
-        self.acquire()
-        return self
-
-    def acquire(self) -> None:
-        """Takes the lock, unless it is taken already.
-
-        Raises:
-            BlockingIOError: If another process has it.
-        """
-        if fcntl is None or self._descriptor is not None:
-            return
-        if not self._folder.is_dir():
-            return
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if isinstance(error, BlockingIOError):
-                raise BlockingIOError(
-                    f"Another process writes to '{self._folder}': wait until "
-                    "it has ended, or use another directory."
-                ) from None
-            return  # a file system without locks: nobody is kept out
-        self._descriptor = descriptor
-
-    def __exit__(self, *_: object) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None

@@ -1,4 +1,4 @@
-"""Means over the tokens that count."""
+"""Means over tokens, weighted by sample weights and Keras masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from keras_distilled_embedding import keras_internals
 
 
 class _Mean(keras.losses.Loss):
-    """Averages values by their weights; of several replicas, each its share."""
+    """Averages its second argument as Keras averages the values of a loss.
+
+    Under `tf.distribute` each replica then contributes its share.
+    """
 
     def __init__(self) -> None:
         super().__init__("mean", reduction="mean_with_sample_weight")
@@ -28,8 +31,8 @@ def mean(values: Any, weights: Any = None) -> Any:
 
     Args:
         values: Floats of any shape.
-        weights: Floats of the same shape: the mean is
-            `sum(weights * values) / sum(weights)`, 0 where all of them are.
+        weights: Floats of the same shape. With them the mean is
+            `sum(weights * values) / sum(weights)`, or 0 if all are 0.
 
     Returns:
         A float32 scalar.
@@ -38,16 +41,12 @@ def mean(values: Any, weights: Any = None) -> Any:
 
 
 def mean_over_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
-    """Averages `values`, one a token, by the weights of samples or tokens.
-
-    What a whole sequence was given counts for each of its tokens; a value of
-    a whole sequence counts as much as its heaviest token.
+    """Averages `values`, one for each token, with `weights_of_tokens`.
 
     Args:
         values: Floats `(batch, ...)`.
         sample_weight: Floats `(batch,)` or `(batch, ...)`, or `None`.
-        outputs: What the values were computed from: tokens that its Keras
-            mask hides are left out.
+        outputs: The tensor that the values were computed from.
 
     Returns:
         A float32 scalar.
@@ -56,15 +55,19 @@ def mean_over_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
 
 
 def weights_of_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
-    """The weights of `mean_over_tokens`.
+    """Returns the weights of `values`, one for each token.
+
+    The weight of a sequence counts for each of its tokens. A value for a whole
+    sequence gets the weight of its heaviest token.
 
     Args:
-        values: As of `mean_over_tokens`.
-        sample_weight: As of `mean_over_tokens`.
-        outputs: As of `mean_over_tokens`.
+        values: Floats `(batch, ...)`.
+        sample_weight: Floats `(batch,)` or `(batch, ...)`, or `None`.
+        outputs: The tensor that the values were computed from. Tokens that
+            its Keras mask excludes get weight 0.
 
     Returns:
-        Float32 of the shape of `values`, or `None`: all count alike.
+        Float32 of the shape of `values`, or `None` if all count equally.
     """
     weights = None
     for given in (sample_weight, keras_internals.keras_mask(outputs)):
@@ -82,7 +85,7 @@ def weights_of_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
 
 
 def weights_by_output(sample_weight: Any, outputs: Any) -> list[Any]:
-    """One sample weight, or `None`, for each of the flattened outputs."""
+    """Returns a sample weight, or `None`, for each of the flattened outputs."""
     if isinstance(sample_weight, dict):
         return keras.tree.flatten(
             {name: sample_weight.get(name) for name in outputs}

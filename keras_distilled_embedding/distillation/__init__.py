@@ -4,9 +4,6 @@ from keras_distilled_embedding.distillation.distiller import Distiller
 from keras_distilled_embedding.distillation.embedding_distillation import (
     EmbeddingDistillation,
 )
-from keras_distilled_embedding.distillation.embedding_distillation import (
-    paired_embeddings,
-)
 from keras_distilled_embedding.distillation.logits_distillation import (
     LogitsDistillation,
 )
@@ -23,5 +20,4 @@ __all__ = [
     "LogitsDistillation",
     "TeacherCache",
     "cache_teacher",
-    "paired_embeddings",
 ]

@@ -17,20 +17,12 @@ from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding.distillation.embedding_distillation import (
     EmbeddingDistillation,
 )
-from keras_distilled_embedding.distillation.evaluation import evaluate_loss
+from keras_distilled_embedding.distillation.evaluation import LossEvaluator
 from keras_distilled_embedding.distillation.evaluation import (
     needs_teacher_outputs,
 )
-from keras_distilled_embedding.distillation.features import FeatureExtractor
-from keras_distilled_embedding.distillation.logits_distillation import (
-    LogitsDistillation,
-)
 from keras_distilled_embedding.distillation.teacher_cache import TeacherCache
 from keras_distilled_embedding.distillation.teacher_cache import split_inputs
-from keras_distilled_embedding.layers.distilled_embedding import (
-    DistilledEmbedding,
-)
-from keras_distilled_embedding.quantization import check_quantization
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
@@ -41,35 +33,35 @@ class Distiller(keras.Model):
     loss = w * task + (1 - w) * sum_i weight_i * distillation_i
     ```
 
-    with `w = student_loss_weight`; regularization losses of the student are
-    added as they are. Compile, fit, evaluate and predict as any Keras model:
-    the distiller's outputs are the student's. The teacher runs only if a loss
-    needs its outputs, always without dropout, and never changes. The logs
-    show the task's loss and each distillation loss by name.
+    with `w = student_loss_weight`. Regularization losses of the student are
+    added as they are. Compile, fit, evaluate and predict as with any Keras
+    model; the distiller's outputs are the student's. The teacher runs only if
+    a loss needs its outputs, always without dropout, and is never changed.
+    The logs show the task's loss and each distillation loss by name.
+
+    A student whose layers have a `quantization` is trained with its codes
+    rounded as a file stores them.
 
     Args:
         teacher: A built `keras.Model`.
         student: A built `keras.Model`, usually `compress(teacher)`. It shares
             no variable with the teacher.
-        distillation_losses: A loss or a list of losses: those of this module,
+        distillation_losses: A loss or a list of losses: those of this package
             or any `keras.distillation.DistillationLoss`. Defaults to
-            `[EmbeddingDistillation()]`, the paper's.
-        distillation_loss_weights: A number for each loss. Defaults to ones.
+            `[EmbeddingDistillation()]`, as in the paper.
+        distillation_loss_weights: A number or a list of numbers, one for each
+            loss. Defaults to ones.
         student_loss_weight: Number `w` in [0, 1].
         name: Name of the model.
         student_training: Whether the student is trained in training mode.
             `False` switches its dropout off and leaves the statistics of its
-            normalizations as they are: worth trying for a student that
-            follows its teacher's predictions, see docs/distillation.md.
-        rounding: `"int8"`, `"int4"` or `None`. If given, the student is
-            trained, and left, with its codes rounded as
-            `export_litert(quantization=rounding)` stores them: the file then
-            holds the very integers it was trained with.
+            normalization layers as they are. Try it for a student that learns
+            its teacher's predictions, see docs/distillation.md.
 
     Raises:
-        TypeError: If teacher, student or a loss is of another class.
-        ValueError: If the weights do not fit, if teacher and student share
-            variables, or if a loss finds that they do not match.
+        TypeError: If `teacher`, `student` or a loss is of another class.
+        ValueError: If the weights do not fit the losses, if teacher and
+            student share variables, or if a loss does not accept the models.
 
     Example:
 
@@ -105,33 +97,27 @@ class Distiller(keras.Model):
         distillation_losses: DistillationLoss
         | Sequence[DistillationLoss]
         | None = None,
-        distillation_loss_weights: Sequence[float] | None = None,
+        distillation_loss_weights: Sequence[float] | float | None = None,
         student_loss_weight: float = 0.5,
         name: str = "distiller",
         student_training: bool = True,
-        rounding: str | None = None,
         **kwargs: Any,
     ) -> None:
         _check_models(teacher, student)
-        check_quantization("rounding", rounding)
         losses, weights = _check_losses(
             distillation_losses, distillation_loss_weights
         )
         _check_student_loss_weight(student_loss_weight)
-        for loss in losses:
-            # Keras's own finds layers of Functional and Sequential models.
-            if type(loss) is not keras.distillation.FeatureDistillation:
-                loss.validate_model_compatibility(teacher, student)
-        if rounding is not None:
-            _set_rounding(student, rounding)
+        evaluator = LossEvaluator(teacher, student, losses)
         kwargs.setdefault("dtype", student.dtype_policy)
         super().__init__(name=name, **kwargs)
         self.teacher = teacher
         self.student = student
         self.distillation_losses = losses
         self.student_training = bool(student_training)
-        # What the compiled step reads, so that weights may change between
-        # steps; what the properties give is the same without rounding.
+        self._evaluator = evaluator
+        # A variable, so that the weights may change between compiled steps.
+        # The properties return the same numbers before they are rounded.
         self._weights_in_use = self.add_weight(
             shape=(1 + len(weights),),
             initializer="zeros",
@@ -141,18 +127,12 @@ class Distiller(keras.Model):
             name="loss_weights",
         )
         self._set_weights_in_use([student_loss_weight, *weights])
-        # Keras tracks a layer's seed generators, not those of its losses.
+        # Keras tracks the seed generators of a layer, not those of a loss.
         self._loss_seed_generators = [
             loss.seed_generator
             for loss in losses
-            if isinstance(loss, EmbeddingDistillation)
+            if hasattr(loss, "seed_generator")
         ]
-        self._teacher_features = FeatureExtractor(
-            teacher, _layer_names(losses, "teacher_layer_name"), "teacher"
-        )
-        self._student_features = FeatureExtractor(
-            student, _layer_names(losses, "student_layer_name"), "student"
-        )
         self._task_tracker = keras.metrics.Mean(name="task_loss")
         self._distillation_trackers = [
             keras.metrics.Mean(name=name)
@@ -162,12 +142,12 @@ class Distiller(keras.Model):
 
     @property
     def distillation_loss_names(self) -> list[str]:
-        """What the logs call each distillation loss."""
+        """The name of each distillation loss in the logs."""
         return _loss_names(self.distillation_losses)
 
     @property
     def student_loss_weight(self) -> float:
-        """The share of the task's loss; may be set between steps."""
+        """The weight of the task's loss. It may be set between steps."""
         return self._weight_values[0]
 
     @student_loss_weight.setter
@@ -175,14 +155,15 @@ class Distiller(keras.Model):
         _check_student_loss_weight(weight)
         if weight > 0.0 and self.compiled and self.loss is None:
             raise ValueError(
-                "`student_loss_weight` must be 0 where no loss of the task was "
-                f"compiled. Received: student_loss_weight={weight!r}"
+                "`student_loss_weight` must be 0, because `compile()` was "
+                "called without a `loss`. Received: "
+                f"student_loss_weight={weight!r}"
             )
         self._set_weights_in_use([weight, *self._weight_values[1:]])
 
     @property
     def distillation_loss_weights(self) -> list[float]:
-        """A weight for each distillation loss; may be set between steps."""
+        """The weights of the distillation losses. May be set between steps."""
         return self._weight_values[1:]
 
     @distillation_loss_weights.setter
@@ -195,8 +176,7 @@ class Distiller(keras.Model):
         self._weight_values = [float(value) for value in values]
         self._weights_in_use.assign(self._weight_values)
 
-    # Only the student is trained. The teacher's own `trainable` is left
-    # alone: it belongs to whoever made the teacher.
+    # Only the student is trained. The teacher's `trainable` is not changed.
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:
@@ -227,27 +207,33 @@ class Distiller(keras.Model):
         """Trains the student, as `keras.Model.fit`.
 
         Args:
-            x: What `keras.Model.fit` takes, or a `TeacherCache`, from which
-                the student learns without its teacher being run.
-            *args: Those of `keras.Model.fit`.
-            validation_data: Those of `keras.Model.fit`, or a `TeacherCache`.
-            callbacks: Those of `keras.Model.fit`.
-            **kwargs: Those of `keras.Model.fit`.
+            x: As in `keras.Model.fit`, or a `TeacherCache`, from which the
+                student learns without its teacher being run.
+            *args: As in `keras.Model.fit`.
+            validation_data: As in `keras.Model.fit`, or a `TeacherCache`.
+            callbacks: As in `keras.Model.fit`.
+            **kwargs: As in `keras.Model.fit`.
 
         Raises:
             ValueError: If the cache is of another teacher, or if a loss needs
                 more of the teacher than the cache holds.
         """
         if isinstance(x, TeacherCache):
-            # First, since a resumed training begins with a later epoch.
             if not isinstance(callbacks, keras.callbacks.CallbackList):
-                callbacks = [*keras.tree.flatten(callbacks or [])]
-                callbacks.insert(0, _SetEpoch(x))
-            kwargs["shuffle"] = False  # the cache has its own order
+                callbacks = [
+                    # A resumed training begins with a later epoch.
+                    keras.callbacks.LambdaCallback(
+                        on_epoch_begin=lambda epoch, _: setattr(
+                            x, "epoch", epoch
+                        )
+                    ),
+                    *keras.tree.flatten(callbacks or []),
+                ]
+            kwargs["shuffle"] = False  # The cache has its own order.
         return super().fit(
-            self._data(x),
+            self._readable(x),
             *args,
-            validation_data=self._data(validation_data),
+            validation_data=self._readable(validation_data),
             callbacks=callbacks,
             **kwargs,
         )
@@ -256,39 +242,32 @@ class Distiller(keras.Model):
         """Computes losses and metrics, as `keras.Model.evaluate`.
 
         Args:
-            x: What `keras.Model.evaluate` takes, or a `TeacherCache`.
-            *args: Those of `keras.Model.evaluate`.
-            **kwargs: Those of `keras.Model.evaluate`.
+            x: As in `keras.Model.evaluate`, or a `TeacherCache`.
+            *args: As in `keras.Model.evaluate`.
+            **kwargs: As in `keras.Model.evaluate`.
         """
-        return super().evaluate(self._data(x), *args, **kwargs)
+        return super().evaluate(self._readable(x), *args, **kwargs)
 
-    def _data(self, data: Any) -> Any:
-        """What Keras can read: a cache is checked, other data untouched."""
+    def _readable(self, data: Any) -> Any:
+        """Checks a cache and returns what Keras reads; leaves other data."""
         if not isinstance(data, TeacherCache):
             return data
         data.check(self.teacher)
-        for loss in self.distillation_losses:
-            if not needs_teacher_outputs(loss):
-                continue
-            if not isinstance(loss, LogitsDistillation):
+        for loss in filter(needs_teacher_outputs, self.distillation_losses):
+            if not hasattr(loss, "check_cache"):
                 raise ValueError(
                     "A `TeacherCache` holds the teacher's predictions, for "
                     "`LogitsDistillation`; train with the batches themselves "
                     f"for other losses. Received: {type(loss).__name__}"
                 )
-            data.check_temperature(loss.temperature)
-            if loss.top_k is not None and loss.top_k > data.top_k:
-                raise ValueError(
-                    "`top_k` of a `LogitsDistillation` must be at most the "
-                    f"cache's {data.top_k}. Received: top_k={loss.top_k}"
-                )
+            loss.check_cache(data.top_k, data.temperature)
         if keras.backend.backend() == "tensorflow":
             return data.as_dataset()
         return data
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         inputs, _ = split_inputs(inputs)
-        return self._student_features(
+        return self._evaluator.run_student(
             inputs, training=training and self.student_training
         )
 
@@ -300,11 +279,11 @@ class Distiller(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        # Keras adds these to the task's loss; they are not to be weighted.
+        # Keras adds these to the task's loss. They are not weighted.
         penalties = sum(ops.sum(loss) for loss in self.losses)
         task = 0.0
         if self.loss is None and self.student_loss_weight > 0.0:
-            # Keras refuses it too, but not on JAX, nor beside regularization.
+            # Keras does not check it on JAX, nor with regularization.
             raise ValueError(
                 "Provide a `loss` of the task in `compile()`, or set "
                 "`student_loss_weight` to 0. Received: loss=None, "
@@ -316,51 +295,22 @@ class Distiller(keras.Model):
             )
             task = task - penalties
         self._track(self._task_tracker, task, x)
-        distillation = self._distillation_loss(x, y_pred, sample_weight)
+        inputs, cached = split_inputs(x)
+        values = self._evaluator.evaluate(inputs, cached, sample_weight)
+        distillation = 0.0
+        for index, value in enumerate(values):
+            self._track(self._distillation_trackers[index], value, x)
+            distillation += self._weights_in_use[1 + index] * value
         w = self._weights_in_use[0]
         return w * task + (1.0 - w) * distillation + penalties
 
-    def _distillation_loss(
-        self, x: Any, y_pred: Any, sample_weight: Any
-    ) -> Any:
-        x, cached = split_inputs(x)
-        if not cached and any(
-            map(needs_teacher_outputs, self.distillation_losses)
-        ):
-            self._teacher_features(x, training=False)
-        total = 0.0
-        for index, loss in enumerate(self.distillation_losses):
-            value = evaluate_loss(
-                loss,
-                cached or self._teacher_outputs_for(loss),
-                self._student_features.of(
-                    getattr(loss, "student_layer_name", None)
-                ),
-                sample_weight=sample_weight,
-                teacher=self.teacher,
-                student=self.student,
-            )
-            self._track(self._distillation_trackers[index], value, x)
-            total = total + self._weights_in_use[1 + index] * value
-        return total
-
-    def _teacher_outputs_for(self, loss: DistillationLoss) -> Any:
-        if not needs_teacher_outputs(loss):
-            return None
-        return keras.tree.map_structure(
-            ops.stop_gradient,
-            self._teacher_features.of(
-                getattr(loss, "teacher_layer_name", None)
-            ),
-        )
-
     def _track(self, metric: keras.metrics.Mean, value: Any, x: Any) -> None:
-        # Weighted by the batch's size, as Keras weighs the loss it logs.
+        # Weighted by the size of the batch, like the loss in Keras's logs.
         size = ops.shape(keras.tree.flatten(x)[0])[0]
         metric.update_state(ops.stop_gradient(value), sample_weight=size)
 
-    # Random states are not among a model's weights. With them, what is saved
-    # in the midst of a training goes on as if it had not been interrupted.
+    # Keras does not save the states of random generators. They are saved here,
+    # so that a training which is resumed continues with the same draws.
 
     def save_own_variables(self, store: dict[str, Any]) -> None:
         store["loss_weights"] = np.asarray(self._weight_values, "float64")
@@ -406,24 +356,6 @@ class Distiller(keras.Model):
         return cls(**config)
 
 
-class _SetEpoch(keras.callbacks.Callback):
-    """Tells a cache which epoch it is, of a resumed training too."""
-
-    def __init__(self, cache: TeacherCache) -> None:
-        super().__init__()
-        self._cache = cache
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self._cache.epoch = epoch
-
-
-def _layer_names(
-    losses: Sequence[DistillationLoss], attribute: str
-) -> list[str]:
-    names = [getattr(loss, attribute, None) for loss in losses]
-    return sorted({name for name in names if name is not None})
-
-
 def _loss_names(losses: Sequence[DistillationLoss]) -> list[str]:
     """`EmbeddingDistillation` is `embedding_distillation_loss` in the logs."""
     names: list[str] = []
@@ -450,25 +382,10 @@ def _check_models(teacher: keras.Model, student: keras.Model) -> None:
         )
 
 
-def _set_rounding(student: keras.Model, rounding: str) -> None:
-    layers = [
-        layer
-        for layer in keras_internals.iterate_layers(student)
-        if isinstance(layer, DistilledEmbedding)
-    ]
-    refused = [x.name for x in layers if x.hidden_dim is not None]
-    if refused or not layers:
-        raise ValueError(
-            "`rounding` needs a student with `DistilledEmbedding` layers "
-            f"without `hidden_dim`. Received: rounding={rounding!r}, student "
-            f"'{student.name}' with such layers {refused or 'missing'}"
-        )
-    for layer in layers:
-        layer.quantization = rounding
-
-
-def _check_student_loss_weight(weight: float) -> None:
-    if not isinstance(weight, numbers.Real) or not 0.0 <= weight <= 1.0:
+def _check_student_loss_weight(weight: Any) -> None:
+    if not isinstance(weight, numbers.Real) or not (
+        0.0 <= float(weight) <= 1.0
+    ):
         raise ValueError(
             "`student_loss_weight` must be a number from 0 to 1. "
             f"Received: student_loss_weight={weight!r}"
@@ -477,7 +394,7 @@ def _check_student_loss_weight(weight: float) -> None:
 
 def _check_losses(
     losses: DistillationLoss | Sequence[DistillationLoss] | None,
-    weights: Sequence[float] | None,
+    weights: Sequence[float] | float | None,
 ) -> tuple[list[DistillationLoss], list[float]]:
     if losses is None:
         losses = [EmbeddingDistillation()]
@@ -490,19 +407,19 @@ def _check_losses(
                 "`keras.distillation.DistillationLoss` objects. "
                 f"Received: {loss!r}"
             )
-    if weights is None:
-        weights = [1.0] * len(losses)
-    if not isinstance(weights, list | tuple):
-        weights = [weights]
-    if len(weights) != len(losses) or not losses:
+    values: list[Any] = [1.0] * len(losses)
+    if weights is not None:
+        values = (
+            list(weights) if isinstance(weights, list | tuple) else [weights]
+        )
+    if len(values) != len(losses) or not losses:
         raise ValueError(
             "`distillation_loss_weights` must hold one number for each of at "
-            f"least one loss. Received: {len(losses)} losses, weights="
-            f"{weights}"
+            f"least one loss. Received: {len(losses)} losses, weights={values}"
         )
-    if not all(isinstance(w, numbers.Real) and w >= 0 for w in weights):
+    if not all(isinstance(w, numbers.Real) and float(w) >= 0 for w in values):
         raise ValueError(
             "`distillation_loss_weights` must be numbers of at least 0. "
-            f"Received: {weights}"
+            f"Received: {values}"
         )
-    return list(losses), [float(w) for w in weights]
+    return list(losses), [float(w) for w in values]

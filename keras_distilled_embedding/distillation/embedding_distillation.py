@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,40 +10,38 @@ import numpy as np
 from keras import ops
 from keras.distillation import DistillationLoss
 
-from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.masked_mean import mean
-from keras_distilled_embedding.layers.distilled_embedding import (
-    DistilledEmbedding,
-)
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.targets import named_tables
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
 class EmbeddingDistillation(DistillationLoss):
     """Squared distance between the teacher's tables and the student's.
 
-    For every `layers.DistilledEmbedding` of the student, and the embedding of
-    the same name in the teacher (the first, second, ... of that name, where
-    nested models each have one), the mean over the rows of the table
+    For every `layers.DistilledEmbedding` of the student and the table of the
+    same name in the teacher (of several layers of one name, the first, second,
+    ... are paired), the mean over the rows of the table is
 
     ```
     1/V sum_i ||E_i - E~_i||^2        E (V, d): the teacher's, fixed
     ```
 
-    and the sum of these over the layers; an untied layer counts both of its
-    tables. With row weights `w` the mean is `sum_i w_i ||.||^2 / sum_i w_i`.
-    The teacher itself is not run for this loss.
+    The loss is the sum of these over the layers. An untied layer counts both
+    of its tables. With row weights `w` the mean is
+    `sum_i w_i ||.||^2 / sum_i w_i`. The teacher does not run for this loss.
 
     Args:
-        num_rows: Integer or `None`. How many rows, drawn anew at every step,
-            stand for all of them: the mean over them is an unbiased estimate.
-            `None` uses all rows, which costs about `rank / output_dim` of
-            what projecting a batch of `V` tokens costs.
+        num_rows: Integer or `None`. If given, so many rows are drawn at random
+            at every step, and the mean over them is an unbiased estimate of
+            the mean over all rows. `None` uses all rows, which costs about
+            `rank / output_dim` of what projecting a batch of `V` tokens costs.
         seed: Integer, seed of the draws.
         row_weights: Array `(V,)` of numbers of at least zero, such as token
             frequencies: how much each row counts. A dictionary gives each
-            layer its own, by the layer's name; layers that it leaves out
-            weigh their rows equally, as all do by default.
+            layer its own weights, by the layer's name. By default, and for
+            layers that are not in the dictionary, all rows count equally.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -72,7 +69,7 @@ class EmbeddingDistillation(DistillationLoss):
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.row_weights = row_weights
-        # By layer name; the one of `None` is every other layer's.
+        # By layer name; those of `None` are for every other layer.
         if not isinstance(row_weights, dict):
             row_weights = {} if row_weights is None else {None: row_weights}
         self._row_weights = {
@@ -82,14 +79,14 @@ class EmbeddingDistillation(DistillationLoss):
     def validate_model_compatibility(
         self, teacher: keras.Model, student: keras.Model
     ) -> None:
-        """Refuses models whose tables cannot be paired, or weighted.
+        """Raises an error if the tables cannot be paired or weighted.
 
         Raises:
-            ValueError: If the student has no `DistilledEmbedding`, or the
-                teacher no float embedding of that name and shape, or if
-                `row_weights` fits no table.
+            ValueError: If the student has no `DistilledEmbedding`, if the
+                teacher has no float table of that name and shape, or if
+                `row_weights` does not fit the tables.
         """
-        layers = [layer for _, layer in paired_embeddings(teacher, student)]
+        layers = [layer for _, layer in paired_tables(teacher, student)]
         names = {layer.name for layer in layers}
         unknown = set(self._row_weights) - names - {None}
         if unknown:
@@ -118,16 +115,19 @@ class EmbeddingDistillation(DistillationLoss):
     ) -> Any:
         """Computes the loss from the models' tables; outputs are not used."""
         losses = []
-        for old, new in paired_embeddings(teacher, student):
-            losses.append(self._distance(_table(old), new))
+        for old, new in paired_tables(teacher, student):
+            losses.append(self._distance(old, new))
             if not new.tie_weights:
-                kernel = ops.transpose(_reverse_kernel(old))
-                losses.append(self._distance(kernel, new, reverse=True))
+                losses.append(self._distance(old, new, reverse=True))
         return sum(losses[1:], losses[0])
 
     def _distance(
-        self, table: Any, layer: DistilledEmbedding, reverse: bool = False
+        self,
+        teacher: keras.layers.Layer,
+        layer: DistilledEmbedding,
+        reverse: bool = False,
     ) -> Any:
+        table = _table_of(teacher, reverse)
         ids = None
         weights = self._weights_of(layer)
         if self.num_rows is not None:
@@ -169,7 +169,7 @@ class EmbeddingDistillation(DistillationLoss):
 
 
 def _mean_one(weights: Any) -> np.ndarray:
-    """Row weights as float32 of mean 1: the weighted sum becomes a mean."""
+    """Scales row weights to mean 1, so that the mean of `w_i x_i` is right."""
     array = np.asarray(weights, dtype="float64")
     if (
         array.ndim != 1
@@ -186,87 +186,62 @@ def _mean_one(weights: Any) -> np.ndarray:
     return (array / array.mean()).astype("float32")
 
 
-def paired_embeddings(
+def paired_tables(
     teacher: keras.Model, student: keras.Model
 ) -> Iterator[tuple[keras.layers.Layer, DistilledEmbedding]]:
-    """Yields each factorised table of the student after the teacher's own.
+    """Pairs the factorized tables of the student with the teacher's tables.
 
     Args:
         teacher: A model with embedding layers.
-        student: A model in which some of them are `DistilledEmbedding`s of
-            the same name, as `compress` leaves them.
+        student: A model in which some of them are `DistilledEmbedding` layers
+            of the same name, as in the models that `compress` returns.
+
+    Yields:
+        The teacher's layer and the student's.
 
     Raises:
         ValueError: As `EmbeddingDistillation.validate_model_compatibility`.
     """
-    tables = dict(_named_embeddings(teacher))
+    tables = dict(named_tables(teacher))
     found = False
-    for key, layer in _named_embeddings(student):
-        if not isinstance(layer, DistilledEmbedding):
+    for key, target in named_tables(student):
+        if not target.is_factorized:
             continue
         found = True
         if key not in tables:
+            names = [t.name for t in tables.values() if not t.is_dense]
             raise ValueError(
-                f"`teacher` has no embedding named '{layer.name}' for the "
-                f"student's layer of that name. Received: teacher with "
-                f"embeddings {[t.name for t in tables.values() if _has_ids(t)]}"
+                f"`teacher` has no embedding named '{target.name}' for the "
+                "student's layer of that name. Received: teacher with "
+                f"embeddings {names}"
             )
         table = tables[key]
-        if getattr(table, "quantization_mode", None) is not None and not (
-            isinstance(table, DistilledEmbedding)
-        ):
+        mode = getattr(table.layer, "quantization_mode", None)
+        if mode is not None and not table.is_factorized:
             raise ValueError(
-                "`teacher` must hold float tables: those of a quantized layer "
-                "mean nothing without their scales. Received: layer "
-                f"'{table.name}' with quantization_mode="
-                f"{table.quantization_mode!r}"
+                "`teacher` must hold float tables, not quantized ones. "
+                f"Received: layer '{table.name}' with "
+                f"quantization_mode={mode!r}"
             )
-        shape = tuple(_table_shape(table))
-        if shape != (layer.input_dim, layer.output_dim):
+        if table.shape != target.shape:
             raise ValueError(
-                f"`teacher` and `student` must have tables of one shape for "
-                f"the layer '{layer.name}'. Received: {shape} in the teacher, "
-                f"{(layer.input_dim, layer.output_dim)} in the student"
+                "`teacher` and `student` must have tables of one shape for "
+                f"the layer '{target.name}'. Received: {table.shape} in the "
+                f"teacher, {target.shape} in the student"
             )
-        yield table, layer
+        yield table.layer, target.layer
     if not found:
         raise ValueError(
-            "`student` has no `DistilledEmbedding` layer to distil a table "
-            "into: make it with `compress(teacher)`. Received: student "
-            f"'{student.name}'"
+            "`student` has no `DistilledEmbedding` layer, into which a table "
+            "could be distilled: make it with `compress(teacher)`. Received: "
+            f"student '{student.name}'"
         )
 
 
-def _named_embeddings(
-    model: keras.Model,
-) -> Iterator[tuple[tuple[str, int], keras.layers.Layer]]:
-    """Yields layers with tables after their name and its count so far.
-
-    Dense layers are among them: `compress` replaces those over a vocabulary.
-    """
-    counts: collections.Counter[str] = collections.Counter()
-    for layer in keras_internals.iterate_layers(model):
-        if _has_ids(layer) or isinstance(layer, keras.layers.Dense):
-            yield (layer.name, counts[layer.name]), layer
-            counts[layer.name] += 1
-
-
-def _has_ids(layer: keras.layers.Layer) -> bool:
-    return isinstance(layer, keras.layers.Embedding | DistilledEmbedding)
-
-
-def _table(layer: keras.layers.Layer) -> Any:
-    return layer.embeddings if _has_ids(layer) else ops.transpose(layer.kernel)
-
-
-def _table_shape(layer: keras.layers.Layer) -> tuple[int | None, int | None]:
-    if _has_ids(layer):
-        return layer.input_dim, layer.output_dim
-    return tuple(reversed(layer.kernel.shape)) if layer.built else (None, None)
-
-
-def _reverse_kernel(layer: keras.layers.Layer) -> Any:
-    """The projection's kernel `(d, V)` of a tied or untied layer."""
-    if getattr(layer, "tie_weights", True):
-        return ops.transpose(layer.embeddings)
-    return layer.reverse_embeddings
+def _table_of(layer: keras.layers.Layer, reverse: bool) -> Any:
+    """Returns the table `(V, d)` of the look-up or of the projection."""
+    if isinstance(layer, keras.layers.Dense):
+        return ops.transpose(layer.kernel)
+    if reverse and not getattr(layer, "tie_weights", True):
+        return ops.transpose(layer.reverse_embeddings)
+    return layer.embeddings

@@ -1,63 +1,22 @@
-"""Computing any distillation loss, the weights of samples included."""
+"""Running teacher and student once, and computing every loss from that."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 from keras import ops
 from keras.distillation import DistillationLoss
 
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.masked_mean import mean_over_tokens
 from keras_distilled_embedding._utils.masked_mean import weights_by_output
-from keras_distilled_embedding.distillation.logits_distillation import (
-    TopPredictions,
-)
-
-
-def evaluate_loss(
-    loss: DistillationLoss,
-    teacher_outputs: Any,
-    student_outputs: Any,
-    **context: Any,
-) -> Any:
-    """Computes any distillation loss, and gives it what it has a use for.
-
-    `compute_loss` is called with those of `sample_weight`, `teacher` and
-    `student` that its signature names or swallows. Keras's own two losses
-    have a use for the weights, but no argument: they are computed here.
-
-    Args:
-        loss: A `keras.distillation.DistillationLoss`.
-        teacher_outputs: Outputs of the teacher, or of one of its layers.
-        student_outputs: Those of the student.
-        **context: `sample_weight`, `teacher`, `student`.
-
-    Returns:
-        A scalar tensor.
-    """
-    if needs_teacher_outputs(loss) and not _are_cached(teacher_outputs):
-        loss.validate_outputs(teacher_outputs, student_outputs)
-    if type(loss) in _KERAS_LOSSES:
-        return _weighted_keras_loss(
-            loss, teacher_outputs, student_outputs, context["sample_weight"]
-        )
-    parameters = inspect.signature(loss.compute_loss).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        named = {p.name for p in parameters}
-        context = {k: v for k, v in context.items() if k in named}
-    return loss.compute_loss(teacher_outputs, student_outputs, **context)
-
-
-def needs_teacher_outputs(loss: DistillationLoss) -> bool:
-    """Whether the teacher has to run for `loss`."""
-    return getattr(loss, "needs_teacher_outputs", True)
-
-
-def _are_cached(outputs: Any) -> bool:
-    return isinstance(keras.tree.flatten(outputs)[0], TopPredictions)
-
 
 _KERAS_LOSSES = (
     keras.distillation.LogitsDistillation,
@@ -65,10 +24,173 @@ _KERAS_LOSSES = (
 )
 
 
+def needs_teacher_outputs(loss: DistillationLoss) -> bool:
+    """Whether the teacher has to run for `loss`."""
+    return getattr(loss, "needs_teacher_outputs", True)
+
+
+class LossEvaluator:
+    """Computes distillation losses from one run of teacher and student.
+
+    It is not a layer: the models belong to the distiller.
+
+    Args:
+        teacher: A built model.
+        student: A built model.
+        losses: Any `keras.distillation.DistillationLoss` objects.
+
+    Raises:
+        ValueError: If a loss does not accept the models, or if a layer that
+            it names does not exist or is not the only one of its name.
+    """
+
+    def __init__(
+        self,
+        teacher: keras.Model,
+        student: keras.Model,
+        losses: Sequence[DistillationLoss],
+    ) -> None:
+        for loss in losses:
+            # Keras's own check refuses subclassed models and nested layers.
+            if type(loss) is not keras.distillation.FeatureDistillation:
+                loss.validate_model_compatibility(teacher, student)
+        self._losses = losses
+        self._models = {"teacher": teacher, "student": student}
+        self._teacher_run, self._student_run = (
+            _ModelRun(
+                model,
+                {_layer_name(loss, argument) for loss in losses},
+                argument,
+            )
+            for argument, model in self._models.items()
+        )
+
+    def run_student(self, inputs: Any, training: bool | None) -> Any:
+        """Returns the student's outputs; `evaluate` then uses this run."""
+        return self._student_run(inputs, training)
+
+    def evaluate(
+        self, inputs: Any, teacher_outputs: Any, sample_weight: Any
+    ) -> list[Any]:
+        """Computes each loss for the batch that the student was run on.
+
+        Args:
+            inputs: The inputs of the batch. The teacher runs if a loss needs
+                its outputs.
+            teacher_outputs: If given, they are taken instead of its run.
+            sample_weight: Weights of samples or tokens, or `None`.
+
+        Returns:
+            A scalar tensor for each loss.
+        """
+        needed = any(map(needs_teacher_outputs, self._losses))
+        if needed and teacher_outputs is None:
+            self._teacher_run(inputs, training=False)
+        return [
+            self._evaluate_one(loss, teacher_outputs, sample_weight)
+            for loss in self._losses
+        ]
+
+    def _evaluate_one(
+        self, loss: DistillationLoss, teacher_outputs: Any, sample_weight: Any
+    ) -> Any:
+        """Computes a loss, and gives it what it has a use for.
+
+        `compute_loss` is called with those of `sample_weight`, `teacher` and
+        `student` that its signature names, or with all of them if it has
+        `**kwargs`. Keras's own two losses ignore the weights; they are
+        computed here.
+        """
+        student_outputs = self._student_run.outputs[
+            _layer_name(loss, "student")
+        ]
+        if needs_teacher_outputs(loss) and teacher_outputs is None:
+            teacher_outputs = keras.tree.map_structure(
+                ops.stop_gradient,
+                self._teacher_run.outputs[_layer_name(loss, "teacher")],
+            )
+            loss.validate_outputs(teacher_outputs, student_outputs)
+        if type(loss) in _KERAS_LOSSES:
+            return _weighted_keras_loss(
+                loss, teacher_outputs, student_outputs, sample_weight
+            )
+        context = {"sample_weight": sample_weight, **self._models}
+        parameters = inspect.signature(loss.compute_loss).parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            named = {p.name for p in parameters}
+            context = {k: v for k, v in context.items() if k in named}
+        return loss.compute_loss(teacher_outputs, student_outputs, **context)
+
+
+def _layer_name(loss: DistillationLoss, argument: str) -> str | None:
+    """The layer whose outputs a loss compares; `None` is the whole model."""
+    return getattr(loss, f"{argument}_layer_name", None)
+
+
+class _ModelRun:
+    """Runs a model, of any class, and keeps the outputs of some layers.
+
+    Args:
+        model: A built model.
+        layer_names: Names of the layers, at any depth. `None` among them
+            stands for the model itself.
+        argument: Name of the argument that holds the model, for errors.
+
+    Attributes:
+        outputs: What the layers returned in the last run, by name. The
+            model's outputs are under `None`.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        layer_names: Iterable[str | None],
+        argument: str,
+    ) -> None:
+        self.outputs: dict[str | None, Any] = {}
+        self._model = model
+        self._argument = argument
+        self._layers = {
+            name: keras_internals.find_layer(model, name, argument)
+            for name in layer_names
+            if name is not None
+        }
+
+    def __call__(self, inputs: Any, training: bool | None) -> Any:
+        """Returns the model's outputs."""
+        with self._watching() as calls:
+            outputs = self._model(inputs, training=training)
+        self.outputs = {None: outputs}
+        for name, results in calls.items():
+            if len(results) != 1:
+                raise ValueError(
+                    "A layer whose outputs are distilled must be called once. "
+                    f"Received: layer '{name}' of the {self._argument}, "
+                    f"called {len(results)} times"
+                )
+            self.outputs[name] = results[0]
+        return outputs
+
+    @contextmanager
+    def _watching(self) -> Iterator[dict[str, list[Any]]]:
+        calls: dict[str, list[Any]] = {name: [] for name in self._layers}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda outputs, *_, **__: calls[name].append(outputs)
+
+        try:
+            for name, layer in self._layers.items():
+                keras_internals.watch_calls(layer, keep(name))
+            yield calls
+        finally:
+            for layer in self._layers.values():
+                keras_internals.stop_watching(layer)
+
+
 def _weighted_keras_loss(
     loss: DistillationLoss, teacher: Any, student: Any, sample_weight: Any
 ) -> Any:
-    """One of Keras's losses, its mean weighted as the task's loss is."""
+    """Computes one of Keras's losses, with its mean over weighted tokens."""
     temperature = getattr(loss, "temperature", 1.0)
     total = 0.0
     for function, t, s, weights in zip(
@@ -86,7 +208,7 @@ def _weighted_keras_loss(
         ):
             pair = [ops.softmax(x, axis=-1) for x in pair]
             scale = temperature**2
-        # The `call` of a `keras.losses.Loss` is its values before their mean.
+        # The `call` of a `keras.losses.Loss` gives its values, one a token.
         values = getattr(function, "call", function)(*pair)
         total = total + scale * mean_over_tokens(values, weights, s)
     return total

@@ -17,10 +17,10 @@ from keras_distilled_embedding._utils.masked_mean import weights_by_output
 
 @dataclass(frozen=True)
 class TopPredictions:
-    """A teacher's most likely classes, as `cache_teacher` keeps them.
+    """A teacher's most likely classes, as `cache_teacher` stores them.
 
     Args:
-        log_probabilities: Floats `(..., k)`, at the loss's temperature.
+        log_probabilities: Floats `(..., k)`, at the temperature of the loss.
         classes: Integers `(..., k)`.
     """
 
@@ -39,19 +39,20 @@ class LogitsDistillation(DistillationLoss):
     T^2 sum_v p_v (log p_v - log q_v),   p = softmax(t / T), q = softmax(s / T)
     ```
 
-    The factor `T^2` keeps the gradient's scale (Hinton et al.). Tokens are
-    averaged by their sample weight, and masked ones left out; with several
-    outputs the losses add up. The targets are the teacher's predictions as
-    they are: label smoothing, where the task's loss has any, stays there.
+    The factor `T^2` keeps the scale of the gradient (Hinton et al.). The mean
+    over tokens is weighted by their sample weights and leaves masked tokens
+    out; the losses of several outputs are added. The targets are the teacher's
+    predictions alone: label smoothing of the task's loss does not change them.
 
-    With `top_k`, or from a cached teacher, the sum runs over the teacher's
-    `k` most likely classes and, as one more, all others together. It is never
-    more than the full divergence, and equal to it at `k = V`.
+    With `top_k`, or from a `TeacherCache`, the sum runs over the teacher's `k`
+    most likely classes and one more class that stands for all others. It is
+    never more than the full divergence, and equal to it for `k = V`.
 
     Args:
         temperature: Positive number `T`.
-        top_k: Positive integer or `None`. How many of the teacher's classes
-            are told apart; `None` is all that there are.
+        top_k: Positive integer or `None`. How many of the teacher's most
+            likely classes are distinguished. `None` uses all classes, or all
+            that a cache holds.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -75,22 +76,44 @@ class LogitsDistillation(DistillationLoss):
     def validate_model_compatibility(
         self, teacher: keras.Model, student: keras.Model
     ) -> None:
-        """Refuses models with symbolic outputs of different vocabularies.
+        """Raises an error if the models predict over different vocabularies.
 
         Raises:
             ValueError: If the last dimensions of the outputs differ.
         """
-        outputs = [
-            getattr(model, "outputs", None) for model in (teacher, student)
-        ]
-        if not all(outputs):
-            return
-        sizes = [[out.shape[-1] for out in outs] for outs in outputs]
+        sizes = []
+        for model in (teacher, student):
+            outputs = getattr(model, "outputs", None)
+            if not outputs:
+                return
+            sizes.append([output.shape[-1] for output in outputs])
         if sizes[0] != sizes[1]:
             raise ValueError(
                 "`teacher` and `student` must predict over the same "
                 f"vocabulary. Received: outputs of size {sizes[0]} from the "
                 f"teacher, {sizes[1]} from the student"
+            )
+
+    def check_cache(self, top_k: int, temperature: float) -> None:
+        """Raises an error if a `TeacherCache` does not fit this loss.
+
+        Args:
+            top_k: That of the cache.
+            temperature: That of the cache.
+
+        Raises:
+            ValueError: If the temperatures differ, or if the cache holds fewer
+                classes than this loss distinguishes.
+        """
+        if self.temperature != temperature:
+            raise ValueError(
+                "`temperature` of a `LogitsDistillation` must be the cache's "
+                f"{temperature}. Received: temperature={self.temperature}"
+            )
+        if self.top_k is not None and self.top_k > top_k:
+            raise ValueError(
+                "`top_k` of a `LogitsDistillation` must be at most the cache's "
+                f"{top_k}. Received: top_k={self.top_k}"
             )
 
     def compute_loss(
@@ -142,8 +165,9 @@ class LogitsDistillation(DistillationLoss):
 def _divergences(teacher_logits: Any, student_logits: Any) -> Any:
     """Kullback-Leibler divergence of each token's prediction.
 
-    Written out, sum_v p_v (t_v - s_v) - log sum exp t + log sum exp s: fewer
-    passes over the vocabulary than two log-softmaxes, and fewer roundings.
+    It is computed as sum_v p_v (t_v - s_v) - log sum exp t + log sum exp s,
+    which takes fewer passes over the vocabulary and fewer roundings than two
+    log-softmaxes.
     """
     t, s = (
         x - ops.stop_gradient(ops.max(x, axis=-1, keepdims=True))
@@ -159,8 +183,8 @@ def _divergences(teacher_logits: Any, student_logits: Any) -> Any:
 
 
 def _divergences_of_top(teacher: TopPredictions, student_logits: Any) -> Any:
-    """The same over a few classes, and all others as one."""
-    # In float16, a log probability may have become minus infinity.
+    """The same over a few classes and one class for all others."""
+    # A log probability may be minus infinity in float16.
     log_p = ops.maximum(ops.cast(teacher.log_probabilities, "float32"), -1e4)
     classes = ops.cast(teacher.classes, "int32")
     normalizer = ops.logsumexp(student_logits, axis=-1, keepdims=True)
@@ -169,7 +193,7 @@ def _divergences_of_top(teacher: TopPredictions, student_logits: Any) -> Any:
     divergences = ops.sum(p * (log_p - log_q), axis=-1)
     if classes.shape[-1] == student_logits.shape[-1]:
         return divergences
-    # Not as 1 - sum(q): of a student that is sure, float32 leaves nothing.
+    # Not 1 - sum(q), which float32 rounds to zero for a confident student.
     others = _without(student_logits, classes)
     log_others_q = ops.logsumexp(others, axis=-1) - normalizer[..., 0]
     others_p = ops.maximum(1.0 - ops.sum(p, axis=-1), keras.config.epsilon())
@@ -177,7 +201,7 @@ def _divergences_of_top(teacher: TopPredictions, student_logits: Any) -> Any:
 
 
 def _without(logits: Any, classes: Any) -> Any:
-    """The logits, those of some classes so low that they do not count."""
+    """Returns the logits, with those of `classes` replaced by -1e30."""
     vocabulary, k = logits.shape[-1], classes.shape[-1]
     flat = ops.reshape(logits, (-1, vocabulary))
     classes = ops.reshape(classes, (-1, k))

@@ -19,24 +19,25 @@ Schedule = float | Callable[[int], Any]
 class DistillationWeightSchedule(keras.callbacks.Callback):
     """Changes the weights of a `Distiller`'s losses as it trains.
 
-    A schedule is a number, which stays, or a function of the step: one of
-    `keras.optimizers.schedules`, or any other. Steps are counted as the
-    optimizer counts them, so that a resumed training goes on where it was.
-    The weights in use are added to the epoch's logs.
+    A schedule is a number, which stays the same, or a function of the step:
+    one of `keras.optimizers.schedules` or any other function. Steps are
+    counted as the optimizer counts them, so that a resumed training continues
+    with the same weights. The weights in use are added to the epoch's logs.
 
     Args:
-        student_loss_weight: Schedule of the task's share, or `None` to leave
+        student_loss_weight: Schedule of the task's weight, or `None` to leave
             it as it is.
-        distillation_loss_weights: A schedule for each distillation loss, or
-            `None` to leave them as they are.
+        distillation_loss_weights: List of a schedule for each distillation
+            loss, or `None` to leave the weights as they are.
 
     Raises:
-        TypeError: If a schedule is neither a number nor a function.
+        TypeError: If a schedule is neither a number nor a function, or if
+            `distillation_loss_weights` is not a list.
 
     Example:
 
     ```python
-    # From the teacher's predictions to the task alone, along a line.
+    # The weight of the teacher's predictions falls linearly to zero.
     linear_decay = keras.optimizers.schedules.PolynomialDecay(
         1.0, decay_steps=10_000, end_learning_rate=0.0
     )
@@ -56,8 +57,12 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
         distillation_loss_weights: Sequence[Schedule] | None = None,
     ) -> None:
         super().__init__()
-        self._student_schedule = student_loss_weight
-        self._distillation_schedules = distillation_loss_weights
+        if not isinstance(distillation_loss_weights, list | tuple | None):
+            raise TypeError(
+                "`distillation_loss_weights` must be a list of one schedule "
+                "for each distillation loss, such as [0.3]. Received: "
+                f"distillation_loss_weights={distillation_loss_weights!r}"
+            )
         for schedule in (
             student_loss_weight,
             *(distillation_loss_weights or []),
@@ -66,14 +71,16 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
                 not callable(schedule)
             ):
                 raise TypeError(
-                    "A weight's schedule must be a number or a function of "
-                    "the step, such as a "
+                    "The schedule of a weight must be a number or a function "
+                    "of the step, such as a "
                     "`keras.optimizers.schedules.PolynomialDecay`. "
                     f"Received: {schedule!r}"
                 )
+        self._student_schedule = student_loss_weight
+        self._distillation_schedules = distillation_loss_weights
 
     def set_model(self, model: keras.Model) -> None:
-        """Takes the model that `fit` trains.
+        """Sets the model that `fit` trains.
 
         Raises:
             TypeError: If it is not a `Distiller`.
@@ -82,8 +89,8 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
         super().set_model(model)
         if not isinstance(model, Distiller):
             raise TypeError(
-                "`DistillationWeightSchedule` is a callback of a `Distiller`'s "
-                f"training. Received: model '{model.name}' of class "
+                "`DistillationWeightSchedule` must be a callback of a "
+                f"`Distiller`. Received: model '{model.name}' of class "
                 f"{type(model).__name__}"
             )
         schedules = self._distillation_schedules
@@ -108,13 +115,13 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
             self._student_schedule,
             *(self._distillation_schedules or [None] * (len(weights) - 1)),
         ]
-        wanted = [
+        scheduled = [
             weight if schedule is None else _value(schedule, step)
             for schedule, weight in zip(schedules, weights)
         ]
-        if wanted == weights:
-            return
-        model.student_loss_weight, *model.distillation_loss_weights = wanted
+        if scheduled != weights:
+            model.student_loss_weight = scheduled[0]
+            model.distillation_loss_weights = scheduled[1:]
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if logs is not None:
@@ -126,6 +133,6 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
 
 
 def _value(schedule: Schedule, step: int) -> float:
-    if isinstance(schedule, numbers.Real):
-        return float(schedule)
-    return float(ops.convert_to_numpy(schedule(step)))
+    if callable(schedule):
+        return float(ops.convert_to_numpy(schedule(step)))
+    return float(schedule)

@@ -1,4 +1,4 @@
-"""The layer that stands for a table in an exported graph."""
+"""The layer that stands for an embedding in an exported graph."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding.layers.conversion import embedding_tables
+from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -16,49 +19,56 @@ from keras_distilled_embedding.quantization import dequantize
 from keras_distilled_embedding.quantization import round_factors
 from keras_distilled_embedding.quantization import round_table
 from keras_distilled_embedding.sizes import factor_bytes
+from keras_distilled_embedding.sizes import table_bytes
+
+# Of the mean norm of rows: a row of a smaller norm is one of zeros.
+_ZERO_ROW = 1e-4
 
 
 class GraphTable(keras.layers.Layer):
-    """An embedding as a file is to hold it, called as it was.
+    """An embedding as a file holds it, called like the layer it stands for.
 
-    `E = C B + 1 o`, with the codes `C` that are stored as integers. Look-ups
-    take 1-D indices, which is what LiteRT's `EMBEDDING_LOOKUP` takes.
+    Every embedding of an exported model is replaced by this layer, whether it
+    is factorized or not, and whether the file holds floats or integers.
 
     Args:
-        embedding: The layer that it stands for: a `DistilledEmbedding`, or a
-            float `Embedding` or `ReversibleEmbedding`, whose own table is
-            stored, without basis and offset.
-        rounding: `"int8"` or `"int4"`.
+        embedding: A built `DistilledEmbedding`, `keras.layers.Embedding` or
+            `keras.layers.ReversibleEmbedding`.
+        quantization: Name of the storage format, or `None` for floats.
+
+    Attributes:
+        tables: The `StoredTable` of the look-up and, if it is another one,
+            that of the projection.
     """
 
-    def __init__(self, embedding: keras.layers.Layer, rounding: str) -> None:
+    def __init__(
+        self, embedding: keras.layers.Layer, quantization: str | None
+    ) -> None:
         super().__init__(name=embedding.name, dtype="float32")
-        self.quantization = rounding
-        self.output_dim = embedding.output_dim
         self.mask_zero = getattr(embedding, "mask_zero", False)
         self.supports_masking = True
         self.logit_soft_cap = getattr(embedding, "logit_soft_cap", None)
-        # Ids are whole: nothing is to be cast.
+        # Ids are whole numbers: nothing is to be cast.
         self.autocast = False
-        self.parts = [
-            TablePart(codes, basis, rounding)
-            for codes, basis in _factors(embedding)
+        is_rounded = getattr(embedding, "quantization", None) == quantization
+        self.tables = [
+            StoredTable(*factors, quantization, embedding.name, is_rounded)
+            for factors in _factors(embedding, quantization)
         ]
         self.built = True
 
     @property
-    def _reverse_part(self) -> TablePart:
-        return self.parts[-1]
-
-    @property
     def stored_bytes(self) -> int:
-        """Bytes of its integers, scales, bases and offsets in a file."""
-        return sum(part.stored_bytes(self.quantization) for part in self.parts)
+        """Bytes of its codes, scales, bases and offsets in a file."""
+        return sum(table.stored_bytes for table in self.tables)
 
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         if not reverse:
-            return self.parts[0].look_up(inputs)
-        logits = self._reverse_part.project(inputs)
+            rows = self.tables[0].look_up(inputs)
+            if self.mask_zero:
+                keras_internals.set_mask(rows, ops.not_equal(inputs, 0))
+            return rows
+        logits = self.tables[-1].project(inputs)
         if self.logit_soft_cap is not None:
             cap = self.logit_soft_cap
             logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
@@ -67,88 +77,199 @@ class GraphTable(keras.layers.Layer):
     def compute_output_spec(
         self, inputs: Any, reverse: bool = False
     ) -> keras.KerasTensor:
-        if reverse:
-            shape = (*inputs.shape[:-1], self._reverse_part.integers.shape[0])
-        else:
-            shape = (*inputs.shape, self.output_dim)
+        table = self.tables[-1] if reverse else self.tables[0]
+        shape = (
+            (*inputs.shape[:-1], table.rows)
+            if reverse
+            else (*inputs.shape, table.width)
+        )
         return keras.KerasTensor(shape, dtype="float32")
 
-    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        if keras.backend.is_int_dtype(
-            keras.backend.standardize_dtype(inputs.dtype)
-        ):
-            return ops.not_equal(inputs, 0) if self.mask_zero else None
-        return previous_mask
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        # Where these are ids, `call` has set the mask.
+        return mask
 
 
-class TablePart:
-    """One table of integers; plain arrays, constants of the graph.
+class StoredTable(keras.layers.Layer):
+    """One table of a file: `E = C B + 1 o`, or `E = C` if not factorized.
+
+    The codes `C` are an input of the converted graph, called `graph_codes`
+    while it is traced; `LiteRTFile.store` then puts their bytes in its place.
+    So TensorFlow never sees them: as constants they would take 30 times their
+    size in memory, count towards the 2 GB of a graph, and the converter might
+    multiply a second copy of them with a factor that stands next to them.
 
     Args:
-        codes: What is stored as integers, float32 `(input_dim, k)`.
-        basis: What it is multiplied with, or `None` for a dense table.
-        rounding: `"int8"` or `"int4"`.
+        codes: Float32 `(input_dim, k)`: `f(U)`, or the table itself.
+        basis: Float32 `(k, output_dim)`, or `None`.
+        offset: Float32 `(output_dim,)`, or `None`.
+        quantization: Name of the storage format, or `None` for floats.
+        name: Name of the embedding.
+        is_rounded: Whether the embedding itself computes with codes rounded
+            to that format.
+
+    Attributes:
+        format: The storage format, or `None` for floats.
+        codes: Array `(input_dim, stored columns)`: floats, or integers of
+            which each takes a byte.
+        scales: What the integers are multiplied with.
     """
 
-    def __init__(self, codes: Any, basis: Any | None, rounding: str) -> None:
-        to_numpy = ops.convert_to_numpy
-        self.basis = self.offset = None
-        self.width = codes.shape[1]
-        if basis is None:
-            integers, scales = round_table(codes, rounding)
+    def __init__(
+        self,
+        codes: Any,
+        basis: Any,
+        offset: Any,
+        quantization: str | None,
+        name: str,
+        is_rounded: bool,
+    ) -> None:
+        super().__init__(name=name, dtype="float32")
+        self.format = FORMATS.get(quantization)
+        self.rows, self.rank = codes.shape
+        self.width = (codes if basis is None else basis).shape[1]
+        self._use_bias = offset is not None
+        self.scales = self.graph_codes = None
+        self._first_row_is_zero = False
+        if self.format is None:
+            self.codes = to_numpy(codes)
+        elif basis is None:
+            self._set_integers(*round_table(codes, quantization))
         else:
-            integers, scales, *rest = round_factors(codes, basis, rounding)
-            self.basis, self.offset = map(to_numpy, rest)
-            self.width = self.basis.shape[1]
-        self.integers = to_numpy(integers).astype("int8")
+            given = codes, basis, offset
+            integers, scales, basis, offset = round_factors(
+                *given, quantization
+            )
+            self._set_integers(integers, scales)
+            codes = dequantize(integers, scales)
+            if is_rounded:
+                given = codes, basis, offset
+            self._first_row_is_zero = _first_row_is_zero(*given)
+        self.basis = self._look_up_basis = self._weight("basis", basis)
+        self.offset = self._look_up_offset = self._weight("offset", offset)
+        if self.scales is not None and basis is not None:
+            # The file's basis is rounded, too. Most of that error is the same
+            # in every row, and the offset can make up for it.
+            rounded = _round_to_int8(basis)
+            mean = ops.mean(codes, axis=0, keepdims=True)
+            offset = offset + ops.matmul(mean, basis - rounded)[0]
+            self._look_up_basis = self._weight("look_up_basis", rounded)
+            self._look_up_offset = self._weight("look_up_offset", offset)
+        self.built = True
+
+    def _set_integers(self, integers: Any, scales: Any) -> None:
+        self.codes = to_numpy(integers).astype("int8")
         self.scales = to_numpy(scales)
-        self.values = to_numpy(dequantize(integers, scales))
 
-    def packed(self, rounding: str) -> np.ndarray:
-        """The integers as bytes: two of four bits in one, the first lower."""
-        if rounding == "int8":
-            return np.frombuffer(self.integers.tobytes(), "uint8")
-        pairs = self.integers.reshape(-1, 2).view("uint8") & 15
-        return pairs[:, 0] | (pairs[:, 1] << 4)
+    def _weight(self, name: str, value: Any) -> keras.Variable | None:
+        if value is None:
+            return None
+        variable = self.add_weight(
+            name=name, shape=value.shape, initializer="zeros", trainable=False
+        )
+        variable.assign(value)
+        return variable
 
-    def stored_bytes(self, rounding: str) -> int:
-        """Bytes in a file, the basis counted once and in 8 bits."""
-        rows = len(self.integers)
-        if self.basis is None:
-            return FORMATS[rounding].table_bytes(rows, self.width)
-        return factor_bytes(len(self.basis), rows, self.width, rounding)
+    @property
+    def input_name(self) -> str:
+        """Name of the graph's input that stands for the codes."""
+        return f"stored_table_{id(self)}"
+
+    @property
+    def data(self) -> np.ndarray:
+        """The codes as the file holds them."""
+        return (
+            self.codes if self.format is None else self.format.pack(self.codes)
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in a file, basis and offset counted once."""
+        if self.basis is not None:
+            name = None if self.format is None else self.format.name
+            return factor_bytes(
+                self.rank, self.rows, self.width, name, self._use_bias
+            )
+        if self.format is None:
+            return table_bytes(self.rows, self.width)
+        return self.format.table_bytes(self.rows, self.width)
 
     def look_up(self, ids: Any) -> Any:
         """Rows of the table, `(..., width)`."""
+        # LiteRT's look-up of integers takes one-dimensional ids.
         flat = ops.reshape(ops.cast(ids, "int32"), (-1,))
-        rows = ops.take(ops.convert_to_tensor(self.values), flat, axis=0)
+        rows = ops.take(self.graph_codes, flat, axis=0)
         if self.basis is not None:
-            rows = ops.add(ops.matmul(rows, self.basis), self.offset)
+            rows = _affine(rows, self._look_up_basis, self._look_up_offset)
         else:
             rows = rows[:, : self.width]
+        if self._first_row_is_zero:
+            keep = ops.cast(ops.not_equal(flat, 0), "float32")
+            rows = ops.multiply(rows, ops.expand_dims(keep, -1))
         return ops.reshape(rows, (*ops.shape(ids), self.width))
 
     def project(self, hidden: Any) -> Any:
-        """Products with all rows of the table."""
-        if self.basis is None:
-            padding = self.values.shape[1] - self.width
-            if padding:
-                before = [[0, 0]] * (len(hidden.shape) - 1)
-                hidden = ops.pad(hidden, [*before, [0, padding]])
-            return ops.matmul(hidden, self.values.T)
-        logits = ops.matmul(ops.matmul(hidden, self.basis.T), self.values.T)
-        return ops.add(logits, ops.matmul(hidden, self.offset[:, None]))
+        """Products with all rows of the table, `(..., rows)`."""
+        import tensorflow as tf
+
+        shape = (*ops.shape(hidden)[:-1], self.rows)
+        hidden = ops.reshape(ops.cast(hidden, "float32"), (-1, self.width))
+        states = hidden
+        if self.basis is not None:
+            states = ops.matmul(hidden, ops.transpose(self.basis))
+        padding = self.codes.shape[1] - states.shape[1]
+        if padding:
+            states = ops.pad(states, [[0, 0], [0, padding]])
+        # In this form the converter makes it a FULLY_CONNECTED.
+        logits = tf.linalg.matmul(states, self.graph_codes, transpose_b=True)
+        if self.offset is not None:
+            shift = ops.matmul(hidden, ops.expand_dims(self.offset, -1))
+            logits = ops.add(logits, shift)
+        return ops.reshape(logits, shape)
 
 
-def _factors(embedding: keras.layers.Layer) -> list[tuple[Any, Any | None]]:
-    """Codes and basis of the look-up, and of the projection if untied."""
-    untied = not getattr(embedding, "tie_weights", True)
+def _factors(
+    embedding: keras.layers.Layer, quantization: str | None
+) -> list[tuple[Any, Any, Any]]:
+    """Codes, basis and offset of the look-up, and of an untied projection."""
     if not isinstance(embedding, DistilledEmbedding):
-        tables = [ops.cast(embedding.embeddings, "float32")]
-        if untied:
-            tables.append(
-                ops.transpose(ops.cast(embedding.reverse_embeddings, "float32"))
-            )
-        return [(table, None) for table in tables]
-    prefixes = ["", "reverse_"] if untied else [""]
-    return [embedding.stored_factors(prefix) for prefix in prefixes]
+        tables = embedding_tables(embedding)
+        return [(ops.convert_to_tensor(t), None, None) for t in tables]
+    found = []
+    for prefix in [""] if embedding.tie_weights else ["", "reverse_"]:
+        read = embedding._read
+        if quantization is None:
+            # Rounded, where the layer computes with rounded codes.
+            codes = embedding._features("float32", prefix=prefix)
+        else:
+            codes = embedding.activation(read(f"{prefix}codes", "float32"))
+        offset = None
+        if embedding.use_bias:
+            offset = read(f"{prefix}offset", "float32")
+        found.append((codes, read(f"{prefix}basis", "float32"), offset))
+    return found
+
+
+def _affine(codes: Any, basis: Any, offset: Any) -> Any:
+    rows = ops.matmul(codes, basis)
+    return rows if offset is None else ops.add(rows, offset)
+
+
+def _first_row_is_zero(codes: Any, basis: Any, offset: Any) -> bool:
+    """Whether row 0 is as good as zero, among the first rows of a table.
+
+    As that of padding often is: sums over padded sequences must not add up
+    its rounding error.
+    """
+    norms = ops.norm(_affine(codes[:1_000], basis, offset), axis=1)
+    return bool(norms[0] < _ZERO_ROW * ops.mean(norms))
+
+
+def _round_to_int8(basis: Any) -> Any:
+    """Rounds each column to multiples of a 127th of its largest number.
+
+    As ai-edge-quantizer rounds it.
+    """
+    scales = ops.divide(ops.max(ops.abs(basis), axis=0), 127.0)
+    scales = ops.where(ops.greater(scales, 0.0), scales, 1.0)
+    return ops.multiply(ops.round(ops.divide(basis, scales)), scales)

@@ -1,28 +1,29 @@
-"""Write a model as a LiteRT file that holds each table once."""
+"""Writing a model as a LiteRT file that holds each table once."""
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import tempfile
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.files import check_destination
 from keras_distilled_embedding._utils.files import write_atomically
-from keras_distilled_embedding.export.fidelity import measure_fidelity
-from keras_distilled_embedding.export.flatbuffer import quantize_file
-from keras_distilled_embedding.export.flatbuffer import stored_bytes
 from keras_distilled_embedding.export.graph_table import GraphTable
+from keras_distilled_embedding.export.graph_table import StoredTable
 from keras_distilled_embedding.export.report import ExportReport
+from keras_distilled_embedding.export.report import measure_fidelity
+from keras_distilled_embedding.export.signatures import Signature
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
@@ -32,6 +33,8 @@ from keras_distilled_embedding.targets import is_embedding
 DEFAULT_SIGNATURE = "serving_default"
 FLOAT32 = "float32"
 
+Tables = dict[keras.layers.Layer, GraphTable]
+
 
 def export_litert(
     model: keras.Model,
@@ -39,60 +42,63 @@ def export_litert(
     *,
     quantization: str | None = None,
     signatures: Mapping[str, keras.Model] | None = None,
+    batch_size: int | None = None,
     sequence_length: int | None = None,
     fidelity_inputs: Any = None,
     verbose: bool = True,
 ) -> ExportReport:
     """Exports a model to LiteRT (TFLite), with one copy of each table.
 
-    The file needs LiteRT's built-in operators only, accepts batches of any
-    size, sequences of any length if none is given, and is written whole or
-    not at all. ReLU is applied to the codes before export, `U' = f(U)`:
-    applied in the graph, it would make the converter store them twice. (With
-    `hidden_dim` it cannot be applied before: a projection through such a
-    layer still makes the converter store `[f(U), g(U A + b)]` for all tokens,
-    beside `U`.)
+    The file needs only LiteRT's built-in operators and is written whole or
+    not at all. It takes batches of any size and sequences of any length,
+    unless these are given.
 
     Args:
         model: A built model with symbolic inputs, compressed or not, that
             computes in float32: Functional, Sequential, or of a class made
             of such, as KerasHub's are.
-        filepath: The file to write. An existing file is replaced, once the
+        filepath: The file to write. An existing file is replaced once the
             new one is complete.
-        quantization: `"int8"` stores tables, with one scale each, and other
-            matrices, with one a row, in 8 bits; `"int4"` the tables in 4
-            bits, with one scale for 32 numbers, and the other matrices in 8;
-            `"float32"` nothing. It needs no calibration. By default it is the
-            `rounding` of the model's factorised tables, which are then stored
-            as they were trained, and float32 where none has one.
-        signatures: Models by signature name, to put into the file in the
-            place of `model` as a whole: parts of it such as an encoder and a
-            decoder, which share its layers and so their tables. The names of
-            their inputs are the names of the signatures' inputs. Not
-            `"serve"`, which is Keras's own.
+        quantization: How the file stores the model. `"int8"`: tables in 8
+            bits with one scale each, and other matrices in 8 bits with one
+            scale a row. `"int4"`: tables in 4 bits with one scale for 32
+            numbers of a row, and other matrices as with `"int8"`.
+            `"float32"`: everything in floats. No calibration is needed. By
+            default, the `quantization` of the model's factorized tables,
+            which are then stored as they were trained, and floats where none
+            has one.
+        signatures: Models by signature name, to put into the file instead of
+            `model` as a whole: parts of it, such as an encoder and a decoder,
+            that share its layers and so its tables. The names of their inputs
+            are the names of the signatures' inputs. `"serve"` is not
+            available, Keras uses it itself.
+        batch_size: Integer, the one batch size that the file takes. Recurrent
+            layers cannot be converted without, and LiteRT in a browser runs
+            only files with fixed sizes.
         sequence_length: Integer, the one length that sequences have in the
-            file. Some models, those with rotary positions among them, can be
-            converted for a fixed length only.
-        fidelity_inputs: What the file and the Keras model are compared on,
-            batches as the model is called with them, in a list; by signature
-            name where there are several. By default two random ones.
+            file. Some models, such as those with rotary positions, cannot be
+            converted without.
+        fidelity_inputs: Inputs on which the file and the Keras model are
+            compared: a list of batches, as the model is called with them, or
+            a dictionary of lists by signature name. By default two random
+            batches.
         verbose: Whether to print the report.
 
     Returns:
         An `ExportReport`.
 
     Raises:
-        TypeError: If `model` or a signature is not a Keras model.
-        ValueError: If `quantization` is not available, or not the one that a
-            table was trained for, if tables were trained for different ones,
-            if a model has no symbolic inputs or is of another dtype, if a
-            signature is not part of `model`, or if the model needs operators
-            that LiteRT has not.
+        TypeError: If `model` or a signature is not a Keras model, or a size
+            is not an integer.
+        ValueError: If `quantization` is not available, or not given for tables
+            of different ones; if a model has no symbolic inputs or is of
+            another dtype; if a signature is not part of `model`; or if the
+            model needs operators that LiteRT does not have.
         FileNotFoundError: If the folder of `filepath` does not exist.
         IsADirectoryError: If `filepath` is a folder.
         PermissionError: If its folder cannot be written to.
         OSError: If the disk is full.
-        ImportError: If TensorFlow or ai-edge-litert is missing.
+        ImportError: If TensorFlow or a package of LiteRT is missing.
         RuntimeError: If the file would hold a table more than once.
 
     Example:
@@ -112,53 +118,39 @@ def export_litert(
     if quantization not in (None, FLOAT32, *FORMATS):
         raise ValueError(
             "`quantization` must be None or one of "
-            f"{(FLOAT32, *FORMATS)}. Received: "
-            f"quantization={quantization!r}"
+            f"{(FLOAT32, *FORMATS)}. Received: quantization={quantization!r}"
         )
     check_destination("filepath", filepath)
+    batch_size = as_optional_integer("batch_size", batch_size)
     sequence_length = as_optional_integer("sequence_length", sequence_length)
-    signatures = _check_signatures(model, signatures)
+    models = _check_signatures(model, signatures)
     _check_float32(model)
-    quantization = _choose_quantization(signatures, quantization)
-    _import_litert()
+    quantization = _choose_quantization(models.values(), quantization)
+    _check_packages(quantization)
+    from keras_distilled_embedding.export import flatbuffer  # needs LiteRT's
 
-    stored: dict[keras.layers.Layer, GraphTable] = {}
-    if quantization is None:
-        parts = _with_activations_applied(signatures)
-    else:
-        stored = _stored_tables(signatures, quantization)
-        copies = keras_internals.copy_models(list(signatures.values()), stored)
-        parts = dict(zip(signatures, copies))
-    content = convert(parts, sequence_length)
-    if quantization is None:
-        tables = _count_tables(content, model)
-    else:
-        replaced = {id(w) for layer in stored for w in layer.weights}
-        content, tables = quantize_file(
-            content,
-            list(stored.values()),
-            [tuple(w.shape) for w in model.weights if id(w) not in replaced],
-        )
-    repeated = {name: n for name, n in tables.items() if n > 1}
-    if repeated:
-        raise RuntimeError(
-            "The converter stored tables more than once, so nothing was "
-            f"written. Copies by layer: {repeated}"
-        )
-    fidelity = measure_fidelity(
-        content, signatures, fidelity_inputs, sequence_length
-    )
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
+    originals = {
+        name: Signature(part, **sizes) for name, part in models.items()
+    }
+
+    tables = _graph_tables(models.values(), quantization)
+    stored = [part for table in tables.values() for part in table.tables]
+    copies = keras_internals.copy_models(list(models.values()), tables)
+    content = convert(dict(zip(models, copies)), tables=stored, **sizes)
+    file = flatbuffer.LiteRTFile(content)
+    counts = _count_copies(file, models.values(), tables)
+    content = flatbuffer.store_tables(file, stored, quantization is not None)
+    fidelity = measure_fidelity(content, originals, fidelity_inputs)
     write_atomically(filepath, lambda file: file.write(content))
     report = ExportReport(
         filepath=str(filepath),
         bytes=len(content),
-        weights_bytes=stored_bytes(signatures.values(), stored),
-        tables=tables,
-        signatures=tuple(signatures),
+        weights_bytes=_weights_bytes(models.values(), tables, quantization),
+        tables=counts,
+        signatures=tuple(models),
         quantization=quantization,
-        table_bytes={
-            table.name: table.stored_bytes for table in stored.values()
-        },
+        table_bytes={t.name: t.stored_bytes for t in tables.values()},
         fidelity=fidelity,
     )
     if verbose:
@@ -167,51 +159,111 @@ def export_litert(
 
 
 def _choose_quantization(
-    signatures: Mapping[str, keras.Model], quantization: str | None
+    models: Iterable[keras.Model], quantization: str | None
 ) -> str | None:
-    """The integers to store, `None` for floats.
+    """The format of the file, `None` for floats.
 
     Raises:
-        ValueError: If layers were trained for others.
+        ValueError: If none is asked for, and tables have different ones.
     """
-    if quantization == FLOAT32:
-        return None
-    trained_as = {
+    if quantization is not None:
+        return None if quantization == FLOAT32 else quantization
+    formats = {
         layer.name: layer.quantization
-        for part in signatures.values()
-        for layer in keras_internals.iterate_layers(part)
+        for layer in _layers(models)
         if isinstance(layer, DistilledEmbedding)
         and layer.quantization is not None
     }
-    roundings = set(trained_as.values())
-    if len(roundings) > 1:
+    if len(set(formats.values())) > 1:
         raise ValueError(
-            "`model` must have layers of one `rounding`, since a file has one "
-            f"quantization. Received: {trained_as}"
+            "`quantization` must be given for a `model` whose tables have "
+            f"different ones, since a file has one. Received: tables {formats}"
         )
-    if quantization is None:
-        return next(iter(roundings), None)
-    if not roundings <= {quantization}:
-        name, rounding = next(iter(trained_as.items()))
-        raise ValueError(
-            f"`quantization` must be {rounding!r}, as layer '{name}' was "
-            f"trained. Received: quantization={quantization!r}"
-        )
-    return quantization
+    return next(iter(formats.values()), None)
 
 
-def _stored_tables(
-    signatures: Mapping[str, keras.Model], quantization: str
-) -> dict[keras.layers.Layer, GraphTable]:
-    """What stands for each table in the graph of a file of integers."""
-    tables = {}
-    for part in signatures.values():
-        for layer in keras_internals.iterate_layers(part):
-            is_factorized = isinstance(layer, DistilledEmbedding)
-            if layer in tables or not (is_factorized or is_embedding(layer)):
-                continue
-            tables[layer] = GraphTable(layer, quantization)
-    return tables
+def _graph_tables(
+    models: Iterable[keras.Model], quantization: str | None
+) -> Tables:
+    """What stands for each embedding in the exported graph."""
+    return {
+        layer: GraphTable(layer, quantization)
+        for layer in _layers(models)
+        if isinstance(layer, DistilledEmbedding) or is_embedding(layer)
+    }
+
+
+def _layers(models: Iterable[keras.Model]) -> list[keras.layers.Layer]:
+    """All layers of some models, each once."""
+    layers = {
+        id(layer): layer
+        for model in models
+        for layer in keras_internals.iterate_layers(model)
+    }
+    return list(layers.values())
+
+
+def _count_copies(
+    file: Any, models: Iterable[keras.Model], tables: Tables
+) -> dict[str, int]:
+    """How often a file will hold each table, by layer name.
+
+    Args:
+        file: The `LiteRTFile` of the converted models, still without the
+            tables in `tables`.
+        models: The models that it was made of.
+        tables: What stands for their embeddings. An embedding with a `call`
+            of its own is not replaced, and left to the converter.
+
+    Raises:
+        RuntimeError: If a table is held more than once.
+    """
+    shapes = [tuple(w.shape) for w in _other_weights(models, tables)]
+    counts: dict[str, int] = {}
+    for layer in _layers(models):
+        if layer not in tables and not isinstance(
+            layer, keras.layers.Embedding
+        ):
+            continue
+        shape = (layer.input_dim, layer.output_dim)
+        # The converter may have multiplied a copy with something, so any
+        # matrix of the shape is one, unless it is another weight.
+        others = sum(other in (shape, shape[::-1]) for other in shapes)
+        count = 1 + max(0, file.count_matrices(shape) - others)
+        # The largest number, of layers of one name in nested models.
+        counts[layer.name] = max(count, counts.get(layer.name, 0))
+    repeated = {name: count for name, count in counts.items() if count > 1}
+    if repeated:
+        raise RuntimeError(
+            "The file would hold tables more than once, so nothing was "
+            "written. This happens if a model reads the table of a layer, "
+            "`layer.embeddings`, instead of calling the layer, for logits "
+            "with `reverse=True`; or if a subclass of `Embedding` has a "
+            f"`call` of its own. Copies by layer: {repeated}"
+        )
+    return counts
+
+
+def _other_weights(
+    models: Iterable[keras.Model], tables: Tables
+) -> list[keras.Variable]:
+    """The weights of some models, but for those of replaced embeddings."""
+    weights = {id(w): w for model in models for w in model.weights}
+    for layer in tables:
+        for weight in layer.weights:
+            weights.pop(id(weight), None)
+    return list(weights.values())
+
+
+def _weights_bytes(
+    models: Iterable[keras.Model], tables: Tables, quantization: str | None
+) -> int:
+    """Bytes of the models' weights as they are stored, each counted once."""
+    total = sum(table.stored_bytes for table in tables.values())
+    for weight in _other_weights(models, tables):
+        in_8_bits = quantization is not None and len(weight.shape) > 1
+        total += math.prod(weight.shape) * (1 if in_8_bits else 4)
+    return total
 
 
 def _check_signatures(
@@ -257,35 +309,26 @@ def _check_float32(model: keras.Model) -> None:
         )
 
 
-def _import_litert() -> Any:
-    """The modules conversion needs, or word of what to install."""
-    try:
-        import ai_edge_litert.schema_py_generated as schema
-        import tensorflow as tf
-    except ImportError as error:
-        raise ImportError(
-            f"Export needs `{error.name}`: "
-            'pip install "keras-distilled-embedding[litert]"'
-        ) from error
-    return tf, schema
-
-
-def _with_activations_applied(
-    signatures: Mapping[str, keras.Model],
-) -> dict[str, keras.Model]:
-    """Copies whose factorised tables hold `f(U)` and apply nothing."""
-    parts = list(signatures.values())
-    applied = {
-        layer: layer.with_activation_applied()
-        for part in parts
-        for layer in keras_internals.iterate_layers(part)
-        if isinstance(layer, DistilledEmbedding)
-    }
-    return dict(zip(signatures, keras_internals.copy_models(parts, applied)))
+def _check_packages(quantization: str | None) -> None:
+    """Refuses to start without what the export needs."""
+    packages = ["tensorflow", "ai_edge_litert.schema_py_generated"]
+    if quantization is not None:
+        packages.append("ai_edge_quantizer.quantizer")
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"Export needs `{error.name}`: "
+                'pip install "keras-distilled-embedding[litert]"'
+            ) from error
 
 
 def convert(
     signatures: Mapping[str, keras.Model],
+    *,
+    tables: Sequence[StoredTable] = (),
+    batch_size: int | None = None,
     sequence_length: int | None = None,
     optimizations: Sequence[Any] = (),
 ) -> bytes:
@@ -293,17 +336,31 @@ def convert(
 
     Args:
         signatures: Models by signature name.
+        tables: Those in the models, whose codes become inputs of the file.
+        batch_size: As of `export_litert`.
         sequence_length: As of `export_litert`.
         optimizations: The converter's own, of `tf.lite.Optimize`.
 
     Raises:
-        ValueError: If the models need operators that LiteRT has not.
+        ValueError: If the models need operators that LiteRT does not have.
     """
-    tf, _ = _import_litert()
+    import tensorflow as tf
+
     archive = keras.export.ExportArchive()
-    for name, part in signatures.items():
-        archive.track(part)
-        archive.add_endpoint(name, *_endpoint(tf, part, sequence_length))
+    for name, model in signatures.items():
+        archive.track(model)
+        signature = Signature(model, batch_size, sequence_length)
+        tensors = signature.inputs | {
+            table.input_name: keras.KerasTensor(table.codes.shape)
+            for table in tables
+        }
+        specifications = {
+            key: tf.TensorSpec(tensor.shape, tensor.dtype, key)
+            for key, tensor in tensors.items()
+        }
+        archive.add_endpoint(
+            name, _with_tables(signature, tables), [specifications]
+        )
     with tempfile.TemporaryDirectory() as folder:
         try:
             archive.write_out(folder, verbose=False)
@@ -323,85 +380,18 @@ def convert(
         except Exception as error:
             raise ValueError(
                 "`model` cannot be converted with LiteRT's built-in operators "
-                "alone. "
-                + ("" if sequence_length else "A `sequence_length` may help. ")
-                + f"The converter says: {str(error)[:500]}"
+                "alone. A fixed `batch_size` may help, which recurrent layers "
+                "need, or a fixed `sequence_length`. "
+                f"The converter says: {str(error)[:500]}"
             ) from error
 
 
-def _endpoint(
-    tf: Any, model: keras.Model, sequence_length: int | None
-) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], list[Any]]:
-    """A function of the model's inputs by name, and its input signature."""
-    inputs = keras_internals.input_structure(model)
-    tensors = keras_internals.named_inputs(model)
-    signature = {
-        name: tf.TensorSpec(
-            [
-                sequence_length if size is None and axis > 0 else size
-                for axis, size in enumerate(tensor.shape)
-            ],
-            tensor.dtype,
-            name,
-        )
-        for name, tensor in tensors.items()
-    }
+def _with_tables(
+    signature: Signature, tables: Sequence[StoredTable]
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def endpoint(inputs: dict[str, Any]) -> dict[str, Any]:
+        for table in tables:
+            table.graph_codes = inputs[table.input_name]
+        return signature.call(inputs)
 
-    def endpoint(arguments: dict[str, Any]) -> dict[str, Any]:
-        values = keras.tree.pack_sequence_as(
-            inputs, [arguments[name] for name in tensors]
-        )
-        outputs = model(values, training=False)
-        if isinstance(outputs, dict):
-            return outputs
-        return {
-            f"output_{i}": output
-            for i, output in enumerate(keras.tree.flatten(outputs))
-        }
-
-    return endpoint, [signature]
-
-
-def _count_tables(content: bytes, model: keras.Model) -> dict[str, int]:
-    """How many copies of each table there are in a file, by layer name.
-
-    Of the layers of one name (in nested models) the largest number.
-    """
-    tables = [
-        (layer.name, _stored_forms(layer))
-        for layer in keras_internals.iterate_layers(model)
-        if isinstance(layer, keras.layers.Embedding | DistilledEmbedding)
-    ]
-    counts: dict[str, int] = {}
-    for name, forms in tables:
-        copies = sum(_count_copies(content, form) for form in forms)
-        # Layers may hold equal tables, of zeros say: each has one copy.
-        equal = sum(np.array_equal(forms[0], other[0]) for _, other in tables)
-        counts[name] = max(counts.get(name, 0), math.ceil(copies / equal))
-    return counts
-
-
-def _stored_forms(layer: keras.layers.Layer) -> list[np.ndarray]:
-    """The largest array that an embedding layer can leave in a file.
-
-    Of a factorised table the codes, with and without their activation.
-    """
-    if not isinstance(layer, DistilledEmbedding):
-        return [keras.ops.convert_to_numpy(layer.embeddings)]
-    forms = [layer.with_activation_applied(), layer]
-    codes = [keras.ops.convert_to_numpy(form.codes) for form in forms]
-    return codes[:1] if np.array_equal(*codes) else codes
-
-
-def _count_copies(content: bytes, table: np.ndarray) -> int:
-    """How many buffers of the file hold exactly this table."""
-    _, schema = _import_litert()
-    model = schema.Model.GetRootAs(content, 0)
-    count = 0
-    for array in (table, table.T):
-        wanted = np.ascontiguousarray(array).tobytes()
-        for i in range(model.BuffersLength()):
-            buffer = model.Buffers(i)
-            if buffer.DataLength() == len(wanted):
-                count += buffer.DataAsNumpy().tobytes() == wanted
-    return count
+    return endpoint

@@ -1,9 +1,19 @@
-"""What an export has written."""
+"""What an export has written, and how far it is from the Keras model."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+import keras
+import numpy as np
+
+from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding.export.signatures import Signature
+
+# Random inputs, where none are given.
+_BATCHES, _BATCH_SIZE, _LENGTH = 2, 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,10 +22,10 @@ class Fidelity:
 
     Args:
         relative_rms_error: `||file - Keras|| / ||Keras||`, over the entries
-            of the outputs, of all signatures.
-        top1_agreement: Share of the places at which the largest of the last
-            axis is the same.
-        num_inputs: How many inputs were compared.
+            of the outputs of all signatures.
+        top1_agreement: Share of the positions at which the largest entry
+            along the last axis is the same.
+        num_inputs: How many batches were compared.
     """
 
     relative_rms_error: float
@@ -30,16 +40,16 @@ class ExportReport:
     Args:
         filepath: The file.
         bytes: Its size.
-        weights_bytes: Bytes of the model's weights as they are stored, each
-            counted once: 4, 1 or half a byte for an entry of a table, 4 or 1
-            for another matrix, 4 for any other number.
-        tables: How many copies the file holds of each embedding table (of
-            each code matrix where the table is factorised), by layer name.
+        weights_bytes: Bytes of the model's weights as the file stores them,
+            each counted once: 4, 1 or half a byte for an entry of a table, 4
+            or 1 for an entry of another matrix, 4 for any other number.
+        tables: How many copies of each embedding table (of its codes, where
+            it is factorized) the file holds, by layer name.
         signatures: Names of the signatures.
-        quantization: `None`, `"int8"` or `"int4"`.
-        table_bytes: Bytes of each layer's table, scales and basis included,
-            by layer name.
-        fidelity: Compared with Keras, or `None` where it was not measured.
+        quantization: Name of the storage format, or `None` for floats.
+        table_bytes: Bytes of each layer's table, by layer name: of its codes,
+            scales, basis and offset.
+        fidelity: The comparison with Keras, or `None` where none was made.
     """
 
     filepath: str
@@ -57,17 +67,14 @@ class ExportReport:
         return self.bytes / self.weights_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain, JSON-serialisable Python values."""
+        """The report as plain Python values, which JSON can hold."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
+        table_bytes = self.table_bytes
         tables = ", ".join(
             f"{name} ({count} {'copy' if count == 1 else 'copies'}"
-            + (
-                f", {self.table_bytes[name]:,} bytes"
-                if name in self.table_bytes
-                else ""
-            )
+            + (f", {table_bytes[name]:,} bytes" if name in table_bytes else "")
             + ")"
             for name, count in self.tables.items()
         )
@@ -85,3 +92,92 @@ class ExportReport:
                 f"({self.fidelity.num_inputs} inputs)"
             )
         return "\n".join(lines)
+
+
+def measure_fidelity(
+    content: bytes, signatures: Mapping[str, Signature], inputs: Any
+) -> Fidelity | None:
+    """Runs the file and the Keras models on the same inputs.
+
+    Args:
+        content: The file.
+        signatures: The Keras models by signature name.
+        inputs: As `fidelity_inputs` of `export_litert`.
+
+    Returns:
+        A `Fidelity`, or `None` where the model does not take random inputs.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    given = inputs is not None
+    if not given:
+        inputs = {
+            name: _random_batches(signature)
+            for name, signature in signatures.items()
+        }
+    elif not isinstance(inputs, Mapping) or set(inputs) - set(signatures):
+        inputs = dict.fromkeys(signatures, inputs)
+    error = energy = same = positions = count = 0
+    interpreter = Interpreter(model_content=content)
+    for name, batches in inputs.items():
+        runner = interpreter.get_signature_runner(name)
+        for batch in batches:
+            try:
+                arrays = signatures[name].by_name(batch)
+                found = runner(**arrays)
+                expected = signatures[name].call(arrays)
+            except Exception:
+                if given:
+                    raise
+                return None  # positions out of range, shapes that must agree
+            count += 1
+            for key, tensor in expected.items():
+                wanted = keras.ops.convert_to_numpy(tensor)
+                if wanted.dtype.kind != "f" or wanted.shape != found[key].shape:
+                    continue
+                error += np.square(found[key] - wanted).sum(dtype=float)
+                energy += np.square(wanted).sum(dtype=float)
+                agrees = found[key].argmax(-1) == wanted.argmax(-1)
+                same += agrees.sum()
+                positions += agrees.size
+    if not positions:
+        return None
+    return Fidelity(
+        relative_rms_error=float(np.sqrt(error / energy)) if energy else 0.0,
+        top1_agreement=float(same / positions),
+        num_inputs=count,
+    )
+
+
+def _random_batches(signature: Signature) -> list[dict[str, np.ndarray]]:
+    """Ids that are in all tables, masks of ones, and normal numbers.
+
+    None for a model that takes strings.
+    """
+    rng = np.random.default_rng(0)
+    rows = [
+        layer.input_dim
+        for layer in keras_internals.iterate_layers(signature.model)
+        if hasattr(layer, "input_dim") and hasattr(layer, "output_dim")
+    ]
+    if any(tensor.dtype == "string" for tensor in signature.inputs.values()):
+        return []
+    batches = []
+    for _ in range(_BATCHES):
+        batch = {}
+        for name, tensor in signature.inputs.items():
+            shape = [
+                size or (_LENGTH if axis else _BATCH_SIZE)
+                for axis, size in enumerate(tensor.shape)
+            ]
+            if "mask" in name or tensor.dtype == "bool":
+                values = np.ones(shape)
+            elif len(shape) < 2:  # a position, or one id an example
+                values = np.zeros(shape)
+            elif keras.backend.is_int_dtype(tensor.dtype):
+                values = rng.integers(min(rows, default=2), size=shape)
+            else:
+                values = rng.normal(size=shape)
+            batch[name] = values.astype(tensor.dtype)
+        batches.append(batch)
+    return batches

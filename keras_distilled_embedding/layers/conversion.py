@@ -62,10 +62,9 @@ def factorized_layer(
         )
     size = {k: kwargs[k] for k in ("quantization", "use_bias") if k in kwargs}
     shape = table_shape(embedding)
-    if rank is None:
+    if compression is not None:
         rank = rank_for_compression(*shape, compression, **size)
-    else:
-        check_rank(rank, *shape, **size)
+    rank = check_rank(rank, *shape, **size)
     layer = new_layer(cls, embedding, rank, **kwargs)
     options |= {k: kwargs[k] for k in _COMMON_OPTIONS if k in kwargs}
     factors = [
@@ -160,12 +159,8 @@ def table_shape(embedding: Any) -> tuple[int, int]:
     """
     if _is_layer(embedding):
         # Sizes first: reading `embeddings` can cost, and int4 packs columns.
-        sizes = (
-            getattr(embedding, "input_dim", None),
-            getattr(embedding, "output_dim", None),
-        )
-        if None not in sizes:
-            return sizes
+        if hasattr(embedding, "input_dim") and hasattr(embedding, "output_dim"):
+            return embedding.input_dim, embedding.output_dim
         embedding = embedding.embeddings
     shape = tuple(np.shape(embedding))
     if len(shape) != 2:

@@ -8,14 +8,21 @@ from keras import ops
 
 from keras_distilled_embedding._utils.arguments import as_integer
 
+# To a type checker the layer that the class is mixed into: Keras has no hints.
+_Base: Any = object
 
-class LoraCodes:
+
+class LoraCodes(_Base):
     """Mixin: trains a change of low rank to the codes, with all else frozen.
 
     The contract is that of `keras.layers.ReversibleEmbedding`. The layer
     provides `_factor_shapes()` and reads its codes through `_read`; mix this
     class in before `keras.layers.Layer`, whose saving it overrides.
     """
+
+    lora_enabled: bool
+    lora_rank: Any
+    lora_alpha: Any
 
     def enable_lora(
         self,

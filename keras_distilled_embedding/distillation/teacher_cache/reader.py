@@ -1,13 +1,12 @@
-"""Training on what a teacher has predicted once."""
+"""Training on predictions that a teacher has made once."""
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import operator
 import os
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +17,41 @@ from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding.distillation.logits_distillation import (
     TopPredictions,
 )
-from keras_distilled_embedding.distillation.teacher_cache import batches
-from keras_distilled_embedding.distillation.teacher_cache import files
+from keras_distilled_embedding.distillation.teacher_cache import storage
 
-# NumPy parses headers as Python, which threads must not do at the same time
+# NumPy parses headers as Python, which fails in several threads at once
 # (CPython issue 106905, open in 3.11).
 _reading = threading.Lock()
+# What NumPy raises for files that are missing or damaged.
+_READ_ERRORS = OSError, EOFError, zipfile.BadZipFile, LookupError, ValueError
 
 
 def split_inputs(x: Any) -> tuple[Any, list[TopPredictions] | None]:
-    """Parts the inputs of a batch from the teacher's predictions.
+    """Separates the inputs of a batch from the teacher's predictions.
 
     Args:
-        x: The inputs of any batch, of a `TeacherCache` or not.
+        x: The inputs of a batch, of a `TeacherCache` or of other data.
 
     Returns:
         The student's inputs, and the predictions for each output of the
-        teacher, `None` where the batch has none.
+        teacher, or `None` if the batch has none.
     """
-    if not isinstance(x, dict) or set(x) != {
-        batches.INPUTS,
-        batches.TEACHER_OUTPUTS,
-    }:
+    keys = {storage.INPUTS, storage.TEACHER_OUTPUTS}
+    if not isinstance(x, dict) or set(x) != keys:
         return x, None
-    return x[batches.INPUTS], [
+    return x[storage.INPUTS], [
         TopPredictions(
-            output[batches.LOG_PROBABILITIES], output[batches.CLASSES]
+            output[storage.LOG_PROBABILITIES], output[storage.CLASSES]
         )
-        for output in x[batches.TEACHER_OUTPUTS]
+        for output in x[storage.TEACHER_OUTPUTS]
     ]
 
 
 class TeacherCache(keras.utils.PyDataset):
-    """The batches of a dataset, with the predictions of a teacher.
+    """The batches of a dataset with the predictions of a teacher.
 
-    Opens what `cache_teacher` wrote. Every batch has the structure of the
-    dataset's, as a tuple, with `x` replaced by
+    Opens a directory that `cache_teacher` wrote. Every batch has the
+    structure of the dataset's, as a tuple, with `x` replaced by
 
     ```
     {
@@ -67,32 +65,28 @@ class TeacherCache(keras.utils.PyDataset):
     }
     ```
 
-    Only the batch that is asked for is read, and no file stays open: any
-    number of workers may read at once.
+    Each batch is read when it is needed and no file stays open: any number of
+    workers may read at once.
 
     Args:
         directory: Path of a complete cache.
-        shuffle_seed: Integer of at least 0, or `None`. With a seed the order
-            of the batches is drawn from it and from the epoch, so that a
-            training that is resumed goes on as it would have gone. `None`
-            keeps the dataset's order.
+        shuffle_seed: Integer of at least 0, or `None`. With a seed, the order
+            of the batches depends on the seed and the epoch alone, so that a
+            resumed training continues with the same batches. `None` keeps the
+            dataset's order.
         **kwargs: `workers`, `use_multiprocessing` and `max_queue_size` of
             `keras.utils.PyDataset`.
 
     Attributes:
-        top_k: Integer, as asked for.
-        temperature: Number, as asked for.
-        num_classes: List of the vocabulary's size, for each output.
-        fingerprint: String that tells the teacher by its weights.
-        directory: Path.
-        spec: A batch with a `keras.KerasTensor` for each array, whose shape
-            has `None` where the batches differ.
-        epoch: Integer that numbers the orders. A `Distiller` sets it;
-            elsewhere `on_epoch_end`, which Keras calls after each epoch and
+        top_k: Integer, as given to `cache_teacher`.
+        temperature: Number, as given to `cache_teacher`.
+        directory: Path of the cache.
+        epoch: Integer, which selects the order. A `Distiller` sets it.
+            Elsewhere `on_epoch_end`, which Keras calls after each epoch and
             once before the first, adds one.
 
     Raises:
-        FileNotFoundError: If there is no cache, or one of its files is gone.
+        FileNotFoundError: If there is no cache.
         ValueError: If the cache is incomplete or damaged, or if
             `shuffle_seed` is out of range.
 
@@ -115,35 +109,24 @@ class TeacherCache(keras.utils.PyDataset):
             "shuffle_seed", shuffle_seed, minimum=0
         )
         self.directory = Path(directory)
-        if not (self.directory / files.MANIFEST).is_file():
+        if not (self.directory / storage.MANIFEST).is_file():
             raise FileNotFoundError(
                 "`directory` must hold a cache: make it with `cache_teacher`. "
-                f"Received: directory='{directory}', without '{files.MANIFEST}'"
+                f"Received: directory='{directory}', without "
+                f"'{storage.MANIFEST}'"
             )
-        manifest = files.read_manifest(self.directory)
-        if not manifest["complete"]:
+        self._manifest = storage.Manifest.read(self.directory)
+        num_batches = self._manifest.num_batches
+        count = storage.count_batches(self.directory, num_batches)
+        if num_batches is None:
             raise ValueError(
                 "`directory` must hold a complete cache: call `cache_teacher` "
-                "again with the same arguments, and it goes on. Received: "
-                f"directory='{directory}', interrupted after "
-                f"{files.num_stored(manifest)} batches"
+                "again with the same arguments, which continues it. Received: "
+                f"directory='{directory}', interrupted after {count} batches"
             )
-        self._shards = manifest["shards"]
-        for shard in self._shards:
-            path = self.directory / shard["file"]
-            if not path.is_file():
-                raise FileNotFoundError(
-                    files.damaged(path, "the file is missing")
-                )
-            if path.stat().st_size != shard["bytes"]:
-                raise ValueError(files.damaged(path, "its size is wrong"))
-        self.top_k: int = manifest["top_k"]
-        self.temperature: float = manifest["temperature"]
-        self.num_classes: list[int] = manifest["num_classes"]
-        self.fingerprint: str = manifest["fingerprint"]
-        self._structure = manifest["structure"]
-        sizes = [len(shard["digests"]) for shard in self._shards]
-        self._starts = list(itertools.accumulate([0] + sizes))
+        self._num_batches = num_batches
+        self.top_k = self._manifest.top_k
+        self.temperature = self._manifest.temperature
         self.epoch = 0
 
     @property
@@ -153,75 +136,66 @@ class TeacherCache(keras.utils.PyDataset):
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        self._order: Any = range(len(self))
+        self._order = np.arange(len(self))
         if self.shuffle_seed is not None:
             rng = np.random.default_rng((self.shuffle_seed, epoch))
             self._order = rng.permutation(len(self))
 
-    @property
-    def spec(self) -> tuple[Any, ...]:
-        leaves = {
-            key: keras.KerasTensor(
-                (None, *shape[1:]),
-                "int32" if batches.holds_classes(key) else dtype,
-            )
-            for key, (shape, dtype) in batches.merge_leaves(
-                shard["leaves"] for shard in self._shards
-            ).items()
-        }
-        return self._assemble(leaves)
+    def on_epoch_end(self) -> None:
+        self.epoch += 1
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._num_batches
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         position = int(self._order[range(len(self))[operator.index(index)]])
-        number = bisect.bisect_right(self._starts, position) - 1
-        row = position - self._starts[number]
-        shard = self._shards[number]
-        path = self.directory / shard["file"]
+        path = storage.batch_path(self.directory, position)
         try:
-            with _reading, np.load(path, allow_pickle=False) as arrays:
-                leaves = {
-                    key: arrays[f"{row}/{key}"] for key in shard["leaves"]
-                }
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                files.damaged(path, "the file is missing")
-            ) from error
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise ValueError(files.damaged(path, error)) from error
-        for key in leaves:
-            if batches.holds_classes(key):
-                leaves[key] = leaves[key].astype("int32")
-        return self._assemble(leaves)
+            # NumPy leaves a damaged file open that it has opened itself.
+            with (
+                _reading,
+                open(path, "rb") as file,
+                np.load(file, allow_pickle=False) as arrays,
+            ):
+                count = len(self._manifest.leaves)
+                leaves = [arrays[str(i)] for i in range(count)]
+        except _READ_ERRORS as error:
+            raise storage.damaged(path, error) from error
+        return self._nest(leaves, lambda classes: classes.astype("int32"))
 
-    def _assemble(self, leaves: dict[str, Any]) -> tuple[Any, ...]:
-        batch = [
-            batches.from_arrays(structure, name, leaves)
-            for name, structure in self._structure.items()
-        ]
-        outputs = tuple(
+    def _nest(
+        self, leaves: list[Any], to_int32: Callable[[Any], Any]
+    ) -> tuple[Any, ...]:
+        """Nests the leaves of a batch as they are documented above."""
+        x, *others = storage.unflatten(self._manifest.structure, leaves)
+        outputs = leaves[-2 * self._manifest.num_outputs :]
+        predictions = tuple(
             {
-                name: leaves[batches.output_key(i, name)]
-                for name in (batches.LOG_PROBABILITIES, batches.CLASSES)
+                storage.LOG_PROBABILITIES: log_p,
+                storage.CLASSES: to_int32(classes),
             }
-            for i in range(len(self.num_classes))
+            for log_p, classes in zip(outputs[::2], outputs[1::2])
         )
-        x = {batches.INPUTS: batch[0], batches.TEACHER_OUTPUTS: outputs}
-        return (x, *batch[1:])
+        x = {storage.INPUTS: x, storage.TEACHER_OUTPUTS: predictions}
+        return (x, *others)
 
     def as_dataset(self) -> Any:
-        """The same as a `tf.data.Dataset`.
+        """Returns the same batches as a `tf.data.Dataset`.
 
-        On TensorFlow Keras takes the shapes of a `PyDataset` from two batches
-        alone, and breaks off at a third of another width.
+        On TensorFlow, Keras takes the shapes of a `PyDataset` from its first
+        two batches and fails at a third one of another width.
         """
         import tensorflow as tf
 
-        spec = self.spec
+        spec = self._nest(
+            [
+                tf.TensorSpec((None, *shape[1:]), dtype)
+                for shape, dtype in self._manifest.leaves
+            ],
+            lambda classes: tf.TensorSpec(classes.shape, "int32"),
+        )
         length = len(spec)
-        while spec[length - 1] is None:  # tf.data knows no None
+        while spec[length - 1] is None:  # tf.data has no None.
             length -= 1
         if None in keras.tree.flatten(spec[:length]):
             raise ValueError(
@@ -231,42 +205,17 @@ class TeacherCache(keras.utils.PyDataset):
             )
         dataset = tf.data.Dataset.from_generator(
             lambda: (self[i][:length] for i in range(len(self))),
-            output_signature=keras.tree.map_structure(
-                lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype),
-                spec[:length],
-            ),
+            output_signature=spec[:length],
         )
         return dataset.apply(
             tf.data.experimental.assert_cardinality(len(self))
         ).prefetch(2)
 
-    def on_epoch_end(self) -> None:
-        self.epoch += 1
-
-    def check(
-        self, teacher: keras.Model, temperature: float | None = None
-    ) -> None:
-        """Refuses another teacher than the one whose outputs these are.
+    def check(self, teacher: keras.Model) -> None:
+        """Raises a `ValueError` if the cache is of another teacher.
 
         Args:
-            teacher: A built model, told by the values of its weights.
-            temperature: Number, or `None` for any.
-
-        Raises:
-            ValueError: If teacher or temperature differ from the cache's.
+            teacher: A built model, which is recognized by its weights.
         """
-        files.check_same(
-            {"fingerprint": self.fingerprint},
-            {"fingerprint": files.fingerprint_of(teacher)},
-            self.directory,
-        )
-        if temperature is not None:
-            self.check_temperature(temperature)
-
-    def check_temperature(self, temperature: float) -> None:
-        """Refuses another temperature than the cache's, as `check` does."""
-        files.check_same(
-            {"temperature": self.temperature},
-            {"temperature": temperature},
-            self.directory,
-        )
+        fingerprint = storage.fingerprint_of(teacher)
+        self._manifest.check(self.directory, teacher=fingerprint)

@@ -1,13 +1,13 @@
-"""Running a teacher once, and keeping what it predicts."""
+"""Running a teacher once and keeping its predictions."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import keras
 import numpy as np
 from keras import ops
@@ -17,18 +17,13 @@ from keras_distilled_embedding._utils.arguments import as_positive_number
 from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding._utils.datasets import iterate_batches
 from keras_distilled_embedding._utils.datasets import num_batches
-from keras_distilled_embedding._utils.files import FolderLock
 from keras_distilled_embedding._utils.files import write_atomically
-from keras_distilled_embedding.distillation.teacher_cache import batches
-from keras_distilled_embedding.distillation.teacher_cache import files
+from keras_distilled_embedding.distillation.teacher_cache import storage
 from keras_distilled_embedding.distillation.teacher_cache.reader import (
     TeacherCache,
 )
 
-# A shard is written when it holds so much: little enough to lose, and to
-# find a batch in quickly.
-_SHARD_BATCHES = 64
-_SHARD_BYTES = 64 * 2**20
+_LOCK = "writer.lock"
 
 
 def cache_teacher(
@@ -43,32 +38,33 @@ def cache_teacher(
 ) -> TeacherCache:
     """Writes a teacher's predictions for a dataset to disk, once.
 
-    For every batch the teacher runs without dropout, and of each of its
-    outputs, logits `t` of shape `(..., V)`, the `k = min(top_k, V)` largest of
+    For every batch the teacher runs without dropout. Of each of its outputs,
+    logits `t` of shape `(..., V)`, the `k = min(top_k, V)` largest of
 
     ```
     log p = log_softmax(t / temperature)
     ```
 
-    are kept in float16, with their classes. The batches themselves are kept
-    too, so that any number of students can be trained on the cache alone. A
-    token takes 4 bytes for each of its `k` classes (6, if `V > 65536`).
+    are kept in float16 together with their classes. The batches are kept too,
+    so that any number of students can be trained on the cache alone. A token
+    takes 4 bytes for each of its `k` classes (6 bytes if `V > 65536`).
 
-    Called again, it keeps what is there: after an interruption it computes
-    what is missing, and a complete cache does not run the teacher. The
-    dataset is read through each time, to see that it is the same one. One
-    process at a time writes to a directory.
+    Call it again with the same arguments after an interruption: it continues
+    after the last batch on disk. For a complete cache the teacher does not
+    run. The teacher is recognized by its weights, the dataset by its first
+    batch and its number of batches.
 
     Args:
-        teacher: A built `keras.Model`, whose outputs are logits. It is left
-            as it is.
+        teacher: A built `keras.Model` whose outputs are logits. It is not
+            changed.
         dataset: A finite iterable of batches `x`, `(x, y)` or
             `(x, y, sample_weight)`, in the same order whenever it is read: a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, a list, ... Each of
             the three may be arrays in dictionaries, lists and tuples; shapes
             may differ between batches.
-        directory: Path of the cache: empty, not there yet, or a cache made
-            by a call with the same arguments.
+        directory: Path of a directory that is empty, does not exist yet, or
+            holds a cache made with the same arguments. One process at a time
+            may write to it.
         top_k: Positive integer.
         temperature: Positive number.
         shuffle_seed: As of `TeacherCache`.
@@ -80,9 +76,10 @@ def cache_teacher(
     Raises:
         TypeError: If `teacher` is not a `keras.Model`.
         ValueError: If an argument is out of range, if the dataset is empty or
-            holds what cannot be stored, if the teacher's outputs are not
-            logits, or if `directory` holds something else: other files, or
-            the cache of another teacher, dataset, `top_k` or `temperature`.
+            has batches that cannot be stored, if the teacher's outputs are
+            not logits, or if `directory` holds other files, a damaged cache,
+            or the cache of another teacher, dataset, `top_k` or
+            `temperature`.
         BlockingIOError: If another process writes to `directory`.
 
     Example:
@@ -101,217 +98,195 @@ def cache_teacher(
       top k classes of a teacher.
     """
     check_built_model("teacher", teacher)
-    top_k = as_integer("top_k", top_k)
-    temperature = as_positive_number("temperature", temperature)
     _check_outputs(getattr(teacher, "outputs", None) or ())
-    with FolderLock(Path(directory)) as lock:
-        writer = _Writer(teacher, Path(directory), lock, top_k, temperature)
-        writer.check_num_batches(num_batches(dataset))
+    writer = _Writer(
+        teacher,
+        Path(directory),
+        as_integer("top_k", top_k),
+        as_positive_number("temperature", temperature),
+    )
+    try:
+        writer.open()
+        total = num_batches(dataset)
+        writer.check_num_batches(total)
         for element in iterate_batches(
             dataset, "Caching the teacher's outputs", verbose
         ):
             writer.add(element)
-        writer.finish()
+            if writer.is_complete and total is not None:
+                break  # The first batch and the number of batches agree.
+        else:
+            writer.finish()
+    finally:
+        writer.lock.release(force=True)
     return TeacherCache(directory, shuffle_seed)
 
 
 class _Writer:
-    """Brings a cache up to date, batch by batch.
-
-    The manifest is the truth: a shard that it does not list is not there.
-    It lists the digest of every batch it has, so that a damaged shard can be
-    computed again in place.
-    """
+    """Adds batches to a cache, except for those that it already holds."""
 
     def __init__(
         self,
         teacher: keras.Model,
         directory: Path,
-        lock: FolderLock,
         top_k: int,
         temperature: float,
     ) -> None:
+        self.lock = filelock.FileLock(directory / _LOCK, timeout=0)
         self._directory = directory
-        self._lock = lock
         self._predictor = _Predictor(teacher, top_k, temperature)
-        self._manifest = {
-            "format": files.FORMAT,
-            "version": files.VERSION,
-            "fingerprint": files.fingerprint_of(teacher),
-            "top_k": top_k,
-            "temperature": temperature,
-            "num_classes": None,
-            "structure": None,
-            "complete": False,
-            "shards": [],
-        }
-        names = []
-        if directory.is_dir():
-            names = sorted(os.listdir(directory))
-        elif directory.exists():
-            raise ValueError(
-                "`directory` must be a directory. Received: the file "
-                f"directory='{directory}'"
-            )
-        leftovers = [name for name in names if files.is_leftover(name)]
-        if files.MANIFEST in names:
-            manifest = files.read_manifest(directory)
-            if manifest["shards"]:  # otherwise nothing is lost
-                files.check_same(manifest, self._manifest, directory)
-                self._manifest = manifest
-        elif len(names) > len(leftovers):
-            others = [name for name in names if name not in leftovers]
+        self._manifest = storage.Manifest(
+            storage.fingerprint_of(teacher), top_k, temperature
+        )
+        self._num_stored = 0  # Batches of earlier calls.
+        self._count = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self._manifest.num_batches is not None
+
+    def open(self) -> None:
+        """Locks the directory, if it exists, and finds what it holds."""
+        if not self._directory.is_dir():
+            if self._directory.exists():
+                raise ValueError(
+                    "`directory` must be a directory. Received: the file "
+                    f"directory='{self._directory}'"
+                )
+            return
+        self._acquire_lock()
+        for pattern in (f"{storage.MANIFEST}.*.tmp", "batch_*.npz.*.tmp"):
+            for path in self._directory.glob(pattern):
+                path.unlink()  # Its writer was killed.
+        names = {path.name for path in self._directory.iterdir()} - {_LOCK}
+        if names and storage.MANIFEST not in names:
             raise ValueError(
                 "`directory` must be empty or hold a cache, not other files. "
-                f"Received: directory='{directory}' with {others[:5]}"
+                f"Received: directory='{self._directory}' with "
+                f"{sorted(names)[:5]}"
             )
-        for name in leftovers:
-            (directory / name).unlink()
+        if names:
+            self._continue(storage.Manifest.read(self._directory))
 
-        self._digests = []
-        self._ends = {}  # The number of batches up to a damaged shard's end.
-        self._missing = set()
-        for number, shard in enumerate(self._manifest["shards"]):
-            start = len(self._digests)
-            self._digests += shard["digests"]
-            if not files.is_sound(directory / shard["file"], shard):
-                self._missing.update(range(start, len(self._digests)))
-                self._ends[len(self._digests)] = number
-        self._count = 0
-        self._rows: list[dict[str, np.ndarray]] = []
-        self._row_digests: list[str] = []
+    def _continue(self, stored: storage.Manifest) -> None:
+        count = storage.count_batches(self._directory, stored.num_batches)
+        if not count:
+            return  # There is nothing to continue.
+        stored.check(
+            self._directory,
+            teacher=self._manifest.teacher,
+            top_k=self._manifest.top_k,
+            temperature=self._manifest.temperature,
+        )
+        self._manifest, self._num_stored = stored, count
+
+    def _acquire_lock(self) -> None:
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise BlockingIOError(
+                f"Another process writes to '{self._directory}': wait until "
+                "it has ended, or use another directory."
+            ) from None
 
     def check_num_batches(self, total: int | None) -> None:
-        """Refuses another dataset by its size, where that is known."""
-        if total == 0:
-            raise self._empty()
-        known = len(self._digests)
+        """Raises an error if a dataset of this size is not the cached one."""
         if total is not None and (
-            total < known or (total > known and self._manifest["complete"])
+            total < self._num_stored
+            or (total > self._num_stored and self.is_complete)
         ):
             raise self._other_dataset(f"a dataset of {total} batches")
 
     def add(self, element: Any) -> None:
         """Adds the next batch of the dataset."""
-        index = self._count
-        structure, arrays = batches.to_arrays(element, index)
-        digest = batches.digest_of(structure, arrays)
-        if index < len(self._digests):
-            if digest != self._digests[index]:
-                raise self._other_dataset(f"another batch {index}")
-        elif self._manifest["complete"]:
+        index, self._count = self._count, self._count + 1
+        if 0 < index < self._num_stored:
+            return
+        if index and self.is_complete:
             raise self._other_dataset("a dataset with more batches")
-        if self._manifest["structure"] is None:
-            self._manifest["structure"] = structure
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-            self._write_manifest()
-        elif structure != self._manifest["structure"]:
+        if isinstance(element, list):  # As Keras reads it.
+            element = tuple(element)
+        elif not isinstance(element, tuple):
+            element = (element,)
+        if not 1 <= len(element) <= 3:
+            raise ValueError(
+                "`dataset` must have batches x, (x, y) or (x, y, "
+                f"sample_weight). Received: batch {index} of {len(element)} "
+                "parts"
+            )
+        leaves: list[np.ndarray] = []
+        structure = storage.flatten(element, leaves)
+        if index == 0:
+            self._check_first(storage.hash_of(leaves, structure))
+        if structure != (self._manifest.structure or structure):
             raise ValueError(
                 "`dataset` must have batches of one structure. Received: "
-                f"{self._manifest['structure']}, and in batch {index} "
-                f"{structure}"
+                f"{self._manifest.structure}, and in batch {index} {structure}"
             )
-        if index >= len(self._digests) or index in self._missing:
-            self._predict(structure, arrays, index)
-            self._row_digests.append(digest)
-        self._count += 1
-        if self._count in self._ends:
-            self._write_shard(self._ends[self._count])
-        elif self._count > len(self._digests) and (
-            len(self._rows) >= _SHARD_BATCHES
-            or sum(a.nbytes for row in self._rows for a in row.values())
-            >= _SHARD_BYTES
-        ):
-            self._write_shard(len(self._manifest["shards"]))
+        if index >= self._num_stored:
+            self._write(structure, leaves, index)
 
-    def finish(self) -> None:
-        """Ends the dataset: only now is the cache complete."""
-        if not self._count:
-            raise self._empty()
-        if self._count < len(self._digests):
-            raise self._other_dataset(f"a dataset of {self._count} batches")
-        if self._rows:
-            self._write_shard(len(self._manifest["shards"]))
-        if not self._manifest["complete"]:
-            self._manifest["complete"] = True
-            self._write_manifest()
+    def _check_first(self, first_batch: str) -> None:
+        if not self._num_stored:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._acquire_lock()
+            self._manifest.first_batch = first_batch
+        elif self._manifest.first_batch != first_batch:
+            raise self._other_dataset("another first batch")
 
-    def _predict(
-        self, structure: dict[str, Any], arrays: dict[str, Any], index: int
+    def _write(
+        self, structure: Any, leaves: list[np.ndarray], index: int
     ) -> None:
-        x = batches.from_arrays(structure["x"], "x", arrays)
-        row = dict(arrays)
+        """Writes a batch, followed by the predictions for it."""
+        manifest = self._manifest
+        x = storage.unflatten(structure, leaves)[0]
         outputs = self._predictor.predict_on_batch(x)
-        num_classes = list(self._predictor.num_classes)
         for i, (log_p, classes) in enumerate(outputs):
             if np.isnan(log_p).any():
                 raise ValueError(
                     "`teacher` must predict finite logits. Received: NaN or "
                     f"infinity in output {i} for batch {index}"
                 )
-            # A class without any chance stays a finite number in float16.
-            log_p = np.maximum(log_p, np.finfo("float16").min)
-            kind = "uint16" if num_classes[i] <= 2**16 else "int32"
-            row[batches.output_key(i, batches.LOG_PROBABILITIES)] = (
-                log_p.astype("float16")
-            )
-            row[batches.output_key(i, batches.CLASSES)] = classes.astype(kind)
-        self._manifest["num_classes"] = num_classes
-        self._rows.append(row)
-
-    def _write_shard(self, number: int) -> None:
-        shards = self._manifest["shards"]
-        path = self._directory / f"shard_{number:05d}.npz"
-        arrays = {
-            f"{i}/{key}": array
-            for i, row in enumerate(self._rows)
-            for key, array in row.items()
-        }
-        leaves = batches.merge_leaves(
-            {k: (a.shape, a.dtype.name) for k, a in row.items()}
-            for row in self._rows
-        )
-        write_atomically(path, lambda file: np.savez(file, **arrays))
-        shards[number : number + 1] = [
-            {
-                "file": path.name,
-                "bytes": path.stat().st_size,
-                "digests": self._row_digests,
-                "leaves": leaves,
-            }
-        ]
-        self._write_manifest()
-        self._rows, self._row_digests = [], []
-
-    def _write_manifest(self) -> None:
-        text = json.dumps(self._manifest, indent=1)
+            leaves += [log_p, classes]
+        merged = storage.merge_leaves(manifest.leaves, leaves)
+        if merged != manifest.leaves:
+            manifest.structure, manifest.leaves = structure, merged
+            manifest.num_outputs = len(outputs)
+            manifest.write(self._directory)
+        arrays: dict[str, Any] = {str(i): leaf for i, leaf in enumerate(leaves)}
         write_atomically(
-            self._directory / files.MANIFEST,
-            lambda file: file.write(text.encode("utf-8")),
+            storage.batch_path(self._directory, index),
+            lambda file: np.savez(file, **arrays),
         )
 
-    def _empty(self) -> ValueError:
-        return ValueError(
-            "`dataset` must have at least one batch. Received: an empty "
-            "dataset, or an iterator that is used up"
-        )
+    def finish(self) -> None:
+        """Ends the dataset, which completes the cache."""
+        if not self._count:
+            raise ValueError(
+                "`dataset` must have at least one batch. Received: an empty "
+                "dataset, or an iterator that is used up"
+            )
+        if self._count < self._num_stored:
+            raise self._other_dataset(f"a dataset of {self._count} batches")
+        if not self.is_complete:
+            self._manifest.num_batches = self._count
+            self._manifest.write(self._directory)
 
     def _other_dataset(self, received: str) -> ValueError:
-        state = "complete" if self._manifest["complete"] else "interrupted"
+        state = "complete" if self.is_complete else "interrupted"
         return ValueError(
             "`dataset` must be the one whose batches `directory` holds, in "
             "the same order (without shuffling); use another directory for "
             f"another dataset. Received: {received}, for the {state} cache of "
-            f"{len(self._digests)} batches in '{self._directory}'"
+            f"{self._num_stored} batches in '{self._directory}'"
         )
 
 
 class _Predictor(keras.Model):
-    """The teacher, and the selection of its most likely classes.
+    """Runs the teacher and selects its most likely classes.
 
-    A model of its own, so that the teacher's compiled functions are left
-    alone and only the selected classes leave the device.
+    It is a model of its own, so that the teacher's compiled functions stay as
+    they are and only the selected classes leave the device.
     """
 
     def __init__(
@@ -321,7 +296,6 @@ class _Predictor(keras.Model):
         self.teacher = teacher
         self.top_k = top_k
         self.temperature = temperature
-        self.num_classes: tuple[int, ...] = ()
         self.run_eagerly = teacher.run_eagerly
         if keras.backend.backend() == "tensorflow":
             # XLA would compile anew for each width of a batch.
@@ -329,17 +303,21 @@ class _Predictor(keras.Model):
         self.built = True
 
     def call(self, inputs: Any, training: bool = False) -> Any:
-        # The teacher is in inference mode by the context of this call.
+        # The context of this call puts the teacher in inference mode.
         outputs = keras.tree.flatten(self.teacher(inputs))
         _check_outputs(outputs)
-        self.num_classes = tuple(int(out.shape[-1]) for out in outputs)
-        return [self._select(logits) for logits in outputs]
+        return [self._top_predictions(logits) for logits in outputs]
 
-    def _select(self, logits: Any) -> tuple[Any, Any]:
+    def _top_predictions(self, logits: Any) -> tuple[Any, Any]:
         logits = ops.cast(logits, "float32") / self.temperature
-        k = min(self.top_k, logits.shape[-1])
-        log_p, classes = ops.top_k(ops.log_softmax(logits, axis=-1), k)
-        return log_p, classes
+        num_classes = logits.shape[-1]
+        log_p, classes = ops.top_k(
+            ops.log_softmax(logits, axis=-1), min(self.top_k, num_classes)
+        )
+        # A class of probability zero stays a finite number in float16.
+        log_p = ops.maximum(log_p, float(np.finfo("float16").min))
+        kind = "uint16" if num_classes <= 2**16 else "int32"
+        return ops.cast(log_p, "float16"), ops.cast(classes, kind)
 
 
 def _check_outputs(outputs: Iterable[Any]) -> None:

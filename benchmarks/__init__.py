@@ -1,0 +1,1 @@
+"""What compression costs, measured: `python -m benchmarks`, see README.md."""

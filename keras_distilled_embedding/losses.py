@@ -145,7 +145,7 @@ class ChunkedCrossEntropy(keras.losses.Loss):
             labels = ops.where(counts, labels, 0)
         states, features, shift = embedding.rank_space(y_pred)
         if shift is not None and embedding.logit_soft_cap is not None:
-            # As one more column; elsewhere a softmax does not see the shift.
+            # As one more column. Without a cap a softmax does not see it.
             states = ops.concatenate([states, shift[..., None]], axis=-1)
             features = ops.concatenate(
                 [features, ops.ones_like(features[:, :1])], axis=-1
@@ -160,6 +160,9 @@ class ChunkedCrossEntropy(keras.losses.Loss):
             label_smoothing=self.label_smoothing,
         )
         losses = ops.reshape(losses, ops.shape(labels))
+        if shift is not None and embedding.logit_soft_cap is None:
+            # Its gradient is zero: without any, optimizers warn.
+            losses = losses + 0.0 * ops.cast(shift, losses.dtype)
         if counts is not None:
             keras_internals.set_mask(losses, counts)
         return losses

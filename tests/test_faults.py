@@ -15,6 +15,8 @@ import pytest
 import keras_distilled_embedding as kde
 from keras_distilled_embedding import cli
 from keras_distilled_embedding.layers import DistilledEmbedding
+from tests.shared import tied_model
+from tests.shared import to_numpy
 
 VOCABULARY, WIDTH = 3_000, 16
 IDS = np.arange(24, dtype="int32").reshape(2, 12)
@@ -39,7 +41,7 @@ def make_student(dtype="int32"):
 
 
 def outputs_of(model, ids=IDS):
-    return keras.ops.convert_to_numpy(model(ids))
+    return to_numpy(model(ids))
 
 
 # Writers: each writes a path; its content is larger than `LIMIT`.
@@ -254,25 +256,23 @@ def test_ids_of_64_bits_in_a_litert_file(tmp_path):
     np.testing.assert_allclose(found, outputs_of(student), atol=1e-5)
 
 
-@pytest.mark.parametrize("hidden_dim", [None, 4])
+@pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (0, 0), (3, 1), (1,)])
-def test_shapes_without_much_in_them(shape, hidden_dim):
-    layer = DistilledEmbedding(50, 8, rank=4, hidden_dim=hidden_dim)
+def test_shapes_without_much_in_them(shape, use_bias):
+    layer = DistilledEmbedding(50, 8, rank=4, use_bias=use_bias)
     found = layer(np.ones(shape, "int32"))
     assert found.shape == (*shape, 8)
     logits = layer(np.ones((*shape, 8), "float32"), reverse=True)
     assert logits.shape == (*shape, 50)
-    for rounding in ("int8", "int4"):
-        layer = DistilledEmbedding(50, 64, rank=32, quantization=rounding)
+    for quantization in ("int8", "int4"):
+        layer = DistilledEmbedding(50, 64, rank=32, quantization=quantization)
         assert layer(np.ones(shape, "int32")).shape == (*shape, 64)
 
 
 @pytest.mark.parametrize("length", [0, 1])
 @pytest.mark.parametrize("size", [0, 1, 3])
 def test_a_step_on_a_batch_of_little_leaves_finite_weights(size, length):
-    ids = keras.Input((None,), dtype="int32")
-    embedding = keras.layers.ReversibleEmbedding(30, 8, name="tokens")
-    teacher = keras.Model(ids, embedding(embedding(ids), reverse=True))
+    teacher = tied_model(30, 8)
     student = kde.compress(teacher, rank=2, verbose=0)
     distiller = kde.Distiller(
         teacher,
@@ -315,12 +315,12 @@ def test_frozen_factors_do_not_train(lora):
     if lora:
         layer.enable_lora(2)
     layer.trainable = False
-    before = {v.path: keras.ops.convert_to_numpy(v) for v in student.weights}
+    before = {v.path: to_numpy(v) for v in student.weights}
     student.compile("sgd", "mse")
     student.fit(IDS, np.ones((2, 12, VOCABULARY)), verbose=0)
     changed = {
         v.path
         for v in student.weights
-        if not np.array_equal(before[v.path], keras.ops.convert_to_numpy(v))
+        if not np.array_equal(before[v.path], to_numpy(v))
     }
     assert changed == {"hidden/kernel", "hidden/bias"}

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from benchmarks.mutation import mutants as mutants_module
-from benchmarks.mutation.mutants import all_mutants
-from benchmarks.mutation.report import write_report
+from tests.stress.mutation import mutants as mutants_module
+from tests.stress.mutation.mutants import all_mutants
+from tests.stress.mutation.report import write_report
 
 MODULE = """\
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A few of the thousands of cases of the benchmarks about damage."""
+"""A few of the thousands of cases of the stress tests about damage."""
 
 import json
 
 import keras
 import pytest
 
-from benchmarks import fuzz_files
-from benchmarks import kill_writers
+from tests.stress import fuzz_files
+from tests.stress import kill_writers
 
 pytestmark = [
     pytest.mark.slow,

@@ -70,14 +70,16 @@ def closed_form(
     free = codes[:, :components]
     scale = rms(free)
     offset = spectrum.mean
+    # Of the mean, where all rows are alike: it has to survive the shift.
+    unit = scale or rms(offset[np.newaxis]) or 1.0
     if uses_relu:
-        shift = MARGIN * (scale or 1.0) - free.min(axis=0, initial=np.inf)
+        shift = MARGIN * unit - free.min(axis=0, initial=np.inf)
         free += shift.astype(np.float32)
         offset = offset - shift @ basis[:components]
     if in_column:
         # A constant of the size of the other codes.
-        codes[:, -1] = scale or 1.0
-        basis[-1] = offset / (scale or 1.0)
+        codes[:, -1] = unit
+        basis[-1] = offset / unit
     codes, basis = balance(codes, basis, scale)
     return Factors(
         codes, basis, offset.astype(np.float32) if use_bias else None, lost

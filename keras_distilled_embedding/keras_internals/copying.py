@@ -29,10 +29,7 @@ from keras_distilled_embedding.keras_internals.own_objects import (
     hand_over_own_objects,
 )
 from keras_distilled_embedding.keras_internals.reads import refuse_reads
-from keras_distilled_embedding.keras_internals.scopes import (
-    allow_incomplete_configs,
-)
-from keras_distilled_embedding.keras_internals.scopes import keep_policies
+from keras_distilled_embedding.keras_internals.scopes import read_configs
 from keras_distilled_embedding.keras_internals.scopes import (
     without_initial_values,
 )
@@ -67,8 +64,7 @@ def copy_models(
     copier = _Copier(replacements)
     with (
         hand_over_own_objects(),
-        allow_incomplete_configs(),
-        keep_policies(),
+        read_configs(),
         without_initial_values(),
     ):
         # First the layers with layers inside, which others may share.
@@ -126,6 +122,13 @@ class _Copier:
             self._number(inner)
         try:
             copy = _from_config(layer)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"Layer '{layer.name}' ({type(layer).__name__}) cannot be "
+                "copied: Keras does not record the arguments of its "
+                "constructor. Define `get_config()` to return them, and "
+                "`from_config()` if they contain layers."
+            ) from error
         except Exception as error:
             raise ValueError(
                 f"Layer '{layer.name}' ({type(layer).__name__}) cannot be "
@@ -239,6 +242,9 @@ def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         new._dtype_policy = policy
     # `new.trainable = ...` would also set the layers inside.
     new._trainable = old._trainable
+    if getattr(old, "lora_enabled", False) and not new.lora_enabled:
+        _merge_lora(old, new)
+        return
     variables, copies = own_variables(old), own_variables(new)
     if [v.shape for v in variables] != [v.shape for v in copies]:
         raise not_as_configured(
@@ -253,6 +259,18 @@ def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     if variables and hasattr(new, "finalize_state"):
         # An adapted layer computes from copies of its weights.
         new.finalize_state()
+
+
+def _merge_lora(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Copies the weights of a layer with its adapters added, as a file does."""
+    merged: dict[str, Any] = {}
+    old.save_own_variables(merged)
+    new.load_own_variables({k: ops.copy(v) for k, v in merged.items()})
+    flags = {v.name: v.trainable for v in own_variables(old)}
+    for variable in own_variables(new):
+        # Adapters freeze what they are added to.
+        adapted = f"lora_{variable.name}_a" in flags
+        variable.trainable = adapted or flags.get(variable.name, True)
 
 
 def _copy_assets(old: keras.layers.Layer, new: keras.layers.Layer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import weakref
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from typing import Any
 import keras
 
 from keras_distilled_embedding.keras_internals.models import own_variables
+from keras_distilled_embedding.keras_internals.scopes import is_from_keras
+from keras_distilled_embedding.keras_internals.scopes import is_own_class
 from keras_distilled_embedding.keras_internals.swapping import swap_layers
 
 
@@ -34,6 +37,7 @@ class LayerTree:
         variables_trainable: The flags of its own variables.
         dtype_policy: Its policy, which a configuration may omit or merge into
             a map; `None` if it is a map.
+        settings: Attributes that its configuration may omit, by name.
         children: The trees of the layers inside.
     """
 
@@ -44,6 +48,7 @@ class LayerTree:
     trainable: bool
     variables_trainable: tuple[bool, ...]
     dtype_policy: Any
+    settings: dict[str, Any]
     children: tuple[LayerTree, ...]
 
     @classmethod
@@ -66,6 +71,7 @@ class LayerTree:
                 v.trainable for v in own_variables(layer)
             ),
             dtype_policy=own_policy(layer),
+            settings=_settings(layer),
             children=tuple(cls.of(child, numbers) for child in layer._layers),
         )
 
@@ -117,6 +123,12 @@ class Rebuilder:
             replacement = None
         known = self.layers.setdefault(tree.number, replacement or layer)
         layer.name = tree.name  # without one in the configuration, numbered
+        if tree.dtype_policy is not None and replacement is None:
+            # `layer.dtype_policy = ...` would nest it in a map, or quantize.
+            layer._dtype_policy = tree.dtype_policy
+        for name, value in tree.settings.items():
+            if replacement is None and name in vars(layer):
+                object.__setattr__(layer, name, value)
         if known is not layer:
             self._to_swap.append((layer, known))
         built_by_parts = is_default(layer.build)
@@ -151,9 +163,6 @@ class Rebuilder:
         if len(variables) == len(tree.variables_trainable):
             for variable, flag in zip(variables, tree.variables_trainable):
                 variable.trainable = flag
-        if tree.dtype_policy is not None:
-            # `layer.dtype_policy = ...` would nest it in a map, or quantize.
-            layer._dtype_policy = tree.dtype_policy
 
     def swap(self, roots: Sequence[keras.layers.Layer]) -> None:
         """Puts replacements and shared layers in place throughout `roots`."""
@@ -204,7 +213,8 @@ def not_as_configured(layer: keras.layers.Layer, how: str) -> ValueError:
     return ValueError(
         f"Layer '{layer.name}' ({type(layer).__name__}) cannot be copied or "
         "loaded: what its `from_config(get_config())` makes "
-        f"{how}. Make `get_config()` record the constructor's arguments."
+        f"{how}. Make `get_config()` record all arguments of the constructor, "
+        "in its class or in the class whose constructor makes it."
     )
 
 
@@ -214,6 +224,34 @@ def own_policy(layer: keras.layers.Layer) -> Any:
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         return None
     return copy.deepcopy(policy)
+
+
+@functools.cache
+def _attributes_of_keras() -> set[str]:
+    """Returns the names of attributes that all layers or all models have."""
+    bare = keras.layers.Layer(name="bare"), keras.Sequential(name="bare")
+    return {name for layer in bare for name in vars(layer)}
+
+
+def _settings(layer: keras.layers.Layer) -> dict[str, Any]:
+    """Returns attributes that the configuration of a layer may omit.
+
+    KerasHub's preprocessors omit some of their arguments. For a model whose
+    class does not define `get_config`, Keras records defaults instead.
+    """
+    kind = type(layer)
+    is_default_config = is_own_class(kind) and is_from_keras(kind.get_config)
+    is_preprocessor = (
+        kind.__module__.startswith("keras_hub") and not layer.weights
+    )
+    if not is_default_config and not is_preprocessor:
+        return {}
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if type(value) in (bool, int, float, str)
+        and name not in _attributes_of_keras()
+    }
 
 
 def is_default(method: Any) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import keras
 
 from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals.scopes import is_from_keras
+from keras_distilled_embedding.keras_internals.scopes import is_own_class
 from keras_distilled_embedding.keras_internals.scopes import patched
 
 
@@ -88,20 +90,5 @@ def is_own_function(item: Any) -> bool:
         callable(item)
         and not isinstance(item, type)
         and not hasattr(item, "get_config")
-        and not _is_from_keras(item)
-    )
-
-
-def is_own_class(kind: Any) -> bool:
-    """Whether a class is not of Python, Keras, KerasHub or this package."""
-    return not _is_from_keras(kind) and kind.__module__ != "builtins"
-
-
-def _is_from_keras(item: Any) -> bool:
-    module = getattr(item, "__module__", None) or ""
-    return module.split(".")[0] in (
-        "keras",
-        "keras_hub",
-        "keras_nlp",
-        "keras_distilled_embedding",
+        and not is_from_keras(item)
     )

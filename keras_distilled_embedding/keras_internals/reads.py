@@ -12,7 +12,7 @@ import keras
 from keras_distilled_embedding.keras_internals import private_keras
 from keras_distilled_embedding.keras_internals.models import input_structure
 from keras_distilled_embedding.keras_internals.models import iterate_layers
-from keras_distilled_embedding.keras_internals.own_objects import is_own_class
+from keras_distilled_embedding.keras_internals.scopes import is_own_class
 from keras_distilled_embedding.keras_internals.scopes import patched
 
 

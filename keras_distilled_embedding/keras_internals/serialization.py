@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Mapping
 from typing import IO
@@ -11,17 +12,15 @@ from typing import Any
 import keras
 
 from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals.layer_tree import is_default
 from keras_distilled_embedding.keras_internals.own_objects import (
     hand_over_own_objects,
 )
 from keras_distilled_embedding.keras_internals.private_keras import saving_lib
 from keras_distilled_embedding.keras_internals.scopes import (
-    allow_incomplete_configs,
-)
-from keras_distilled_embedding.keras_internals.scopes import (
     are_incomplete_configs_allowed,
 )
-from keras_distilled_embedding.keras_internals.scopes import keep_policies
+from keras_distilled_embedding.keras_internals.scopes import read_configs
 from keras_distilled_embedding.keras_internals.scopes import (
     without_initial_values,
 )
@@ -37,11 +36,7 @@ def write_archive(model: keras.Model, saved: Any, file: IO[bytes]) -> None:
             registered with Keras; `from_config` must return the model.
         file: A file open for writing in binary mode.
     """
-    with (
-        private_keras.ObjectSharingScope(),
-        allow_incomplete_configs(),
-        keep_policies(),
-    ):
+    with private_keras.ObjectSharingScope(), read_configs():
         config = json.dumps(keras.saving.serialize_keras_object(saved))
     metadata = json.dumps({"keras_version": keras.__version__})
     with zipfile.ZipFile(file, "w") as archive:
@@ -65,7 +60,9 @@ def read_archive(
     file: IO[bytes], custom_objects: Mapping[str, Any] | None
 ) -> keras.Model:
     """Loads a file in Keras's own format, in Keras's safe mode."""
-    with without_initial_values():
+    with without_initial_values(), warnings.catch_warnings():
+        # `Rebuilder` builds the layers that Keras warns that it cannot build.
+        warnings.filterwarnings("ignore", "`build..` was called on layer")
         return saving_lib.load_model(file, custom_objects, safe_mode=True)
 
 
@@ -115,7 +112,7 @@ def _names_in_config(
         for item in value:
             visit(item)
 
-    with allow_incomplete_configs(), hand_over_own_objects(), keep_policies():
+    with read_configs(), hand_over_own_objects():
         try:
             visit(keras.saving.serialize_keras_object(owner))
         except Exception:  # Keras cannot save such a layer, whatever is in it
@@ -136,6 +133,8 @@ def _refuse_config(layer: keras.layers.Layer, remedy: str) -> None:
             return type(layer).get_config(layer)
         return refuse()
 
+    # By this Keras knows that a class does not define `get_config`.
+    get_config._is_default = is_default(type(layer).get_config)
     # `object.__setattr__` bypasses Keras, which would track the attribute.
     object.__setattr__(layer, "get_config", get_config)
     for name in ("save", "save_to_preset"):  # before they open a file

@@ -181,7 +181,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         # after taking the rows, and to `reverse_dtype` where that is asked.
         self.autocast = False
         if self.dtype_policy.quantization_mode is not None:
-            self.quantize(self.dtype_policy.quantization_mode)
+            self._set_quantization(self.dtype_policy.quantization_mode)
 
     # Weights
 
@@ -255,16 +255,20 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             ValueError: If the config has a weight quantizer: a storage format
                 says how it rounds.
         """
-        if mode not in FORMATS:
-            raise NotImplementedError(
-                f"Layer {type(self).__name__} can be quantized to one of "
-                f"{tuple(FORMATS)}. Received: mode={mode!r}"
-            )
         if config is not None and config.weight_quantizer is not None:
             raise ValueError(
                 "A storage format says how codes are rounded: leave "
                 "`weight_quantizer` unset. Received: config.weight_quantizer="
                 f"{config.weight_quantizer}"
+            )
+        self._set_quantization(mode)
+
+    def _set_quantization(self, mode: str | None) -> None:
+        """The same for a layer not yet built, which Keras would refuse."""
+        if mode not in FORMATS:
+            raise NotImplementedError(
+                f"Layer {type(self).__name__} can be quantized to one of "
+                f"{tuple(FORMATS)}. Received: mode={mode!r}"
             )
         self.quantization = mode
         if self.dtype_policy.quantization_mode is not None:
@@ -550,7 +554,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         embedding = keras.layers.ReversibleEmbedding(1000, 64)
         embedding.build()
         layer = DistilledEmbedding.from_embedding(embedding, compression=4.0)
-        layer.compression_ratio  # 4.0
+        layer.compression_ratio  # 4.28
         ```
         """
         return factorized_layer(cls, embedding, rank, compression, **kwargs)

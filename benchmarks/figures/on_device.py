@@ -1,0 +1,388 @@
+"""On device: bytes, speed and BLEU of a full table and of factors.
+
+Two models: one that is little more than a table of 32,000 x 512, where the
+table's own cost is seen, and a translation model, encoded and decoded token by
+token. Everything runs through LiteRT on this machine's processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import keras
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+import examples.nmt
+from benchmarks import harness
+from benchmarks.figures import translation
+from benchmarks.figures.translation import TEACHER
+from benchmarks.methods.ours import OURS
+from benchmarks.tasks import litert
+from benchmarks.tasks.students import make_student
+from benchmarks.tasks.translation import Task
+from benchmarks.tasks.translation import ready_task
+from examples.nmt.evaluate import score
+from examples.nmt.evaluate import signature
+from keras_distilled_embedding.layers import DistilledEmbedding
+
+SIZES, QUICK_SIZES = (32_000, 512), (600, 64)  # of the large table
+THREADS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of the tables is.
+
+    Args:
+        method: Of the translation model, as of the figure `translation`, or
+            `TEACHER`.
+        size: How many times fewer bytes its table takes, as it is trained.
+        quantization: As of `litert.export`.
+        rank: Of the large table's factors; `None` is a full table.
+        activation: `f`, of these factors.
+    """
+
+    method: str
+    size: float
+    quantization: str | None
+    rank: int | None = None
+    activation: str | None = "relu"
+
+
+ROWS = {
+    "full, float32": Row(TEACHER, 1.0, None),
+    "full, int8, converter default": Row(
+        TEACHER, 1.0, litert.CONVERTER_DEFAULT
+    ),
+    "full, int8, one copy": Row(TEACHER, 1.0, "int8"),
+    "full, int4, one copy": Row(TEACHER, 1.0, "int4"),
+    "truncated SVD 8x, int8": Row("truncated SVD", 8.0, "int8", 64, None),
+    "ours 8x, float32": Row(OURS, 8.0, None, 64),
+    "ours 8x, int8": Row(OURS, 8.0, "int8", 64),
+    # As many bytes as rank 32 takes in four bits.
+    "ours 8x, int4": Row("ours, int4", 53.0, "int4", 64),
+    "ours 16x, float32": Row(OURS, 16.0, None, 31),
+    "ours 16x, int8": Row(OURS, 16.0, "int8", 31),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=9, help="of the times")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes and measures the files, then times all of them in turns."""
+    store, rounds = options.store, options.rounds
+    name = "quick" if options.quick else "multi30k"
+    sizes = QUICK_SIZES if options.quick else SIZES
+    task = ready_task(name, options.task_dir, data_dir=options.data_dir)
+    for name, row in ROWS.items():
+        store.finish(
+            f"table {name}", partial(measure_table, name, row, sizes, store)
+        )
+        student = translation.Row(row.method, row.size)
+        if row.method != TEACHER:
+            store.finish(
+                student.key(task),
+                partial(translation.measure, student, task, store),
+            )
+        store.finish(
+            f"translation {name}",
+            partial(measure_translation, name, row, task, store),
+        )
+    store.finish("times table", lambda: {"times": time_table(store, rounds)})
+    store.finish(
+        "times translation",
+        lambda: {"times": time_translation(store, rounds, task)},
+    )
+
+
+# A model that is little more than its table
+
+
+def table_model(row: Row, sizes: tuple[int, int]) -> keras.Model:
+    """ids -> embedding -> dense -> tied projection, random weights."""
+    keras.utils.set_random_seed(0)
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    embedding = _embedding(row, sizes)
+    hidden = keras.layers.Dense(sizes[1], name="hidden")(embedding(ids))
+    return keras.Model(ids, embedding(hidden, reverse=True))
+
+
+def projection_model(row: Row, sizes: tuple[int, int]) -> keras.Model:
+    """The projection alone, of one position."""
+    keras.utils.set_random_seed(0)
+    hidden = keras.Input((1, sizes[1]), name="hidden")
+    return keras.Model(hidden, _embedding(row, sizes)(hidden, reverse=True))
+
+
+def _embedding(row: Row, sizes: tuple[int, int]) -> keras.layers.Layer:
+    if row.rank is None:
+        return keras.layers.ReversibleEmbedding(*sizes, name="tokens")
+    return DistilledEmbedding(
+        *sizes, row.rank, activation=row.activation, name="tokens"
+    )
+
+
+def measure_table(
+    name: str, row: Row, sizes: tuple[int, int], store: harness.Rows
+) -> dict:
+    """Bytes and fidelity; the projection's file is written beside."""
+    path = store.path(f"table {name}", ".tflite")
+    result = litert.export(table_model(row, sizes), path, row.quantization)
+    table_bytes = result.get("table_bytes")
+    result["embedding_ratio"] = (
+        4 * sizes[0] * sizes[1] / table_bytes if table_bytes else None
+    )
+    path = store.path(f"projection {name}", ".tflite")
+    litert.export(projection_model(row, sizes), path, row.quantization)
+    return {**result, "sizes": list(sizes)}
+
+
+def invoker(path: Path, threads: int, shape: list[int]) -> Callable:
+    """A function that runs a file once, on what it was given before.
+
+    Args:
+        path: The file, of one input.
+        threads: How many it uses.
+        shape: Of the input, its own last dimension left out.
+    """
+    interpreter = Interpreter(str(path), num_threads=threads)
+    (tensor,) = interpreter.get_input_details()
+    if tensor["dtype"] == np.float32:
+        shape = [*shape, int(tensor["shape"][-1])]
+    interpreter.resize_tensor_input(tensor["index"], shape)
+    interpreter.allocate_tensors()
+    values = np.random.default_rng(0).integers(100, size=shape)
+    interpreter.set_tensor(tensor["index"], values.astype(tensor["dtype"]))
+    return interpreter.invoke
+
+
+def time_table(store: harness.Rows, rounds: int) -> dict:
+    """Of each row: the projection, and the model at lengths 1 and 16."""
+    calls = {}
+    kinds = (
+        ("projection", "projection", 1),
+        ("model T=1", "table", 1),
+        ("model T=16", "table", 16),
+    )
+    for name, (what, kind, length), n in product(ROWS, kinds, THREADS):
+        path = store.path(f"{kind} {name}", ".tflite")
+        calls[name, f"{what}, {n} threads"] = invoker(path, n, [1, length])
+    return _medians(calls, rounds, 10)
+
+
+def _medians(calls: dict, rounds: int, repeats: int) -> dict[str, dict]:
+    """Median milliseconds by row and by what is timed."""
+    medians: dict[str, dict] = {}
+    for (name, what), times in harness.time_in_turns(
+        calls, rounds, repeats
+    ).items():
+        median = statistics.median(times["wall_ms"])
+        medians.setdefault(name, {})[what] = median
+    return medians
+
+
+# The translation model
+
+
+def measure_translation(
+    name: str, row: Row, task: Task, store: harness.Rows
+) -> dict:
+    """Bytes, BLEU and peak memory of a row's file."""
+    key = translation.Row(row.method, row.size).key(task)
+    if row.method == TEACHER:
+        model = task.teacher()
+    else:
+        model = make_student(task, row.method, row.size)
+        model.load_weights(store.path(key, ".weights.h5"))
+    path = store.path(f"translation {name}", ".tflite")
+    result = litert.export_translator(model, task, path, row.quantization)
+    result["bytes_over_parameters"] = result["bytes"] / (
+        model.count_params() * (1 if row.quantization else 4)
+    )
+    translations = litert.translate_test(path, task)
+    result["bleu"] = score(translations, task.texts["test"]["target"])
+    if row.quantization is None:
+        expected = task.decode(task.evaluate(model)["translations"])
+        result["same_as_keras"] = statistics.mean(
+            a == b for a, b in zip(translations, expected, strict=True)
+        )
+    result["peak_mb"] = _peak_mb(path, litert.test_sources(task)[:20])
+    return result
+
+
+def time_translation(store: harness.Rows, rounds: int, task: Task) -> dict:
+    """Milliseconds a sentence."""
+    calls, number = {}, 1
+    for name, threads in product(ROWS, THREADS):
+        path = store.path(f"translation {name}", ".tflite")
+        call, number = litert.timed_translation(path, task, threads)
+        calls[name, f"sentence, {threads} threads"] = call
+    return {
+        name: {what: ms / number for what, ms in found.items()}
+        for name, found in _medians(calls, rounds, 1).items()
+    }
+
+
+def _peak_mb(path: Path, lines: list[str]) -> float:
+    """Resident peak of a process that translates a few sentences."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from runner import LiteRTRunner\n"
+        "runner = LiteRTRunner(sys.argv[1])\n"
+        "for line in sys.stdin: runner.translate(line.strip())\n"
+        "status = open('/proc/self/status').read()\n"
+        "print(status.split('VmHWM:')[1].split()[0])\n"
+    )
+    folder = Path(examples.nmt.__file__).parent
+    shown = subprocess.run(
+        [sys.executable, "-I", "-c", code, path, folder],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(shown.stdout.split()[-1]) * 1_024 / 1e6
+
+
+# The report
+
+
+def collect(options: argparse.Namespace, earlier: dict) -> dict:
+    """Returns the rows and the times of both models."""
+    read, results = options.store.read, {}
+    for kind in ("table", "translation"):
+        found = {name: read(f"{kind} {name}") for name in ROWS}
+        times = read(f"times {kind}")
+        if all(found.values()) and times:
+            results[kind] = {"rows": found, "times": times["times"]}
+    return results or earlier
+
+
+BARS = {
+    "file / weights, table model, float32": ("≤", 1.02),
+    "file / weights, table model, int8": ("≤", 1.04),
+    "file / weights, table model, int4": ("≤", 1.15),
+    "file / weights, translation, float32": ("≤", 1.03),
+    "file / weights, translation, int8": ("≤", 1.08),
+    "table / ours, 8x and int8": ("≥", 30),
+    "table / ours, 8x and int4": ("≥", 50),
+    "projection: int8 against full float32": ("≥", 40),
+    "projection: int8 against full int8, one copy": ("≥", 6),
+    "projection: float32 against full float32": ("≥", 20),
+    "BLEU lost by int8": ("≤", 0.3),
+    "BLEU lost by int4": ("≤", 1.0),
+    "sentence: ours int8 / the fastest full table": ("<", 1.0),
+    "sentence: ours int8 / SVD of the same rank, int8": ("<", 1.0),
+    "sentences translated as by Keras, float32": ("≥", 0.99),
+}
+
+
+def claims(table: dict, translated: dict) -> list[dict]:
+    """What is promised, what was measured, and whether it holds."""
+    rows, files = table["rows"], translated["rows"]
+    floating, int8, int4 = (n for n in ROWS if n.startswith("ours 8x"))
+    sentence = {
+        name: times["sentence, 1 threads"]
+        for name, times in translated["times"].items()
+    }
+    full = min(ms for name, ms in sentence.items() if name.startswith("full"))
+
+    def speedup(slow: str, fast: str) -> float:
+        slow, fast = table["times"][slow], table["times"][fast]
+        return slow["projection, 1 threads"] / fast["projection, 1 threads"]
+
+    measured = (
+        *(rows[name]["overhead"] for name in (floating, int8, int4)),
+        files[floating]["overhead"],
+        files[int8]["overhead"],
+        rows[int8]["embedding_ratio"],
+        rows[int4]["embedding_ratio"],
+        speedup("full, float32", int8),
+        speedup("full, int8, one copy", int8),
+        speedup("full, float32", floating),
+        files[floating]["bleu"] - files[int8]["bleu"],
+        files[floating]["bleu"] - files[int4]["bleu"],
+        sentence[int8] / full,
+        sentence[int8] / sentence["truncated SVD 8x, int8"],
+        files[floating]["same_as_keras"],
+    )
+    return [
+        harness.claim(text, value, *bar, "{:.3f}")
+        for (text, bar), value in zip(BARS.items(), measured, strict=True)
+    ]
+
+
+def report(results: dict, folder: Path) -> Iterator[str]:
+    """Writes the claims and a table for each model."""
+    table, translated = results.get("table"), results.get("translation")
+    yield (
+        "LiteRT on this machine's processor; times are medians of rounds in "
+        "which all rows take turns, in milliseconds."
+    )
+    if table and translated:
+        int8 = translated["rows"]["ours 8x, int8"]["bytes_over_parameters"]
+        yield "## What is promised"
+        yield harness.markdown_table(claims(table, translated))
+        yield (
+            '"File / weights" is the file\'s bytes over those of the weights, '
+            "each counted once: an entry of a table in 4, 1 or half a byte, "
+            "of another matrix in 4 or 1, any other number in 4. Were every "
+            "weight of the translation model one byte, biases too, its int8 "
+            f"file would be {int8:.3f} times as large. A truncated SVD of the "
+            "same rank is the same file but for its numbers."
+        )
+    if table:
+        sizes = next(iter(table["rows"].values())).get("sizes", SIZES)
+        yield (
+            f"## A table of {sizes[0]:,} x {sizes[1]}, a dense layer, the "
+            "tied projection"
+        )
+        yield "Random weights: the error is of rounding alone, against Keras."
+        yield harness.markdown_table(
+            [_cells(name, table, "table") for name in table["rows"]]
+        )
+    if translated:
+        yield "## Translation, Multi30k, test_2016_flickr"
+        yield (
+            "Encoded once, decoded token by token with a key/value cache by "
+            "`examples/nmt/runner.py`, greedily; one teacher, its students "
+            "distilled by the recipe of the figure `translation`, that of int4 "
+            "with its codes rounded. BLEU of the test "
+            f"({signature()}); times of the first 100 sentences; peak memory "
+            "of a process that translates 20."
+        )
+        yield harness.markdown_table(
+            [
+                _cells(name, translated, "translation")
+                for name in translated["rows"]
+            ]
+        )
+
+
+def _cells(name: str, results: dict, kind: str) -> dict:
+    row, times = results["rows"][name], results["times"][name]
+    table_bytes = row.get("table_bytes") or None
+    cells = {
+        "": name,
+        "file bytes": f"{row['bytes']:,}",
+        "/ weights": harness.formatted(row.get("overhead"), "{:.3f}"),
+        "table bytes": harness.formatted(table_bytes, "{:,}"),
+    }
+    if kind == "table":
+        cells["error of logits"] = harness.formatted(row.get("error"), "{:.2%}")
+    else:
+        cells["BLEU"] = f"{row['bleu']:.2f}"
+        cells["peak MB"] = f"{row['peak_mb']:.0f}"
+    return cells | {f"ms, {what}": f"{ms:.3f}" for what, ms in times.items()}

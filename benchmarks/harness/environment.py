@@ -1,0 +1,81 @@
+"""The versions and the machine behind a number."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "keras-distilled-embedding",
+    "keras",
+    "keras-hub",
+    "tensorflow",
+    "jax",
+    "numpy",
+    "sentencepiece",
+)
+
+
+def environment() -> str:
+    """Returns versions, machine and Keras's devices on one line."""
+    versions = [text for text in map(_with_version, PACKAGES) if text]
+    return (
+        f"Python {platform.python_version()}, {', '.join(versions)}; "
+        f"{len(os.sched_getaffinity(0))} cores, {_processor()}, "
+        f"{_memory_gib():.0f} GiB{_keras()}"
+    )
+
+
+def environments(results: Any) -> list[str]:
+    """Returns every environment that stands anywhere in results, once."""
+    if isinstance(results, dict):
+        own = results.get("environment")
+        found = [own] if isinstance(own, str) and own else []
+        results = list(results.values())
+    else:
+        found = []
+    if isinstance(results, list):
+        for value in results:
+            found += environments(value)
+    return list(dict.fromkeys(found))
+
+
+def _keras() -> str:
+    """Keras's backend and accelerators, where Keras is in use."""
+    keras = sys.modules.get("keras")
+    if keras is None:
+        return ""
+    devices = keras.distribution.list_devices()
+    accelerators = [name for name in devices if not name.startswith("cpu")]
+    used = f"; Keras on {keras.backend.backend()}"
+    return used + (f", {', '.join(accelerators)}" if accelerators else "")
+
+
+def _with_version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    """The architecture, and on Linux the model."""
+    architecture = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return architecture
+    models = [line for line in lines if line.startswith("model name")]
+    if not models:
+        return architecture
+    return f"{models[0].split(':')[1].strip()} ({architecture})"
+
+
+def _memory_gib() -> float:
+    pages = os.sysconf("SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30

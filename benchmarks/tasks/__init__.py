@@ -1,0 +1,1 @@
+"""What is compressed: translation models, a language model, plain tables."""

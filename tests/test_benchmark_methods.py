@@ -1,0 +1,342 @@
+"""The methods of the benchmarks: each is what it is called."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from benchmarks import methods
+from benchmarks.figures import factorization
+from benchmarks.methods import METHODS
+from benchmarks.methods import ArrayTable
+from benchmarks.methods import Table
+from benchmarks.methods import product_quantization
+from benchmarks.methods import storage
+from benchmarks.methods import tensor_train
+from examples.nmt.model import build_transformer
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import dequantize
+from keras_distilled_embedding.quantization import round_table
+
+RIVALS = ("GroupReduce", "Tensor-Train", "product quantization")
+
+
+def make_table(rows=600, columns=24, with_states=False):
+    random = np.random.default_rng(0)
+    basis = random.normal(size=(columns, columns))
+    basis *= np.arange(1, columns + 1)[:, np.newaxis] ** -0.5
+    moment = np.diag(np.geomspace(1, 0.01, columns)) if with_states else None
+    return Table(
+        (random.normal(size=(rows, columns)) @ basis).astype("float32"),
+        (10_000 / np.arange(1, rows + 1) ** 1.2).astype(int),
+        moment,
+    )
+
+
+def lost(made, table, weights=None):
+    weights = np.ones(len(table.values)) if weights is None else weights
+    energy = weights @ np.square(table.values).sum(axis=1)
+    return weights @ np.square(made.values - table.values).sum(axis=1) / energy
+
+
+class ToyTask:
+    """A translation model with a table of 400 x 64, untrained."""
+
+    def __init__(self):
+        self.model = build_transformer(
+            400, 8, d_model=64, num_layers=1, num_heads=2, feed_forward_dim=16
+        )
+        layer = self.model.get_layer("token_embedding")
+        self.table = Table(
+            np.array(layer.embeddings), np.arange(400, 0, -1), np.eye(64)
+        )
+        self.vocabulary_size = 400
+
+    def teacher(self, dropout=0.0):
+        return self.model
+
+    def with_table(self, embedding, dropout=0.0):
+        return build_transformer(
+            400,
+            8,
+            d_model=64,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_dim=16,
+            embedding=embedding,
+        )
+
+
+# All methods
+
+
+def test_there_are_ours_and_rivals():
+    assert {*RIVALS, "ours", "truncated SVD", "int8 table"} <= METHODS.keys()
+    assert [METHODS[name].name for name in METHODS] == list(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_stay_within_their_bytes_and_gain_by_more(name):
+    # int4 comes in blocks of 32 columns.
+    columns = 96 if name in ("ours, int4", "ours, auto") else 24
+    table = make_table(9_000, columns, with_states=True)
+    errors = []
+    for ratio in (8, 4, 2):
+        budget = table.values.nbytes // ratio
+        made = METHODS[name].approximate(table, budget)
+        if METHODS[name].fixed_size:
+            assert made.num_bytes < table.values.nbytes / 3
+            return
+        assert made.values.shape == table.values.shape
+        assert made.num_bytes <= budget
+        assert made.num_bytes > 0.5 * budget or lost(made, table) < 0.02
+        weighted = "weighted" in name or name == "GroupReduce"
+        weights = table.weights if weighted else None
+        if "columns" in name:
+            root = np.sqrt(table.second_moment)
+            made = methods.Approximation(made.values @ root, 0)
+            states = Table(table.values @ root, table.counts)
+            errors.append(lost(made, states, weights))
+        else:
+            errors.append(lost(made, table, weights))
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if not METHODS[name].fixed_size]
+)
+def test_methods_say_when_a_budget_is_too_small(name):
+    table = make_table(with_states=True)
+    assert METHODS[name].approximate(table, 300) is None
+
+
+def test_columns_are_weighed_where_the_states_are_known():
+    method = METHODS["ours, rows and columns weighted"]
+    assert method.approximate(make_table(), 10**5) is None
+
+
+def test_a_name_stands_for_one_method():
+    with pytest.raises(ValueError, match="already registered: 'ours'"):
+        methods.Rival("ours", None, None)
+
+
+# The package's own
+
+
+@pytest.mark.parametrize("name", ["ours", "ours, no activation"])
+def test_ours_is_the_affine_optimum(name):
+    table = make_table()
+    row = factorization.measure_error("quick", table, name, 4.0)
+    rank = row["details"]["rank"]
+    values = table.values.astype("float64")
+    singular = np.linalg.svd(values - values.mean(axis=0), compute_uv=False)
+    best = np.square(singular[rank:]).sum() / np.square(values).sum()
+    assert row["affine"] == pytest.approx(best, rel=1e-9)
+    assert row["error"] == pytest.approx(best, rel=1e-5)
+    assert row["error"] < row["svd"]
+
+
+def test_truncated_svd_is_the_optimum_of_its_rank():
+    table = make_table()
+    budget = 4 * 8 * (600 + 24)
+    made = METHODS["truncated SVD"].approximate(table, budget)
+    left, singular, right = np.linalg.svd(table.values, full_matrices=False)
+    np.testing.assert_allclose(
+        made.values, left[:, :8] * singular[:8] @ right[:8], atol=1e-4
+    )
+    assert made.num_bytes == budget
+    assert made.details["rank"] == 8
+
+
+def test_auto_is_the_best_of_all_formats():
+    table = make_table()
+    budget = table.values.nbytes // 8
+    names = ["ours", *(f"ours, {name}" for name in FORMATS)]
+    made = [METHODS[name].approximate(table, budget) for name in names]
+    best = METHODS["ours, auto"].approximate(table, budget)
+    assert lost(best, table) == min(lost(m, table) for m in made if m)
+
+
+# Rivals
+
+
+def test_group_reduce_beats_one_svd_where_frequencies_matter():
+    table = make_table()
+    budget = table.values.nbytes // 4
+    ours, theirs = (
+        lost(METHODS[name].approximate(table, budget), table, table.weights)
+        for name in ("GroupReduce", "truncated SVD")
+    )
+    assert ours < 0.7 * theirs
+
+
+def test_tensor_train_is_exact_at_full_rank():
+    table = make_table(rows=60)
+    assert np.prod(tensor_train._dims((60, 24))[::2]) >= 60
+    made = METHODS["Tensor-Train"].approximate(table, 10**7)
+    np.testing.assert_allclose(made.values, table.values, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("int8", 4.0), ("int4", 7.11)])
+def test_full_tables_are_rounded_as_they_are_stored(name, ratio):
+    table = make_table(columns=96)
+    made = METHODS[f"{name} table"].approximate(table, 0)
+    stored = dequantize(*round_table(ops.convert_to_tensor(table.values), name))
+    np.testing.assert_allclose(made.values, stored, atol=1e-5)
+    assert table.values.nbytes / made.num_bytes == pytest.approx(ratio, 0.01)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_are_layers_that_start_from_the_approximation(name, monkeypatch):
+    monkeypatch.setattr(product_quantization, "NUM_CENTROIDS", 8)
+    table = make_table(rows=210)
+    budget = table.values.nbytes // 4
+    made = METHODS[name].approximate(table, budget)
+    layer = METHODS[name].layer(table, budget)
+    ids = np.array([[0, 3], [209, 7]])
+    np.testing.assert_allclose(layer(ids), made.values[ids], atol=1e-5)
+    hidden = np.random.default_rng(1).normal(size=(2, 5, 24)).astype("float32")
+    np.testing.assert_allclose(
+        layer(hidden, reverse=True), hidden @ made.values.T, atol=1e-4
+    )
+    # Floats are trained, integers stay.
+    entries = sum(int(np.prod(w.shape)) for w in layer.trainable_weights)
+    integers = sum(
+        array.nbytes
+        for array in layer.arrays.values()
+        if np.issubdtype(array.dtype, np.integer)
+    )
+    assert made.num_bytes == layer.num_bytes() == 4 * entries + integers
+    assert layer.num_bytes("int8") < layer.num_bytes() / 3 + integers
+
+
+def test_rivals_learn():
+    table = make_table(rows=210)
+    layer = METHODS["GroupReduce"].layer(table, table.values.nbytes // 4)
+    ids = keras.Input((3,), dtype="int32")
+    model = keras.Model(ids, layer(layer(ids), reverse=True))
+    assert model.output_shape == (None, 3, 210)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss)
+    x = np.arange(210).reshape(-1, 3)
+    history = model.fit(x, (x + 1) % 210, epochs=3, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+
+
+def test_rounded_rivals_compute_with_what_a_file_holds():
+    table = make_table()
+    layer = METHODS["GroupReduce"].layer(table, table.values.nbytes // 4)
+    floats = ops.convert_to_numpy(layer.embeddings)
+    storage.store_as(layer, "int8")
+    groups = layer.arrays["groups"]
+    expected = np.zeros_like(floats)
+    for group in range(groups.max() + 1):
+        codes, basis = (
+            ops.convert_to_numpy(
+                dequantize(
+                    *round_table(
+                        ops.convert_to_tensor(layer.arrays[f"{n}_{group}"]),
+                        "int8",
+                    )
+                )
+            )
+            for n in ("codes", "basis")
+        )
+        expected[groups == group] = codes @ basis
+    np.testing.assert_allclose(layer.embeddings, expected, atol=1e-4)
+    assert np.abs(expected - floats).max() > 1e-3
+
+
+# Adding one
+
+TEN_LINES = """
+import numpy as np
+from keras import ops
+from benchmarks.methods import Rival
+
+def fit(table, weights, budget):
+    number = (budget - 4 * len(table)) // (4 * table.shape[1]) - 1
+    order = np.argsort(-weights)
+    place = np.minimum(np.argsort(order), number).astype("int32")
+    kept, rest = table[order[:number]], table[order[number:]].mean(axis=0)
+    return {"place": place, "rows": np.vstack([kept, rest])} if number > 0 else None
+
+Rival("frequent rows", fit, lambda a, shape: ops.take(a["rows"], a["place"], 0))
+"""  # noqa: E501
+
+
+def test_ten_lines_add_a_rival():
+    assert len([line for line in TEN_LINES.splitlines() if line.strip()]) == 10
+    readme = Path(methods.__file__).parents[1] / "README.md"
+    assert TEN_LINES.strip() in readme.read_text("utf-8")
+    try:
+        exec(TEN_LINES, {})
+        table = make_table()
+        budget = table.values.nbytes // 4
+        row = factorization.measure_error("quick", table, "frequent rows", 4.0)
+        assert 0.9 * budget < row["num_bytes"] <= budget
+        assert row["weighted_error"] < 0.3 < row["error"] < 1
+        task = ToyTask()
+        student = METHODS["frequent rows"].student(task, 4 * 400 * 64 // 4)
+        layer = storage.table_layer(student)
+        assert [w.name for w in layer.trainable_weights] == ["rows"]
+        assert METHODS["frequent rows"].student(task, 1_000) is None
+    finally:
+        del METHODS["frequent rows"]
+
+
+# Students
+
+
+@pytest.mark.parametrize(
+    "name", ["ours", "ours, rows weighted", "the paper's recipe", "GroupReduce"]
+)
+def test_a_student_has_the_table_of_its_method(name):
+    task = ToyTask()
+    budget = task.table.values.nbytes // 8
+    student = METHODS[name].student(task, budget)
+    layer = storage.table_layer(student)
+    made = METHODS[name].approximate(task.table, budget)
+    np.testing.assert_allclose(layer.embeddings, made.values, atol=1e-5)
+    assert storage.table_bytes(layer) == made.num_bytes <= budget
+
+
+def test_students_are_trained_as_they_are_stored():
+    task = ToyTask()
+    bytes_of_full = task.table.values.nbytes
+    student = METHODS["ours, int4"].student(task, bytes_of_full // 8)
+    layer = storage.table_layer(student)
+    assert (layer.quantization, layer.rank) == ("int4", 32)
+    assert METHODS["ours, int4"].student(task, bytes_of_full // 64) is None
+
+
+def test_tables_are_stored_in_int8():
+    dense = keras.layers.ReversibleEmbedding(500, 32, name="token_embedding")
+    dense.build()
+    factors = DistilledEmbedding(500, 32, 4, name="token_embedding")
+    factors.build()
+    assert storage.table_bytes(dense) == 4 * 500 * 32
+    assert storage.table_bytes(dense, "int8") == 500 * 32 + 4
+    entries = 4 * (500 + 32)
+    # A scale, and the offset.
+    assert storage.table_bytes(factors) == 4 * (entries + 32)
+    assert storage.table_bytes(factors, "int8") == entries + 4 * (1 + 32)
+    for layer in (dense, factors):
+        before = np.array(layer.embeddings)
+        storage.store_as(layer, "int8")
+        after = np.array(layer.embeddings)
+        difference = np.linalg.norm(after - before) / np.linalg.norm(before)
+        assert 0 < difference < 0.02
+    for row in np.array(factors.basis):
+        assert len(np.unique(np.abs(row))) <= 128
+
+
+def test_the_table_is_found_by_its_name():
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2, name="token_embedding")]
+    )
+    assert storage.table_layer(model).units == 2
+    assert isinstance(METHODS["int8 table"].layer(make_table(), 0), ArrayTable)

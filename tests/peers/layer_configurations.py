@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from keras import ops
 from keras.src import backend
 from keras.src import testing
 

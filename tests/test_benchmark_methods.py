@@ -184,17 +184,13 @@ def test_tensor_train_is_exact_at_full_rank():
 def test_full_tables_are_rounded_as_they_are_stored(name, ratio):
     table = make_table(columns=96)
     made = METHODS[f"{name} table"].approximate(table, 0)
-    stored = dequantize(
-        *round_table(ops.convert_to_tensor(table.values), name)
-    )
+    stored = dequantize(*round_table(ops.convert_to_tensor(table.values), name))
     np.testing.assert_allclose(made.values, stored, atol=1e-5)
     assert table.values.nbytes / made.num_bytes == pytest.approx(ratio, 0.01)
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_rivals_are_layers_that_start_from_the_approximation(
-    name, monkeypatch
-):
+def test_rivals_are_layers_that_start_from_the_approximation(name, monkeypatch):
     monkeypatch.setattr(product_quantization, "NUM_CENTROIDS", 8)
     table = make_table(rows=210)
     budget = table.values.nbytes // 4
@@ -343,6 +339,4 @@ def test_the_table_is_found_by_its_name():
         [keras.Input((3,)), keras.layers.Dense(2, name="token_embedding")]
     )
     assert storage.table_layer(model).units == 2
-    assert isinstance(
-        METHODS["int8 table"].layer(make_table(), 0), ArrayTable
-    )
+    assert isinstance(METHODS["int8 table"].layer(make_table(), 0), ArrayTable)

@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flatbuffers
@@ -82,8 +82,12 @@ class LiteRTFile:
             }
         )
 
-    def store(self, table: StoredTable) -> list[str]:
+    def store(self, input_name: str, table: StoredTable) -> list[str]:
         """Puts the codes of a table in the place of the input for them.
+
+        Args:
+            input_name: Name of that input, in all signatures.
+            table: The table.
 
         Returns:
             Names of the products with it.
@@ -96,7 +100,7 @@ class LiteRTFile:
         for signature in self._model.signatureDefs:
             graph = self._model.subgraphs[signature.subgraphIndex]
             names = [entry.name.decode() for entry in signature.inputs]
-            i = signature.inputs.pop(names.index(table.input_name)).tensorIndex
+            i = signature.inputs.pop(names.index(input_name)).tensorIndex
             graph.inputs.remove(i)
             tensor = graph.tensors[i]
             tensor.buffer = data
@@ -249,19 +253,23 @@ class _Builder(flatbuffers.Builder):
 
 
 def store_tables(
-    file: LiteRTFile, tables: Sequence[StoredTable], in_integers: bool
+    file: LiteRTFile, tables: Mapping[str, StoredTable], in_integers: bool
 ) -> bytes:
     """Completes a converted file.
 
     Args:
         file: The file, whose graphs have inputs for the codes of tables.
-        tables: All its tables.
+        tables: Its tables by the names of these inputs.
         in_integers: Whether to store other matrices in 8 bits.
 
     Returns:
         The complete file.
     """
-    products = [name for table in tables for name in file.store(table)]
+    products = [
+        product
+        for name, table in tables.items()
+        for product in file.store(name, table)
+    ]
     if in_integers:
         file = LiteRTFile(_quantize_the_rest(file.to_bytes(), products))
         file.store_what_is_read_by_rows()

@@ -93,10 +93,10 @@ class GraphTable(keras.layers.Layer):
 class StoredTable(keras.layers.Layer):
     """One table of a file: `E = C B + 1 o`, or `E = C` if not factorized.
 
-    The codes `C` are an input of the converted graph, called `graph_codes`
+    The codes `C` are an input of the graph that is converted, `graph_codes`
     while it is traced; `LiteRTFile.store` then puts their bytes in its place.
-    So TensorFlow never sees them: as constants they would take 30 times their
-    size in memory, count towards the 2 GB of a graph, and the converter might
+    TensorFlow never sees them: as constants they would take 30 times their
+    size in memory, count towards the 2 GB of a graph, and the converter could
     multiply a second copy of them with a factor that stands next to them.
 
     Args:
@@ -169,11 +169,6 @@ class StoredTable(keras.layers.Layer):
         )
         variable.assign(value)
         return variable
-
-    @property
-    def input_name(self) -> str:
-        """Name of the graph's input that stands for the codes."""
-        return f"stored_table_{id(self)}"
 
     @property
     def data(self) -> np.ndarray:

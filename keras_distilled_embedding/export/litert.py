@@ -135,7 +135,8 @@ def export_litert(
     }
 
     tables = _graph_tables(models.values(), quantization)
-    stored = [part for table in tables.values() for part in table.tables]
+    parts = [part for table in tables.values() for part in table.tables]
+    stored = {f"stored_table_{i}": part for i, part in enumerate(parts)}
     copies = keras_internals.copy_models(list(models.values()), tables)
     content = convert(dict(zip(models, copies)), tables=stored, **sizes)
     file = flatbuffer.LiteRTFile(content)
@@ -236,10 +237,9 @@ def _count_copies(
     if repeated:
         raise RuntimeError(
             "The file would hold tables more than once, so nothing was "
-            "written. This happens if a model reads the table of a layer, "
-            "`layer.embeddings`, instead of calling the layer, for logits "
-            "with `reverse=True`; or if a subclass of `Embedding` has a "
-            f"`call` of its own. Copies by layer: {repeated}"
+            "written. Use `keras.layers.ReversibleEmbedding` instead of a "
+            "subclass with a `call` of its own. "
+            f"Copies by layer: {repeated}"
         )
     return counts
 
@@ -327,7 +327,7 @@ def _check_packages(quantization: str | None) -> None:
 def convert(
     signatures: Mapping[str, keras.Model],
     *,
-    tables: Sequence[StoredTable] = (),
+    tables: Mapping[str, StoredTable] | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
     optimizations: Sequence[Any] = (),
@@ -336,7 +336,8 @@ def convert(
 
     Args:
         signatures: Models by signature name.
-        tables: Those in the models, whose codes become inputs of the file.
+        tables: Those in the models, by the name of the input that the file
+            gets for their codes.
         batch_size: As of `export_litert`.
         sequence_length: As of `export_litert`.
         optimizations: The converter's own, of `tf.lite.Optimize`.
@@ -346,20 +347,21 @@ def convert(
     """
     import tensorflow as tf
 
+    tables = tables or {}
     archive = keras.export.ExportArchive()
-    for name, model in signatures.items():
+    for key, model in signatures.items():
         archive.track(model)
         signature = Signature(model, batch_size, sequence_length)
         tensors = signature.inputs | {
-            table.input_name: keras.KerasTensor(table.codes.shape)
-            for table in tables
+            name: keras.KerasTensor(table.codes.shape)
+            for name, table in tables.items()
         }
         specifications = {
-            key: tf.TensorSpec(tensor.shape, tensor.dtype, key)
-            for key, tensor in tensors.items()
+            name: tf.TensorSpec(tensor.shape, tensor.dtype, name)
+            for name, tensor in tensors.items()
         }
         archive.add_endpoint(
-            name, _with_tables(signature, tables), [specifications]
+            key, _with_tables(signature, tables), [specifications]
         )
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -387,11 +389,11 @@ def convert(
 
 
 def _with_tables(
-    signature: Signature, tables: Sequence[StoredTable]
+    signature: Signature, tables: Mapping[str, StoredTable]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def endpoint(inputs: dict[str, Any]) -> dict[str, Any]:
-        for table in tables:
-            table.graph_codes = inputs[table.input_name]
+        for name, table in tables.items():
+            table.graph_codes = inputs[name]
         return signature.call(inputs)
 
     return endpoint

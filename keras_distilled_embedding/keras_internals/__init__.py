@@ -27,6 +27,7 @@ from keras_distilled_embedding.keras_internals.models import find_layer
 from keras_distilled_embedding.keras_internals.models import input_structure
 from keras_distilled_embedding.keras_internals.models import iterate_layers
 from keras_distilled_embedding.keras_internals.models import keras_mask
+from keras_distilled_embedding.keras_internals.models import last_activations
 from keras_distilled_embedding.keras_internals.models import (
     make_variables_current,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "input_structure",
     "iterate_layers",
     "keras_mask",
+    "last_activations",
     "make_variables_current",
     "named_inputs",
     "read_archive",

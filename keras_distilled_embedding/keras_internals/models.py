@@ -103,6 +103,38 @@ def before_last_layer(model: keras.Model) -> tuple[Any, Any]:
     return node.input_tensors[0], history.operation
 
 
+def last_activations(model: keras.Model) -> list[str | None] | None:
+    """Returns how each output of a model is activated last.
+
+    Returns:
+        For each output the name of an activation, `"linear"` for a layer
+        without one, or `None` for what is not known to have one; `None` for a
+        model without symbolic outputs.
+    """
+    outputs = getattr(model, "outputs", None)
+    if not outputs:
+        return None
+    return [_last_activation(output) for output in outputs]
+
+
+def _last_activation(output: Any) -> str | None:
+    history = output._keras_history
+    operation = history.operation
+    if isinstance(operation, keras.Model) and getattr(
+        operation, "outputs", None
+    ):
+        return _last_activation(operation.outputs[history.tensor_index])
+    if isinstance(operation, keras.layers.Softmax):
+        return "softmax"
+    if isinstance(operation, keras.layers.Activation | keras.layers.Dense):
+        return operation.activation.__name__
+    activation = getattr(operation, "activation", None)
+    reverse = history.operation._inbound_nodes[history.node_index].arguments
+    if "reverse" in reverse.kwargs:  # an embedding, which projects
+        return "linear"
+    return getattr(activation, "__name__", None)
+
+
 def keras_mask(tensor: Any) -> Any:
     """Returns the mask that Keras attached to a tensor, or `None`."""
     return private_keras.get_keras_mask(tensor)

@@ -12,12 +12,14 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding._utils.arguments import as_positive_number
 from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding._utils.datasets import iterate_batches
 from keras_distilled_embedding._utils.datasets import num_batches
 from keras_distilled_embedding._utils.files import write_atomically
+from keras_distilled_embedding.distillation.logits_distillation import as_logits
 from keras_distilled_embedding.distillation.teacher_cache import storage
 from keras_distilled_embedding.distillation.teacher_cache.reader import (
     TeacherCache,
@@ -98,7 +100,7 @@ def cache_teacher(
       top k classes of a teacher.
     """
     check_built_model("teacher", teacher)
-    _check_outputs(getattr(teacher, "outputs", None) or ())
+    _check_outputs(teacher, getattr(teacher, "outputs", None) or ())
     writer = _Writer(
         teacher,
         Path(directory),
@@ -305,11 +307,15 @@ class _Predictor(keras.Model):
     def call(self, inputs: Any, training: bool = False) -> Any:
         # The context of this call puts the teacher in inference mode.
         outputs = keras.tree.flatten(self.teacher(inputs))
-        _check_outputs(outputs)
-        return [self._top_predictions(logits) for logits in outputs]
+        _check_outputs(self.teacher, outputs)
+        kinds = keras_internals.last_activations(self.teacher)
+        return [
+            self._top_predictions(as_logits(output, kind))
+            for output, kind in zip(outputs, kinds or [None] * len(outputs))
+        ]
 
     def _top_predictions(self, logits: Any) -> tuple[Any, Any]:
-        logits = ops.cast(logits, "float32") / self.temperature
+        logits = logits / self.temperature
         num_classes = logits.shape[-1]
         log_p, classes = ops.top_k(
             ops.log_softmax(logits, axis=-1), min(self.top_k, num_classes)
@@ -320,16 +326,21 @@ class _Predictor(keras.Model):
         return ops.cast(log_p, "float16"), ops.cast(classes, kind)
 
 
-def _check_outputs(outputs: Iterable[Any]) -> None:
+def _check_outputs(teacher: keras.Model, outputs: Iterable[Any]) -> None:
     for output in outputs:
         dtype = keras.backend.standardize_dtype(output.dtype)
         if (
             not keras.backend.is_float_dtype(dtype)
             or len(output.shape) < 2
-            or output.shape[-1] is None
+            or (output.shape[-1] or 1) < 2
         ):
             raise ValueError(
-                "`teacher` must predict logits: float outputs of shape "
-                "(..., V) over V classes. Received: an output of shape "
-                f"{tuple(output.shape)} and dtype {dtype}"
+                "`teacher` must predict logits or probabilities of classes: "
+                "float outputs of shape (..., V) over V > 1 classes. Received: "
+                f"an output of shape {tuple(output.shape)} and dtype {dtype}"
             )
+    if "sigmoid" in (keras_internals.last_activations(teacher) or ()):
+        raise ValueError(
+            "`teacher` must predict classes: a cache holds the likeliest. "
+            "Received: an output that ends with a sigmoid"
+        )

@@ -383,8 +383,9 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         return keras.KerasTensor(
             self.compute_output_shape(inputs.shape, reverse=reverse),
             dtype=self._output_dtype(reverse),
-            ragged=inputs.ragged,
-            ragged_rank=inputs.ragged_rank,
+            # Keras's models pass tensors and arrays here, too.
+            ragged=getattr(inputs, "ragged", False),
+            ragged_rank=getattr(inputs, "ragged_rank", None),
         )
 
     def _output_dtype(self, reverse: bool) -> str:

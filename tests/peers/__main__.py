@@ -48,15 +48,11 @@ def main(arguments: list[str]) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     listed = tomllib.loads((HERE / "differences.toml").read_text())
     differences = listed["difference"]
-    files = adapted(
-        "keras",
-        [
-            (d["file"], d["replace"], d["by"])
-            for d in differences
-            if "replace" in d
-        ],
-    )
-    adapted("keras-hub")
+    replacements = [
+        (d["file"], d["replace"], d["by"]) for d in differences if "file" in d
+    ]
+    files = adapted("keras", replacements)
+    adapted("keras-hub", replacements)
     files += [HERE / name for name in OWN_TESTS]
     results = Results()
     options = ["--config-file=/dev/null", "--rootdir=.", "--quiet"]

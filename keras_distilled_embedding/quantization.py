@@ -130,6 +130,16 @@ class Format:
         return ops.reshape(best, (rows, stored)), ops.squeeze(scales, axis=-1)
 
 
+# Matrices of fewer numbers stay floats in a file of integers, as TensorFlow's
+# converter has it: rounding them loses much and saves next to nothing.
+SMALLEST_ROUNDED = 1024
+
+
+def matrix_bytes(size: int) -> int:
+    """Bytes of a matrix beside the tables, such as a basis, in such a file."""
+    return size if size >= SMALLEST_ROUNDED else 4 * size
+
+
 FORMATS = {
     found.name: found
     for found in (Format("int8", bits=8), Format("int4", bits=4, block=32))

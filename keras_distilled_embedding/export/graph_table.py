@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -15,6 +16,7 @@ from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import SMALLEST_ROUNDED
 from keras_distilled_embedding.quantization import dequantize
 from keras_distilled_embedding.quantization import round_factors
 from keras_distilled_embedding.quantization import round_table
@@ -61,6 +63,12 @@ class GraphTable(keras.layers.Layer):
     def stored_bytes(self) -> int:
         """Bytes of its codes, scales, bases and offsets in a file."""
         return sum(table.stored_bytes for table in self.tables)
+
+    @property
+    def embeddings(self) -> Any:
+        """The table, for layers that read it; computed in the file."""
+        table = self.tables[0]
+        return table.look_up(ops.arange(table.rows, dtype="int32"))
 
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         if not reverse:
@@ -147,7 +155,11 @@ class StoredTable(keras.layers.Layer):
             self._first_row_is_zero = _first_row_is_zero(*given)
         self.basis = self._look_up_basis = self._weight("basis", basis)
         self.offset = self._look_up_offset = self._weight("offset", offset)
-        if self.scales is not None and basis is not None:
+        if (
+            self.scales is not None
+            and basis is not None
+            and math.prod(basis.shape) >= SMALLEST_ROUNDED
+        ):
             # The file's basis is rounded, too. Most of that error is the same
             # in every row, and the offset can make up for it.
             rounded = _round_to_int8(basis)

@@ -29,6 +29,7 @@ from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import matrix_bytes
 from keras_distilled_embedding.targets import is_embedding
 
 DEFAULT_SIGNATURE = "serving_default"
@@ -251,8 +252,9 @@ def _weights_bytes(
     """Bytes of the models' weights as they are stored, each counted once."""
     total = sum(table.stored_bytes for table in tables.values())
     for weight in _other_weights(models, tables):
+        size = math.prod(weight.shape)
         in_8_bits = quantization is not None and len(weight.shape) > 1
-        total += math.prod(weight.shape) * (1 if in_8_bits else 4)
+        total += matrix_bytes(size) if in_8_bits else 4 * size
     return total
 
 

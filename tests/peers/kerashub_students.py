@@ -47,7 +47,11 @@ def backbone_options(architecture: Architecture) -> dict[str, Any]:
     backbone = architecture.make()
     backbone = getattr(backbone, "backbone", backbone)
     config = backbone.get_config()
-    config = {k: v for k, v in config.items() if k not in ("name", "trainable", "dtype")}
+    config = {
+        k: v
+        for k, v in config.items()
+        if k not in ("name", "trainable", "dtype")
+    }
     return config
 
 

@@ -133,13 +133,14 @@ class StoredTable(keras.layers.Layer):
         is_rounded: bool,
     ) -> None:
         super().__init__(name=name, dtype="float32")
-        self.format = FORMATS.get(quantization)
+        self.format = None if quantization is None else FORMATS[quantization]
         self.rows, self.rank = codes.shape
         self.width = (codes if basis is None else basis).shape[1]
         self._use_bias = offset is not None
-        self.scales = self.graph_codes = None
+        self.scales = np.ones((1, 1), "float32")
+        self.graph_codes: Any = None
         self._first_row_is_zero = False
-        if self.format is None:
+        if quantization is None:
             self.codes = to_numpy(codes)
         elif basis is None:
             self._set_integers(*round_table(codes, quantization))
@@ -156,7 +157,7 @@ class StoredTable(keras.layers.Layer):
         self.basis = self._look_up_basis = self._weight("basis", basis)
         self.offset = self._look_up_offset = self._weight("offset", offset)
         if (
-            self.scales is not None
+            self.format is not None
             and basis is not None
             and math.prod(basis.shape) >= SMALLEST_ROUNDED
         ):

@@ -129,16 +129,14 @@ def export_litert(
     _check_packages(quantization)
     from keras_distilled_embedding.export import flatbuffer  # needs LiteRT's
 
-    sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
-    originals = {
-        name: Signature(part, **sizes) for name, part in models.items()
-    }
+    sizes = batch_size, sequence_length
+    originals = {name: Signature(part, *sizes) for name, part in models.items()}
 
     tables = _graph_tables(models.values(), quantization)
     parts = [part for table in tables.values() for part in table.tables]
     stored = {f"stored_table_{i}": part for i, part in enumerate(parts)}
     copies = keras_internals.copy_models(list(models.values()), tables)
-    content = convert(dict(zip(models, copies)), tables=stored, **sizes)
+    content = convert(dict(zip(models, copies)), *sizes, tables=stored)
     file = flatbuffer.LiteRTFile(content)
     counts = _count_copies(file, models.values(), tables)
     content = flatbuffer.store_tables(file, stored, quantization is not None)
@@ -318,10 +316,10 @@ def _check_packages(quantization: str | None) -> None:
 
 def convert(
     signatures: Mapping[str, keras.Model],
-    *,
-    tables: Mapping[str, StoredTable] | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
+    *,
+    tables: Mapping[str, StoredTable] | None = None,
     optimizations: Sequence[Any] = (),
 ) -> bytes:
     """The LiteRT file that TensorFlow's converter makes, as bytes.

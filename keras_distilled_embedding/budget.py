@@ -186,7 +186,7 @@ class _Planner:
             ValueError: If none can be, or one that is not optional.
         """
         if self._request.max_bytes is not None:
-            return self._ranks_for_bytes(quantization)
+            return self._ranks_for_bytes(quantization, self._request.max_bytes)
         if self._request.rank is not None:
             rank_of = self._requested_rank
         elif self._request.max_error is not None:
@@ -253,7 +253,7 @@ class _Planner:
     ) -> int:
         rank = rank_for_compression(
             *target.shape,
-            self._request.compression,
+            self._request.compression or DEFAULT_COMPRESSION,
             quantization,
             self._request.use_bias,
         )
@@ -262,6 +262,7 @@ class _Planner:
     def _rank_for_error(self, target: Target, quantization: str | None) -> int:
         """The smallest rank that loses no more, rounding included."""
         limit = self._useful_rank(target, quantization)
+        max_error = self._request.max_error or 0.0
         rank = max(
             _rank_for_error(table, self._request)
             for table in self._tables[target]
@@ -270,7 +271,7 @@ class _Planner:
         def loses_more(rank: int) -> bool:
             return quantization is not None and any(
                 expected_loss(table, rank, self._request, quantization)
-                > self._request.max_error
+                > max_error
                 for table in self._tables[target]
             )
 
@@ -282,11 +283,13 @@ class _Planner:
                 "`max_error` is too small: factors that lose so little in "
                 f"{quantization or 'floats'} are no smaller than the table, "
                 f"of shape {target.shape}. "
-                f"Received: max_error={self._request.max_error}"
+                f"Received: max_error={max_error}"
             )
         return self._fast_rank(rank, target, quantization)
 
-    def _ranks_for_bytes(self, quantization: str | None) -> dict[Target, int]:
+    def _ranks_for_bytes(
+        self, quantization: str | None, max_bytes: int
+    ) -> dict[Target, int]:
         limits = self._for_each(
             lambda target: self._fast_rank(
                 self._useful_rank(target, quantization), target, quantization
@@ -300,11 +303,13 @@ class _Planner:
             for target, limit in limits.items()
         ]
         shares = [
-            sum(self._spectrum(table).shares for table in self._tables[target])
+            np.sum(
+                [self._spectrum(t).shares for t in self._tables[target]], axis=0
+            )
             for target in limits
         ]
         skipped = 1 - self._request.components(1)
-        ranks = allocate_ranks(shares, prices, self._request.max_bytes, skipped)
+        ranks = allocate_ranks(shares, prices, max_bytes, skipped)
         return dict(zip(limits, ranks))
 
     def _useful_rank(self, target: Target, quantization: str | None) -> int:

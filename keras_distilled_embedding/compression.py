@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
+from typing import TypeAlias
 
 import keras
 
@@ -30,7 +31,7 @@ from keras_distilled_embedding.targets import choose_targets
 from keras_distilled_embedding.targets import embedding_of
 from keras_distilled_embedding.targets import heads_of
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = keras.layers.Layer
 
 
 def compress(
@@ -177,9 +178,13 @@ def compress(
         )
     tables = {t: weighted_tables(t, statistics.get(t)) for t in targets}
     ranks, quantization = plan(tables, request, optional=layers is None)
-    form = {"activation": activation, "use_bias": use_bias}
     chosen = {
-        target: target.new_layer(rank, quantization=quantization, **form)
+        target: target.new_layer(
+            rank,
+            activation=activation,
+            use_bias=use_bias,
+            quantization=quantization,
+        )
         for target, rank in ranks.items()
     }
     tied = heads_of(model, chosen) if heads == "tie" else []
@@ -191,7 +196,13 @@ def compress(
         if verbose:
             print(f"Factorizing '{target.name}'")
         factors = [
-            factorize_table(table, new.rank, method=method, **form)
+            factorize_table(
+                table,
+                new.rank,
+                activation=activation,
+                use_bias=use_bias,
+                method=method,
+            )
             for table in tables[target]
         ]
         assign_factors(new, *factors)

@@ -10,12 +10,8 @@ from keras import ops
 
 from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_integer
-from keras_distilled_embedding.layers.distilled_embedding import (
-    DistilledEmbedding,
-)
-from keras_distilled_embedding.layers.vocabulary_projection import (
-    VocabularyProjection,
-)
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.layers import VocabularyProjection
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
@@ -145,7 +141,7 @@ class ChunkedCrossEntropy(keras.losses.Loss):
             labels = ops.where(counts, labels, 0)
         states, features, shift = embedding.rank_space(y_pred)
         if shift is not None and embedding.logit_soft_cap is not None:
-            # As one more column; elsewhere a softmax does not see the shift.
+            # As one more column. Without a cap a softmax does not see it.
             states = ops.concatenate([states, shift[..., None]], axis=-1)
             features = ops.concatenate(
                 [features, ops.ones_like(features[:, :1])], axis=-1
@@ -160,6 +156,9 @@ class ChunkedCrossEntropy(keras.losses.Loss):
             label_smoothing=self.label_smoothing,
         )
         losses = ops.reshape(losses, ops.shape(labels))
+        if shift is not None and embedding.logit_soft_cap is None:
+            # Its gradient is zero: without any, optimizers warn.
+            losses = losses + 0.0 * ops.cast(shift, losses.dtype)
         if counts is not None:
             keras_internals.set_mask(losses, counts)
         return losses
@@ -276,8 +275,8 @@ def chunked_cross_entropy(
         products = ops.matmul(chunk, ops.transpose(features))
         return finished(products, bias)
 
-    def losses_of(states: Any, features: Any, *bias: Any) -> tuple:
-        bias = bias[0] if bias else None
+    def losses_of(states: Any, features: Any, *given: Any) -> tuple:
+        bias = given[0] if given else None
         rows = ops.take(features, labels, axis=0)
         chosen, slope_of_chosen = finished(
             ops.einsum("nk,nk->n", states, rows),
@@ -316,11 +315,11 @@ def chunked_cross_entropy(
                     ops.matmul(error, features),
                 )
                 # Summed in float32: there can be thousands of chunks.
-                of_table = [
+                sums = [
                     total + ops.cast(change, "float32")
                     for total, change in zip(of_table, changes)
                 ]
-                return (of_states, *of_table)
+                return (of_states, *sums)
 
             weights = padded(upstream)
             # The sums over the chunks start from what the labels' own logits

@@ -27,7 +27,7 @@ from keras import ops
 # Shares of the largest number of a block that are tried as its scale: a
 # smaller one clips that number and rounds the others more finely.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
-_SMALLEST_SCALE = 1e-4
+_SMALLEST_SCALE = 2.0**-13  # which float16 and bfloat16 hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Format:
             columns: Number of columns, before they are filled up.
         """
         columns = self.stored_columns(columns)
-        scales = 4 if self.block is None else 2 * rows * columns // self.block
+        scales = 4 if self.block is None else 2 * rows * (columns // self.block)
         return rows * columns * self.bits // 8 + scales
 
     def pack(self, integers: np.ndarray) -> np.ndarray:
@@ -98,11 +98,11 @@ class Format:
         )
 
     def _round_in_blocks(self, values: Any) -> tuple[Any, Any]:
-        largest = float(2 ** (self.bits - 1) - 1)
+        largest, size = float(2 ** (self.bits - 1) - 1), self.block or 1
         rows, columns = values.shape
         stored = self.stored_columns(columns)
         values = ops.pad(values, [[0, 0], [0, stored - columns]])
-        blocks = ops.reshape(values, (rows, stored // self.block, self.block))
+        blocks = ops.reshape(values, (rows, stored // size, size))
         maxima = ops.max(ops.abs(blocks), axis=-1, keepdims=True)
         best = scales = least = None
         for clip in _CLIPS:
@@ -265,8 +265,11 @@ def _coordinates(
         forth, back = ops.diag(ops.divide(1.0, half)), ops.diag(half)
     else:
         center = ops.mean(features, axis=0, keepdims=True)
-        # W = R^T Q^T, the rows of Q^T orthonormal: F W = (F R^T) Q^T.
-        _, triangle = ops.qr(ops.transpose(basis), mode="reduced")
+        # W = R^T Q^T, the rows of Q^T orthonormal: F W = (F R^T) Q^T. Zeros
+        # make R square where there are more codes than columns.
+        rank, columns = basis.shape
+        wide = ops.pad(basis, [[0, 0], [0, max(0, rank - columns)]])
+        _, triangle = ops.qr(ops.transpose(wide), mode="reduced")
         # Where W has not full rank, directions without effect stay as small
         # numbers, so that the triangle has an inverse.
         diagonal = ops.diagonal(triangle)
@@ -278,5 +281,11 @@ def _coordinates(
         )
         forth = ops.transpose(triangle)
         back = ops.solve(forth, ops.eye(triangle.shape[0], dtype="float32"))
-    centered = ops.subtract(features, center)
-    return ops.matmul(centered, forth), center, back
+    coordinates = ops.matmul(ops.subtract(features, center), forth)
+    if kind.block is not None:
+        # Of RMS 1: two bytes hold the scales of neither tiny nor huge numbers.
+        unit = ops.sqrt(ops.mean(ops.square(coordinates)))
+        unit = ops.where(ops.greater(unit, 0.0), unit, ops.ones_like(unit))
+        coordinates = ops.divide(coordinates, unit)
+        back = ops.multiply(back, unit)
+    return coordinates, center, back

@@ -121,16 +121,21 @@ def rank_for_compression(
     189
     """
     check_compression(compression)
-    table = table_bytes(input_dim, output_dim)
-    rank = largest_rank(
-        input_dim, output_dim, table / compression, quantization, use_bias
+
+    def ratio(rank: int) -> float:
+        stored = factor_bytes(
+            rank, input_dim, output_dim, quantization, use_bias
+        )
+        return table_bytes(input_dim, output_dim) / stored
+
+    # By the ratios themselves, so that one that a rank gives finds that rank.
+    ranks = range(1, min(input_dim, output_dim) + 1)
+    rank = bisect.bisect_right(
+        ranks, -compression, key=lambda rank: -ratio(rank)
     )
     if rank == 0:
-        smallest = factor_bytes(
-            1, input_dim, output_dim, quantization, use_bias
-        )
         raise ValueError(
-            f"`compression` must be at most {table / smallest:.2f} for a "
+            f"`compression` must be at most {ratio(1):.2f} for a "
             f"table of shape ({input_dim}, {output_dim}) in "
             f"{quantization or 'floats'}, what rank 1 gives. "
             f"Received: compression={compression!r}"

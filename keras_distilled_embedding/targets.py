@@ -8,6 +8,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
+from typing import TypeAlias
 
 import keras
 import numpy as np
@@ -19,7 +20,7 @@ from keras_distilled_embedding.layers.conversion import float_policy_name
 from keras_distilled_embedding.layers.conversion import new_layer
 from keras_distilled_embedding.layers.conversion import to_numpy
 
-Layer = keras.layers.Layer
+Layer: TypeAlias = keras.layers.Layer
 
 # A subclass with a call of its own may do anything with its table.
 _KNOWN_CALLS = (
@@ -52,13 +53,11 @@ class Target:
         return isinstance(self.layer, DistilledEmbedding)
 
     @property
-    def shape(self) -> tuple[int | None, int | None]:
-        """`(input_dim, output_dim)`, unknown of a dense layer not built."""
-        if not self.is_dense:
-            return self.layer.input_dim, self.layer.output_dim
-        if not self.layer.built:
-            return None, None
-        return self.layer.units, self.layer.kernel.shape[0]
+    def shape(self) -> tuple[int, int]:
+        """`(input_dim, output_dim)` of its table."""
+        if self.is_dense:
+            return self.layer.units, self.layer.kernel.shape[0]
+        return self.layer.input_dim, self.layer.output_dim
 
     @property
     def num_tables(self) -> int:
@@ -114,7 +113,7 @@ def named_tables(
     kinds = keras.layers.Embedding, DistilledEmbedding, keras.layers.Dense
     counts: collections.Counter[str] = collections.Counter()
     for layer in keras_internals.iterate_layers(model):
-        if isinstance(layer, kinds):
+        if isinstance(layer, kinds) and layer.built:
             yield (layer.name, counts[layer.name]), Target(layer)
             counts[layer.name] += 1
 

@@ -78,3 +78,17 @@ def stored_bytes(rank, rows, columns, quantization, use_bias=True):
         arrays = [("u1", rows, 16 * blocks), ("f2", rows, blocks)]
         arrays += [("i1", 32 * blocks, columns), ("f4", columns)]
     return sum(np.empty(shape, dtype).nbytes for dtype, *shape in arrays)
+
+
+def table_with_spectrum(num_rows, values, seed=0):
+    """A float64 table of these singular values."""
+    rng = np.random.default_rng(seed)
+    size = len(values)
+    left = np.linalg.qr(rng.normal(size=(num_rows, size)))[0]
+    right = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    return left * values @ right
+
+
+def to_floats(x):
+    """A tensor or variable of any precision as a float32 NumPy array."""
+    return to_numpy(ops.cast(x, "float32"))

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import keras_distilled_embedding as kde
+from tests.shared import random_ids
+from tests.shared import tied_model
 
 BACKENDS = [
     "jax",
@@ -23,19 +25,12 @@ BACKENDS = [
         ),
     ),
 ]
-IDS = np.random.default_rng(0).integers(60, size=(3, 5)).astype("int32")
-
-
-def language_model():
-    ids = keras.Input((None,), dtype="int32")
-    embedding = keras.layers.ReversibleEmbedding(60, 12, name="tokens")
-    hidden = keras.layers.Dense(12, activation="gelu")(embedding(ids))
-    return keras.Model(ids, embedding(hidden, reverse=True))
+IDS = random_ids(60, (3, 5))
 
 
 FORMS = {
     "relu": {},
-    "funnel": {"hidden_dim": 3, "method": "learned"},
+    "published": {"use_bias": False, "method": "learned"},
     "int8": {"quantization": "int8"},
 }
 
@@ -53,7 +48,7 @@ def load_and_save(source: Path, target: Path) -> None:
 def test_there_and_back(other, form, tmp_path):
     if other == keras.backend.backend():
         pytest.skip("is the backend that the file comes from")
-    student = kde.compress(language_model(), rank=4, verbose=0, **FORMS[form])
+    student = kde.compress(tied_model(60, 12), rank=4, verbose=0, **FORMS[form])
     student.compile("adam", "sparse_categorical_crossentropy")
     student.fit(IDS, IDS, verbose=0)
     there, back = tmp_path / "there.keras", tmp_path / "back.keras"

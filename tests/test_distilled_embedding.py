@@ -3,7 +3,6 @@
 import inspect
 import math
 import re
-import runpy
 
 import keras
 import numpy as np
@@ -12,17 +11,11 @@ from keras import ops
 
 from keras_distilled_embedding.factorization import factorize
 from keras_distilled_embedding.layers import DistilledEmbedding
-from keras_distilled_embedding.layers.distilled_embedding import (
-    embedding_tables,
-)
-
-# Keras's own, whenever it copies a variable to NumPy, as saving does.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't:DeprecationWarning"
-)
+from keras_distilled_embedding.layers.conversion import embedding_tables
+from tests.shared import to_floats
 
 # Primes, so that a shape says what a tensor is.
-VOCABULARY, WIDTH, RANK, HIDDEN = 53, 17, 5, 7
+VOCABULARY, WIDTH, RANK = 53, 17, 5
 IDS = np.array([[1, 0, 52, 7], [3, 3, 0, 11]], dtype="int32")
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "bfloat16")
 
@@ -32,29 +25,20 @@ VARIANTS = pytest.mark.parametrize(
     [
         {},
         {"activation": None},
-        {"tie_weights": False},
-        {"hidden_dim": HIDDEN},
-        {"hidden_dim": HIDDEN, "tie_weights": False, "activation": "tanh"},
+        {"use_bias": False},
+        {"tie_weights": False, "activation": "tanh"},
+        {"tie_weights": False, "use_bias": False},
     ],
-    ids=["tied", "linear", "untied", "hidden", "hidden-untied"],
+    ids=["tied", "linear", "no offset", "untied", "untied, no offset"],
 )
 # The smallest and the largest of them, where a test is slow.
 EXTREMES = pytest.mark.parametrize(
-    "options",
-    [{}, {"hidden_dim": HIDDEN, "tie_weights": False, "activation": "tanh"}],
-    ids=["tied", "hidden-untied"],
+    "options", [{}, {"tie_weights": False}], ids=["tied", "untied"]
 )
 REVERSE = pytest.mark.parametrize("reverse", [False, True])
-# Keras has a word to say about every layer of a model it does not quantize.
-quantizes_a_model = pytest.mark.filterwarnings("ignore:Layer InputLayer")
 tensorflow_only = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="inspects TensorFlow"
 )
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    keras.utils.set_random_seed(0)
 
 
 def make_layer(**options):
@@ -74,36 +58,26 @@ def make_inputs(reverse, dtype="float32"):
     return ops.cast(hidden, dtype)
 
 
-def to_numpy(x):
-    return ops.convert_to_numpy(ops.cast(x, "float32"))
-
-
 def reference_table(layer, prefix=""):
     """The table in NumPy float64, from the equation in the docstring."""
-    activations = {
+
+    def get(name):
+        return to_floats(getattr(layer, prefix + name)).astype("float64")
+
+    f = {
         "relu": lambda x: np.maximum(x, 0.0),
         "linear": lambda x: x,
         "tanh": np.tanh,
-        "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2,
-    }
-
-    def get(name):
-        return to_numpy(getattr(layer, prefix + name)).astype("float64")
-
-    f = activations[keras.activations.serialize(layer.activation)]
+    }[keras.activations.serialize(layer.activation)]
     table = f(get("codes")) @ get("basis")
-    if layer.hidden_dim is not None:
-        g = activations[keras.activations.serialize(layer.hidden_activation)]
-        hidden = get("codes") @ get("hidden_kernel") + get("hidden_bias")
-        table += g(hidden) @ get("hidden_basis")
-    return table
+    return table + get("offset") if layer.use_bias else table
 
 
 def reference_call(layer, inputs, reverse):
     if not reverse:
         return reference_table(layer)[np.asarray(inputs)]
     prefix = "" if layer.tie_weights else "reverse_"
-    logits = to_numpy(inputs) @ reference_table(layer, prefix).T
+    logits = to_floats(inputs) @ reference_table(layer, prefix).T
     if layer.logit_soft_cap is not None:
         cap = layer.logit_soft_cap
         logits = np.tanh(logits / cap) * cap
@@ -138,115 +112,129 @@ def make_model(layer, reverse=None):
 
 @VARIANTS
 @REVERSE
-def test_call_matches_numpy(options, reverse):
-    layer = make_layer(**options)
+@pytest.mark.parametrize("logit_soft_cap", [None, 2.0])
+def test_call_matches_numpy(options, reverse, logit_soft_cap):
+    layer = make_layer(logit_soft_cap=logit_soft_cap, **options)
     inputs = make_inputs(reverse)
     expected = reference_call(layer, inputs, reverse)
-    np.testing.assert_allclose(
-        to_numpy(layer(inputs, reverse=reverse)), expected, atol=1e-4
-    )
-    nested = Nested(layer)
-    np.testing.assert_allclose(
-        to_numpy(nested(inputs, reverse=reverse)), expected, atol=1e-4
-    )
-    model = make_model(layer, reverse)
-    np.testing.assert_allclose(to_numpy(model(inputs)), expected, atol=1e-4)
-
-
-@REVERSE
-@pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("logit_soft_cap", [None, 2.0])
-def test_matches_a_dense_layer_holding_the_table(
-    reverse, tie_weights, logit_soft_cap
-):
-    options = {"tie_weights": tie_weights, "logit_soft_cap": logit_soft_cap}
-    layer = make_layer(**options)
-    dense = keras.layers.ReversibleEmbedding(VOCABULARY, WIDTH, **options)
-    dense.build()
-    tables = [layer.embeddings]
-    if not tie_weights:
-        tables.append(layer.reverse_embeddings)
-    dense.set_weights([to_numpy(table) for table in tables])
-    inputs = make_inputs(reverse)
-    np.testing.assert_allclose(
-        to_numpy(layer(inputs, reverse=reverse)),
-        to_numpy(dense(inputs, reverse=reverse)),
-        atol=1e-5,
-    )
+    for outputs in (
+        layer(inputs, reverse=reverse),
+        Nested(layer)(inputs, reverse=reverse),
+        make_model(layer, reverse)(inputs),
+    ):
+        np.testing.assert_allclose(to_floats(outputs), expected, atol=1e-4)
 
 
 @VARIANTS
+@REVERSE
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "bfloat16"])
-def test_embeddings(options, dtype):
+def test_reconstructed_table(options, reverse, dtype):
     layer = make_layer(dtype=dtype, **options)
-    tolerance = 0.3 if dtype == "bfloat16" else 1e-4
-    assert layer.embeddings.shape == (VOCABULARY, WIDTH)
-    assert keras.backend.standardize_dtype(layer.embeddings.dtype) == (
-        layer.variable_dtype
+    tied = layer.tie_weights
+    assert hasattr(layer, "reverse_embeddings") != tied
+    expected = reference_table(
+        layer, "reverse_" if reverse and not tied else ""
     )
-    np.testing.assert_allclose(
-        to_numpy(layer.embeddings), reference_table(layer), atol=tolerance
-    )
-    if layer.tie_weights:
-        assert not hasattr(layer, "reverse_embeddings")
-    else:
-        np.testing.assert_allclose(
-            to_numpy(layer.reverse_embeddings),
-            reference_table(layer, "reverse_").T,
-            atol=tolerance,
-        )
-
-
-@VARIANTS
-@REVERSE
-def test_reconstruct_some_rows(options, reverse):
-    layer = make_layer(dtype="mixed_bfloat16", **options)
-    prefix = "reverse_" if reverse and not layer.tie_weights else ""
+    table = layer.embeddings
+    if reverse and not tied:
+        table = ops.transpose(layer.reverse_embeddings)
+    atol = 0.3 if dtype == "bfloat16" else 1e-4
+    np.testing.assert_allclose(to_floats(table), expected, atol=atol)
     rows = layer.reconstruct(IDS, reverse=reverse)
-    assert rows.dtype == "float32"
-    np.testing.assert_allclose(
-        rows, reference_table(layer, prefix)[IDS], atol=1e-4
-    )
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "int64"])
-def test_integer_dtypes(dtype):
-    if dtype == "int64" and keras.backend.backend() == "jax":
-        pytest.skip("JAX has 64 bits only where they are asked for")
-    layer = make_layer()
-    np.testing.assert_allclose(
-        to_numpy(layer(ops.cast(IDS, dtype))), to_numpy(layer(IDS))
-    )
+    np.testing.assert_allclose(to_floats(rows), expected[IDS], atol=atol)
+    for tensor in (table, rows):
+        assert tensor.dtype == layer.variable_dtype
 
 
 def test_starts_at_the_scale_of_the_initializer():
     initializer = keras.initializers.RandomNormal(stddev=0.5)
-    layer = DistilledEmbedding(
-        400, 300, 64, embeddings_initializer=initializer, hidden_dim=8
-    )
+    layer = DistilledEmbedding(400, 300, 64, embeddings_initializer=initializer)
     layer.build()
-    assert np.std(to_numpy(layer.embeddings)) == pytest.approx(0.5, rel=0.1)
+    assert not to_floats(layer.offset).any()
+    assert np.std(to_floats(layer.embeddings)) == pytest.approx(0.5, rel=0.1)
 
 
 def test_untied_factors_start_apart():
-    layer = DistilledEmbedding(
-        VOCABULARY, WIDTH, RANK, tie_weights=False, hidden_dim=HIDDEN
-    )
+    layer = DistilledEmbedding(VOCABULARY, WIDTH, RANK, tie_weights=False)
     layer.build()
-    for name in ("codes", "basis", "hidden_kernel", "hidden_basis"):
-        one = to_numpy(getattr(layer, name))
-        other = to_numpy(getattr(layer, f"reverse_{name}"))
+    for name in ("codes", "basis"):
+        one = to_floats(getattr(layer, name))
+        other = to_floats(getattr(layer, f"reverse_{name}"))
         assert np.abs(one - other).max() > 1e-3, name
 
 
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_variables(tie_weights, use_bias):
+    layer = make_layer(tie_weights=tie_weights, use_bias=use_bias)
+    names = ["codes", "basis", *["offset"] * use_bias]
+    if not tie_weights:
+        names += [f"reverse_{name}" for name in names]
+    assert [v.path.split("/")[-1] for v in layer.weights] == names
+    assert hasattr(layer, "offset") == use_bias
+    assert hasattr(layer, "reverse_offset") == (use_bias and not tie_weights)
+
+
 @VARIANTS
-def test_compression_ratio(options):
-    layer = DistilledEmbedding(VOCABULARY, WIDTH, RANK, **options)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("logit_soft_cap", [None, 2.0])
+def test_rank_space(options, dtype, logit_soft_cap):
+    """The logits before any cap, from which a loss computes its own."""
+    layer = make_layer(
+        reverse_dtype=dtype, logit_soft_cap=logit_soft_cap, **options
+    )
+    hidden = make_inputs(True)
+    prefix = "" if layer.tie_weights else "reverse_"
+    parts = layer.rank_space(hidden)
+    assert all(part.dtype == dtype for part in parts if part is not None)
+    states, features, shift = parts
+    assert states.shape == (2, 4, RANK)
+    assert features.shape == (VOCABULARY, RANK)
+    expected = to_floats(hidden) @ reference_table(layer, prefix).T
+    found = to_floats(states) @ to_floats(features).T
+    if not layer.use_bias:
+        assert shift is None
+    else:
+        assert shift.shape == (2, 4)
+        offset = to_floats(getattr(layer, f"{prefix}offset"))
+        atol = 1e-4 if dtype == "float32" else 0.3
+        np.testing.assert_allclose(
+            to_floats(shift), to_floats(hidden) @ offset, atol=atol
+        )
+        found += to_floats(shift)[..., None]
+    scale = np.abs(expected).max()
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(found / scale, expected / scale, atol=tolerance)
+
+
+def test_a_softmax_does_not_see_the_offset():
+    layer = make_layer()
+    hidden = make_inputs(True)
+    before = to_floats(ops.softmax(layer(hidden, reverse=True)))
+    layer.offset.assign(to_floats(layer.offset) + 3.0)
+    after = to_floats(ops.softmax(layer(hidden, reverse=True)))
+    np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compression_ratio(tie_weights, use_bias, dtype):
+    """Of bytes as they are stored, those of a file, by any dtype."""
+    options = {"use_bias": use_bias, "tie_weights": tie_weights}
+    layer = DistilledEmbedding(VOCABULARY, WIDTH, RANK, dtype=dtype, **options)
+    full = 4 * VOCABULARY * WIDTH
     ratio = layer.compression_ratio
     layer.build()
-    tables = 1 if layer.tie_weights else 2
-    assert ratio == tables * VOCABULARY * WIDTH / layer.count_params()
-    assert ratio == layer.compression_ratio
+    tables = 1 if tie_weights else 2
+    assert ratio == tables * full / (4 * layer.count_params())
+    assert layer.compression_ratio == ratio
+    layer.quantize("int8")
+    codes, basis, offset = VOCABULARY * RANK, RANK * WIDTH, 4 * WIDTH
+    assert layer.compression_ratio == full / (codes + 4 + basis + offset)
+    layer.quantize("int4")
+    codes, basis = VOCABULARY * (16 + 2), 32 * WIDTH
+    assert layer.compression_ratio == full / (codes + basis + offset)
 
 
 # Shapes, dtypes, masks
@@ -255,7 +243,7 @@ def test_compression_ratio(options):
 @REVERSE
 @pytest.mark.parametrize("policy", POLICIES)
 def test_dtypes(policy, reverse):
-    layer = make_layer(dtype=policy, hidden_dim=HIDDEN)
+    layer = make_layer(dtype=policy)
     compute_dtype = keras.DTypePolicy(policy).compute_dtype
     variable_dtype = keras.DTypePolicy(policy).variable_dtype
     # A float32 input too: the reverse product must cast both operands.
@@ -280,7 +268,7 @@ def test_dtypes(policy, reverse):
     expected = reference_call(layer, inputs, reverse)
     tolerance = 1e-4 if policy == "float32" else 0.05 * np.abs(expected).max()
     np.testing.assert_allclose(
-        to_numpy(layer(inputs, reverse=reverse)), expected, atol=tolerance
+        to_floats(layer(inputs, reverse=reverse)), expected, atol=tolerance
     )
 
 
@@ -293,7 +281,7 @@ def test_reverse_dtype(policy):
     assert make_model(layer, reverse=True).output.dtype == "float32"
     assert layer(IDS).dtype == "bfloat16"
     np.testing.assert_allclose(
-        to_numpy(outputs), reference_call(layer, hidden, True), atol=1e-4
+        to_floats(outputs), reference_call(layer, hidden, True), atol=1e-4
     )
 
 
@@ -323,6 +311,47 @@ def test_mask(mask_zero):
     assert layer.compute_mask(hidden, "previous") == "previous"
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("mask_zero", [False, True])
+def test_sparse_ids(mask_zero, quantization):
+    """What is not stored is id 0, as in Keras."""
+    layer = make_layer(mask_zero=mask_zero, quantization=quantization)
+    positions = np.argwhere(IDS)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        ids = tf.SparseTensor(positions, IDS[IDS != 0], IDS.shape)
+    elif keras.backend.backend() == "jax":
+        from jax.experimental import sparse
+
+        ids = sparse.BCOO((IDS[IDS != 0], positions), shape=IDS.shape)
+    else:
+        pytest.skip("no sparse tensors")
+    symbolic = layer(keras.KerasTensor(IDS.shape, "int32", sparse=True))
+    assert symbolic.shape == (*IDS.shape, WIDTH)
+    assert not symbolic.sparse
+    rows = layer(ids)
+    np.testing.assert_array_equal(to_floats(rows), to_floats(layer(IDS)))
+    mask = keras.src.backend.get_keras_mask(rows)
+    assert (mask is not None) == mask_zero
+    if mask_zero:
+        np.testing.assert_array_equal(ops.convert_to_numpy(mask), IDS != 0)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_ragged_ids(quantization):
+    import tensorflow as tf
+
+    layer = make_layer(quantization=quantization)
+    ids = tf.ragged.constant([[1, 52, 7], [], [3]], dtype="int32")
+    rows = layer(ids)
+    assert rows.shape == (3, None, WIDTH)
+    expected = to_floats(layer(np.array([1, 52, 7, 3])))
+    np.testing.assert_array_equal(rows.flat_values, expected)
+    np.testing.assert_array_equal(rows.row_lengths(), [3, 0, 1])
+
+
 def test_mask_reaches_the_loss_of_a_model():
     model = make_model(make_layer(mask_zero=True))
     model.compile(
@@ -347,10 +376,11 @@ def _shapes(graph):
 @VARIANTS
 @REVERSE
 @pytest.mark.parametrize("training", [False, True])
-def test_no_call_builds_the_table(options, reverse, training):
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_no_call_builds_the_table(options, reverse, training, quantization):
     import tensorflow as tf
 
-    layer = make_layer(**options)
+    layer = make_layer(quantization=quantization, **options)
 
     @tf.function
     def run(inputs):
@@ -447,7 +477,7 @@ def test_fit_trains_every_factor(options):
     before = layer.get_weights()
     assert np.isfinite(_fit(layer, jit_compile=True))
     for variable, old in zip(layer.weights, before, strict=True):
-        assert np.abs(to_numpy(variable) - old).max() > 0, variable.path
+        assert np.abs(to_floats(variable) - old).max() > 0, variable.path
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
@@ -455,10 +485,9 @@ def test_regularizer_sees_both_factors_of_the_lookup(tie_weights):
     layer = make_layer(
         embeddings_regularizer=keras.regularizers.L2(0.1),
         tie_weights=tie_weights,
-        hidden_dim=HIDDEN,
     )
     expected = [
-        0.1 * np.sum(to_numpy(factor) ** 2)
+        0.1 * np.sum(to_floats(factor) ** 2)
         for factor in (layer.codes, layer.basis)
     ]
     np.testing.assert_allclose(layer.losses, expected, rtol=1e-5)
@@ -467,15 +496,17 @@ def test_regularizer_sees_both_factors_of_the_lookup(tie_weights):
 def test_constraint_holds_for_the_codes_only():
     layer = make_layer(embeddings_constraint=keras.constraints.UnitNorm(axis=1))
     _fit(layer)
-    norms = np.linalg.norm(to_numpy(layer.codes), axis=1)
+    norms = np.linalg.norm(to_floats(layer.codes), axis=1)
     np.testing.assert_allclose(norms, 1.0, atol=1e-5)
-    assert np.abs(np.linalg.norm(to_numpy(layer.basis), axis=1) - 1).min() > 0.1
+    assert (
+        np.abs(np.linalg.norm(to_floats(layer.basis), axis=1) - 1).min() > 0.1
+    )
 
 
 def test_keras_layer_checks():
     testing = pytest.importorskip("keras.src.testing")
-    for options in ({}, {"hidden_dim": HIDDEN, "tie_weights": False}):
-        weights = 2 if not options else 10
+    for options in ({}, {"quantization": "int8", "tie_weights": False}):
+        weights = 3 if not options else 6
         testing.TestCase().run_layer_test(
             DistilledEmbedding,
             init_kwargs={
@@ -502,7 +533,7 @@ def test_keras_layer_checks():
 def test_config_is_complete():
     options = {
         "activation": "tanh",
-        "hidden_dim": HIDDEN,
+        "use_bias": False,
         "tie_weights": False,
         "embeddings_initializer": keras.initializers.RandomNormal(stddev=0.3),
         "embeddings_regularizer": keras.regularizers.L1(0.2),
@@ -510,7 +541,7 @@ def test_config_is_complete():
         "mask_zero": True,
         "reverse_dtype": "float32",
         "logit_soft_cap": 30.0,
-        "hidden_activation": "relu",
+        "quantization": "int4",
         "activity_regularizer": keras.regularizers.L2(0.1),
         "trainable": False,
         "dtype": "mixed_bfloat16",
@@ -519,7 +550,7 @@ def test_config_is_complete():
     layer = DistilledEmbedding(VOCABULARY, WIDTH, RANK, **options)
     config = layer.get_config()
     signature = {"input_dim", "output_dim", "rank"}
-    signature |= {"lora_rank", "lora_alpha", "rounding"}
+    signature |= {"lora_rank", "lora_alpha"}
     assert set(config) == signature | set(options)
     restored = DistilledEmbedding.from_config(config)
     assert restored.get_config() == config
@@ -571,7 +602,7 @@ def test_build_from_config(options):
 def test_build_twice_keeps_the_weights():
     layer = make_layer()
     layer.build((None, 4))
-    assert len(layer.weights) == 2
+    assert len(layer.weights) == 3
 
 
 def test_saving_does_not_compute_the_table(tmp_path, monkeypatch):
@@ -612,6 +643,11 @@ def make_embedding(table, cls=keras.layers.ReversibleEmbedding, **options):
     return layer
 
 
+def hub_embedding():
+    hub = pytest.importorskip("keras_hub")
+    return hub.layers.ReversibleEmbedding
+
+
 class CustomEmbedding(keras.layers.Embedding):
     pass
 
@@ -633,6 +669,7 @@ class DuckEmbedding:
         make_embedding,
         lambda table: make_embedding(table, keras.layers.Embedding),
         lambda table: make_embedding(table, CustomEmbedding),
+        lambda table: make_embedding(table, hub_embedding()),
         lambda table: DistilledEmbedding.from_embedding(table, rank=6),
     ],
     ids=[
@@ -643,6 +680,7 @@ class DuckEmbedding:
         "reversible",
         "embedding",
         "subclass",
+        "keras_hub",
         "distilled",
     ],
 )
@@ -650,37 +688,45 @@ def test_from_embedding(make, table):
     layer = DistilledEmbedding.from_embedding(make(table), rank=5)
     assert layer.built
     assert layer.rank == 5
-    error = np.sum((to_numpy(layer.embeddings) - table) ** 2)
+    error = np.sum((to_floats(layer.embeddings) - table) ** 2)
     assert error / np.sum(table**2) < 1e-3
     np.testing.assert_allclose(
-        to_numpy(layer(IDS)), to_numpy(layer.embeddings)[IDS], atol=1e-5
+        to_floats(layer(IDS)), to_floats(layer.embeddings)[IDS], atol=1e-5
     )
 
 
-def test_from_embedding_of_keras_hub(table):
-    keras_hub = pytest.importorskip("keras_hub")
-    embedding = make_embedding(table, keras_hub.layers.ReversibleEmbedding)
-    layer = DistilledEmbedding.from_embedding(embedding, rank=5)
-    np.testing.assert_allclose(to_numpy(layer.embeddings), table, atol=0.1)
-
-
 @pytest.mark.parametrize("compression", [1.5, 2.0, 4.0])
-def test_from_embedding_by_compression(table, compression):
-    layer = DistilledEmbedding.from_embedding(table, compression=compression)
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_from_embedding_by_compression(
+    table, compression, use_bias, quantization
+):
+    options = {"use_bias": use_bias, "quantization": quantization}
+    layer = DistilledEmbedding.from_embedding(
+        table, compression=compression, **options
+    )
+    assert layer.quantization == quantization
     assert layer.compression_ratio >= compression
-    larger = DistilledEmbedding(VOCABULARY, WIDTH, layer.rank + 1)
-    assert larger.compression_ratio < compression
+    larger = DistilledEmbedding(VOCABULARY, WIDTH, layer.rank + 1, **options)
+    assert larger.compression_ratio < compression or layer.rank == WIDTH
 
 
 def test_from_embedding_assigns_what_factorize_returns(table):
     options = {
         "activation": None,
+        "quantization": "int8",
         "row_weights": np.arange(1.0, 1 + VOCABULARY),
     }
     factors = factorize(table, 3, **options)
     layer = DistilledEmbedding.from_embedding(table, rank=3, **options)
-    np.testing.assert_array_equal(to_numpy(layer.codes), factors.codes)
-    np.testing.assert_array_equal(to_numpy(layer.basis), factors.basis)
+    np.testing.assert_array_equal(to_floats(layer.codes), factors.codes)
+    np.testing.assert_array_equal(to_floats(layer.basis), factors.basis)
+    np.testing.assert_array_equal(to_floats(layer.offset), factors.offset)
+    np.testing.assert_allclose(
+        to_floats(layer.embeddings), factors.reconstruct(), atol=1e-5
+    )
+    plain = DistilledEmbedding.from_embedding(table, rank=3, use_bias=False)
+    assert not plain.use_bias
     assert layer.activation is keras.activations.linear
 
 
@@ -719,13 +765,16 @@ def test_from_untied_embedding(table):
     embedding = make_embedding(table, tie_weights=False)
     layer = DistilledEmbedding.from_embedding(embedding, rank=5)
     assert not layer.tie_weights
-    np.testing.assert_allclose(to_numpy(layer.embeddings), table, atol=0.1)
+    np.testing.assert_allclose(to_floats(layer.embeddings), table, atol=0.1)
     np.testing.assert_allclose(
-        to_numpy(layer.reverse_embeddings), table[::-1].T, atol=0.1
+        to_floats(layer.reverse_embeddings), table[::-1].T, atol=0.1
     )
     # Untied on request: two copies of one factorization to start from.
     layer = DistilledEmbedding.from_embedding(table, rank=5, tie_weights=False)
-    np.testing.assert_array_equal(layer.codes, layer.reverse_codes)
+    for name in ("codes", "basis", "offset"):
+        np.testing.assert_array_equal(
+            getattr(layer, name), getattr(layer, f"reverse_{name}")
+        )
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
@@ -736,12 +785,11 @@ def test_from_quantized_embedding(table, mode, tie_weights):
     )
     embedding.quantize(mode, type_check=False)
     tolerance = 0.05 if mode == "int8" else 0.8
-    one, other = embedding_tables(embedding)
+    one, *other = embedding_tables(embedding)
     np.testing.assert_allclose(one, table, atol=tolerance)
-    if tie_weights:
-        assert other is None
-    else:
-        np.testing.assert_allclose(other, table[::-1], atol=tolerance)
+    assert len(other) == (not tie_weights)
+    for reverse in other:
+        np.testing.assert_allclose(reverse, table[::-1], atol=tolerance)
     layer = DistilledEmbedding.from_embedding(embedding, rank=5)
     assert layer.dtype_policy.name == "float32"
 
@@ -752,19 +800,10 @@ def test_from_embedding_with_lora(table):
     embedding.lora_embeddings_b.assign(
         np.random.default_rng(0).normal(size=(2, WIDTH))
     )
-    expected = to_numpy(embedding.embeddings)
+    expected = to_floats(embedding.embeddings)
     assert np.abs(expected - table).max() > 0.1
     layer = DistilledEmbedding.from_embedding(embedding, rank=7)
-    np.testing.assert_allclose(to_numpy(layer.embeddings), expected, atol=0.1)
-
-
-def test_like_and_set_factors_are_from_embedding_in_two_steps(table):
-    layer = DistilledEmbedding.like(make_embedding(table, name="x"), rank=4)
-    assert layer.built
-    assert layer.name == "x"
-    layer.set_factors(factorize(table, 4))
-    whole = DistilledEmbedding.from_embedding(table, rank=4)
-    np.testing.assert_array_equal(layer.embeddings, whole.embeddings)
+    np.testing.assert_allclose(to_floats(layer.embeddings), expected, atol=0.1)
 
 
 # Bad input
@@ -775,10 +814,9 @@ def test_like_and_set_factors_are_from_embedding_in_two_steps(table):
 def test_bad_sizes(name, value):
     sizes = {"input_dim": 10, "output_dim": 8, "rank": 2, name: value}
     with pytest.raises(
-        (ValueError, TypeError),
-        match=f"`{name}` must be a positive integer. Received: {name}={value}"
-        if not isinstance(value, str)
-        else f"Received: {name}='2'",
+        ValueError,
+        match=f"`{name}` must be a positive integer. Received: {name}="
+        + re.escape(repr(value)),
     ):
         DistilledEmbedding(**sizes)
 
@@ -786,9 +824,6 @@ def test_bad_sizes(name, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_dim": 0}, "Received: hidden_dim=0$"),
-        ({"hidden_dim": False}, "Received: hidden_dim=False$"),
-        ({"hidden_dim": 1.5}, "Received: hidden_dim=1.5$"),
         ({"lora_rank": 0}, "Received: lora_rank=0$"),
         ({"logit_soft_cap": 0}, "Received: logit_soft_cap=0$"),
         ({"logit_soft_cap": -1.0}, "Received: logit_soft_cap=-1.0$"),
@@ -817,7 +852,12 @@ def test_numpy_sizes_become_integers():
 @pytest.mark.parametrize(
     ("inputs", "reverse", "error", "message"),
     [
-        (np.ones((2, 3), "float32"), False, TypeError, "dtype float32"),
+        (
+            np.ones((2, 3), "float32"),
+            False,
+            TypeError,
+            r'keras\.Input.*dtype="int32".*of dtype float32',
+        ),
         (np.ones((2, 3), "bool"), False, TypeError, "dtype bool"),
         (np.ones((2, 3), "int32"), True, TypeError, "dtype int32"),
         (np.ones((2, 3), "float32"), True, ValueError, r"shape \(2, 3\)"),
@@ -834,11 +874,6 @@ def test_bad_inputs(inputs, reverse, error, message):
         layer.compute_output_spec(symbolic, reverse=reverse)
     with pytest.raises(error, match=message):
         layer(symbolic, reverse=reverse)
-
-
-def test_float_indices_say_what_to_do():
-    with pytest.raises(TypeError, match=r'keras\.Input.*dtype="int32"'):
-        make_layer()(keras.Input((4,)))
 
 
 def test_embeddings_of_an_unbuilt_layer():
@@ -865,35 +900,17 @@ def test_embeddings_of_an_unbuilt_layer():
             None,
             {},
             ValueError,
-            "exactly one .* rank=None, compression=None, max_error=None$",
+            "exactly one .* rank=None, compression=None$",
         ),
         (None, {"rank": 2, "compression": 2.0}, ValueError, "exactly one"),
         (None, {"rank": 0}, ValueError, "rank=0"),
         (None, {"rank": 13}, ValueError, "rank=13"),
         (None, {"rank": 2.0}, ValueError, "rank=2.0"),
         (None, {"compression": 1.0}, ValueError, "compression=1.0"),
-        (None, {"compression": 100.0}, ValueError, "rank 1"),
-        (
-            None,
-            {"compression": 2.0, "hidden_dim": 400},
-            ValueError,
-            r"shape \(53, 17\) with hidden_dim=400: rank 1",
-        ),
-        (
-            None,
-            {"rank": 2, "hidden_dim": 99},
-            ValueError,
-            "rank=2 with hidden_dim=99 .* lower `hidden_dim`$",
-        ),
+        (None, {"compression": 100.0}, ValueError, "at most 10.36"),
         # The rest
         (None, {"rank": 2, "method": "magic"}, ValueError, "method"),
         (None, {"rank": 2, "size": 3}, ValueError, "Unrecognized keyword"),
-        (
-            None,
-            {"rank": 2, "dtype": "int8_from_float32"},
-            ValueError,
-            "float factors",
-        ),
     ],
 )
 def test_bad_from_embedding(make, options, error, message, table):
@@ -902,207 +919,54 @@ def test_bad_from_embedding(make, options, error, message, table):
         DistilledEmbedding.from_embedding(embedding, **options)
 
 
-def test_bad_set_factors(table):
-    factors = factorize(table, 4)
-    unbuilt = DistilledEmbedding(VOCABULARY, WIDTH, 4)
-    with pytest.raises(ValueError, match="built=False"):
-        unbuilt.set_factors(factors)
-    with pytest.raises(ValueError, match=r"`codes` must have shape \(53, 5\)"):
-        make_layer().set_factors(factors)
-    layer = DistilledEmbedding.like(table, rank=4, hidden_dim=3)
-    before = to_numpy(layer.codes)
-    with pytest.raises(ValueError, match="`hidden_kernel` must have shape"):
-        layer.set_factors(factors)
-    np.testing.assert_array_equal(before, layer.codes)
-    layer = DistilledEmbedding.like(table, rank=4)
-    with pytest.raises(ValueError, match="reverse=given"):
-        layer.set_factors(factors, reverse=factors)
-    layer = DistilledEmbedding.like(table, rank=4, tie_weights=False)
-    with pytest.raises(ValueError, match="tie_weights=False, reverse=None"):
-        layer.set_factors(factors)
-
-
-# Quantization
-
-
-@quantizes_a_model
-@EXTREMES
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_quantize(options, policy, tmp_path):
-    layer = make_layer(dtype=policy, **options)
-    model = make_model(layer)
-    inputs = {r: make_inputs(r, layer.compute_dtype) for r in (False, True)}
-    expected = {r: reference_call(layer, inputs[r], r) for r in inputs}
-    model.quantize("int8")
-    assert layer.quantization_mode == "int8"
-    matrices = [n for n, s in layer._factor_shapes().items() if len(s) == 2]
-    for name in matrices:
-        assert getattr(layer, name).dtype == "int8"
-        assert not getattr(layer, name).trainable
-    for reverse, x in inputs.items():
-        outputs = layer(x, reverse=reverse)
-        assert outputs.dtype == layer.compute_dtype
-        error = np.abs(to_numpy(outputs) - expected[reverse]).max()
-        assert 0 < error < 0.05 * np.abs(expected[reverse]).max()
-    # The table is the one that calls use.
-    np.testing.assert_allclose(
-        to_numpy(layer.embeddings)[IDS], to_numpy(layer(IDS)), atol=0.1
-    )
-    assert layer.embeddings.dtype == "float32"
-
-    model.save(tmp_path / "model.keras")
-    restored = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(model(IDS), restored(IDS))
-    model.save_weights(tmp_path / "model.weights.h5")
-    other = keras.Model.from_config(model.get_config())
-    other.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(model(IDS), other(IDS))
-
-
-def test_quantization_is_per_row_and_per_output_channel():
-    layer = make_layer(activation=None)
-    rows = np.logspace(-3, 3, VOCABULARY)[:, None]
-    columns = np.logspace(-3, 3, WIDTH)[None]
-    layer.codes.assign(to_numpy(layer.codes) * rows)
-    layer.basis.assign(to_numpy(layer.basis) * columns)
-    expected = to_numpy(layer.embeddings) / rows / columns
-    layer.quantize("int8")
-    assert layer.codes_scale.shape == (VOCABULARY, 1)
-    assert layer.basis_scale.shape == (1, WIDTH)
-    actual = to_numpy(layer.embeddings) / rows / columns
-    np.testing.assert_allclose(actual, expected, atol=0.1)
-
-
-def test_quantized_table_is_never_built():
-    layer = make_layer()
-    layer.quantize("int8")
-    assert layer.count_params() == (
-        VOCABULARY * RANK + RANK * WIDTH + VOCABULARY + WIDTH
-    )
-
-
-@quantizes_a_model
-def test_subclass_is_quantized():
-    class Scaled(DistilledEmbedding):
-        def call(self, inputs, reverse=False):
-            return 2.0 * super().call(inputs, reverse=reverse)
-
-    layer = Scaled(VOCABULARY, WIDTH, RANK)
-    expected = to_numpy(layer(IDS))
-    model = make_model(layer)
-    model.quantize("int8")
-    np.testing.assert_allclose(to_numpy(layer(IDS)), expected, atol=0.01)
-
-
-@quantizes_a_model
-@pytest.mark.parametrize("mode", ["int4", "float8"])
-def test_other_modes_are_refused(mode):
-    layer = make_layer()
-    with pytest.raises(NotImplementedError, match=f"mode='{mode}'$"):
-        layer.quantize(mode)
-    # Keras warns and leaves the layer alone.
-    with pytest.warns(UserWarning, match="'int8' only"):
-        make_model(layer).quantize(mode)
-    assert layer.quantization_mode is None
-    assert layer.codes.dtype == "float32"
-
-
-def test_bad_quantize():
-    with pytest.raises(ValueError, match="isn't yet built"):
-        DistilledEmbedding(10, 8, 2).quantize("int8")
-    layer = make_layer()
-    config = keras.quantizers.Int8QuantizationConfig(
-        weight_quantizer=keras.quantizers.AbsMaxQuantizer(axis=0)
-    )
-    with pytest.raises(ValueError, match=r"config\.weight_quantizer="):
-        layer.quantize(config=config)
-    layer.quantize("int8")
-    with pytest.raises(ValueError, match="already quantized"):
-        layer.quantize("int8")
-    with pytest.raises(ValueError, match="quantization_mode=int8"):
-        layer.set_factors(None)
-    layer = DistilledEmbedding(10, 8, 2, dtype="int4_from_float32")
-    with pytest.raises(NotImplementedError, match="'int8' only"):
-        layer.build()
-
-
 # LoRA
 
 
 @EXTREMES
-@pytest.mark.parametrize("quantized", [False, True])
-def test_lora(options, quantized, tmp_path):
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_lora(options, quantization, tmp_path):
+    options = {"quantization": quantization, **options}
     layer = make_layer(**options)
-    if quantized:
-        layer.quantize("int8")
     model = make_model(layer)
-    before = to_numpy(model(IDS))
+    before = to_floats(model(IDS))
     layer.enable_lora(2, lora_alpha=3.0)
     # Nothing changes at first; then only the LoRA weights do.
-    np.testing.assert_allclose(to_numpy(model(IDS)), before, atol=1e-5)
+    np.testing.assert_allclose(to_floats(model(IDS)), before, atol=1e-5)
     lookup = {n for n in layer._factor_shapes() if not n.startswith("reverse")}
     trainable = {v.path.split("/")[-1] for v in layer.trainable_variables}
+    assert "offset" in lookup
     assert not trainable & lookup
     assert {"lora_codes_a", "lora_codes_b"} <= trainable
-    codes = to_numpy(layer._read("codes", "float32"))
+    codes = to_floats(layer._read("codes", "float32"))
     _fit(layer)
-    delta = to_numpy(layer.lora_codes_a) @ to_numpy(layer.lora_codes_b)
+    delta = to_floats(layer.lora_codes_a) @ to_floats(layer.lora_codes_b)
     assert np.abs(delta).max() > 0
     np.testing.assert_allclose(
-        to_numpy(layer._read("codes", "float32")),
+        to_floats(layer._read("codes", "float32")),
         codes + 3.0 / 2 * delta,
         atol=1e-6,
     )
 
     # Saved merged, under the names of a layer without LoRA.
-    expected = to_numpy(model(IDS))
-    tolerance = 0.05 * np.abs(expected).max() if quantized else 1e-4
+    expected = to_floats(model(IDS))
+    tolerance = 1e-4 * max(1.0, np.abs(expected).max())
     model.save(tmp_path / "model.keras")
     restored = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(
-        to_numpy(restored(IDS)), expected, atol=tolerance
+        to_floats(restored(IDS)), expected, atol=tolerance
     )
     restored = restored.get_layer(layer.name)
     assert restored.lora_enabled
     assert (restored.lora_rank, restored.lora_alpha) == (2, 3.0)
     model.save_weights(tmp_path / "model.weights.h5")
-    plain = make_layer(**options)
-    if quantized:
-        plain.quantize("int8")
-    plain = make_model(plain)
+    plain = make_model(make_layer(**options))
     plain.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_allclose(to_numpy(plain(IDS)), expected, atol=tolerance)
+    np.testing.assert_allclose(to_floats(plain(IDS)), expected, atol=tolerance)
     # Loading into an adapted layer replaces the adaptation.
     model.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_allclose(to_numpy(model(IDS)), expected, atol=tolerance)
-    assert np.abs(to_numpy(layer.lora_codes_b)).max() == 0
-    assert np.abs(to_numpy(layer.lora_codes_a)).max() > 0
-
-
-@VARIANTS
-@pytest.mark.parametrize("quantized", [False, True])
-def test_with_activation_applied(options, quantized):
-    layer = make_layer(name="tokens", mask_zero=True, **options)
-    if quantized:
-        layer.quantize("int8")
-    layer.enable_lora(2)
-    layer.lora_codes_b.assign(np.ones((2, RANK)))
-    applied = layer.with_activation_applied()
-    assert applied.name == "tokens"
-    assert applied.mask_zero
-    assert applied.dtype_policy.name == "float32"
-    assert not applied.lora_enabled
-    assert applied.activation is (
-        layer.activation if layer.hidden_dim else keras.activations.linear
-    )
-    for reverse in (False, True):
-        inputs = make_inputs(reverse)
-        np.testing.assert_allclose(
-            applied(inputs, reverse=reverse),
-            layer(inputs, reverse=reverse),
-            rtol=1e-4,
-            atol=1e-4,
-        )
+    np.testing.assert_allclose(to_floats(model(IDS)), expected, atol=tolerance)
+    assert np.abs(to_floats(layer.lora_codes_b)).max() == 0
+    assert np.abs(to_floats(layer.lora_codes_a)).max() > 0
 
 
 def test_policy_map(table):
@@ -1133,124 +997,25 @@ def test_bad_lora():
         with pytest.raises(ValueError, match=f"Received: rank={rank}$"):
             layer.enable_lora(rank)
     layer.enable_lora(2)
-    with pytest.raises(ValueError, match="enabled already"):
+    with pytest.raises(ValueError, match="lora is already enabled"):
         layer.enable_lora(2)
     layer = make_layer(embeddings_constraint="non_neg")
-    with pytest.raises(ValueError, match="incompatible with a constraint"):
+    with pytest.raises(ValueError, match="incompatible with embedding constr"):
         layer.enable_lora(2)
 
 
 @pytest.mark.parametrize(
     "documented", [DistilledEmbedding, DistilledEmbedding.from_embedding]
 )
-def test_docstring_examples_run(documented, tmp_path):
-    text = inspect.getdoc(documented)
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def test_docstrings_state_the_ratio_that_a_layer_has(documented):
+    (code,) = re.findall(
+        r"```python\n(.*?)```", inspect.getdoc(documented), re.DOTALL
+    )
     # What a line is said to return, it returns.
     code = re.sub(
         r"^(layer\.\w+)  # (.*)", r"said = \2, \1", code, flags=re.MULTILINE
     )
-    path = tmp_path / "example.py"
-    path.write_text(code)
-    scope = {
-        "DistilledEmbedding": DistilledEmbedding,
-        "keras": keras,
-        "np": np,
-    }
-    said, value = runpy.run_path(str(path), init_globals=scope)["said"]
+    scope = {"DistilledEmbedding": DistilledEmbedding, "keras": keras, "np": np}
+    exec(code, scope)
+    said, value = scope["said"]
     assert value == pytest.approx(said, abs=0.005)
-
-
-# The projection's cache
-
-
-def make_frozen_funnel(**options):
-    layer = DistilledEmbedding(53, 17, 5, hidden_dim=8, **options)
-    layer.build()
-    layer.trainable = False
-    return layer
-
-
-@pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-def test_cached_projection_computes_the_same(tie_weights, dtype):
-    layer = make_frozen_funnel(tie_weights=tie_weights, dtype=dtype)
-    states = np.random.default_rng(0).normal(size=(3, 17)).astype("float32")
-    expected = to_numpy(layer(states, reverse=True))
-    rows = to_numpy(layer(np.arange(53)))
-    num_weights = len(layer.weights)
-    layer.cache_projection()
-    np.testing.assert_array_equal(
-        to_numpy(layer(states, reverse=True)), expected
-    )
-    np.testing.assert_array_equal(to_numpy(layer(np.arange(53))), rows)
-    assert len(layer.weights) == num_weights
-    # It is the cache that answers, until it is dropped.
-    factor = "reverse_hidden_bias" if not tie_weights else "hidden_bias"
-    getattr(layer, factor).assign(np.ones(8))
-    np.testing.assert_array_equal(
-        to_numpy(layer(states, reverse=True)), expected
-    )
-    layer.drop_projection_cache()
-    assert not np.allclose(to_numpy(layer(states, reverse=True)), expected)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: setattr(layer, "trainable", True),
-        lambda layer: layer.set_factors(
-            factorize(np.ones((53, 17)), 5, hidden_dim=8)
-        ),
-        lambda layer: layer.quantize("int8"),
-        lambda layer: layer.enable_lora(2),
-    ],
-)
-def test_what_changes_the_factors_drops_the_cache(change, monkeypatch):
-    from keras_distilled_embedding.factorization import funnel
-
-    monkeypatch.setattr(funnel, "EPOCHS", 1)
-    layer = make_frozen_funnel()
-    layer.cache_projection()
-    change(layer)
-    states = np.random.default_rng(0).normal(size=(3, 17)).astype("float32")
-    fresh = DistilledEmbedding.from_config(layer.get_config())
-    if layer.quantization_mode is None and not layer.lora_enabled:
-        fresh.build()
-        fresh.set_weights(layer.get_weights())
-        np.testing.assert_allclose(
-            to_numpy(layer(states, reverse=True)),
-            to_numpy(fresh(states, reverse=True)),
-            rtol=1e-5,
-        )
-    assert layer._kept_features is None
-
-
-def test_loading_weights_drops_the_cache(tmp_path):
-    layer, other = make_frozen_funnel(), make_frozen_funnel()
-    model = keras.Sequential([keras.Input((None,), dtype="int32"), layer])
-    keras.Sequential([keras.Input((None,), dtype="int32"), other]).save_weights(
-        tmp_path / "other.weights.h5"
-    )
-    layer.cache_projection()
-    model.load_weights(tmp_path / "other.weights.h5")
-    states = np.random.default_rng(0).normal(size=(3, 17)).astype("float32")
-    np.testing.assert_allclose(
-        to_numpy(layer(states, reverse=True)),
-        to_numpy(other(states, reverse=True)),
-        rtol=1e-5,
-    )
-
-
-def test_only_frozen_funnels_have_a_projection_cache():
-    plain = DistilledEmbedding(53, 17, 5)
-    plain.build()
-    plain.trainable = False
-    with pytest.raises(ValueError, match="hidden_dim=None"):
-        plain.cache_projection()
-    layer = make_frozen_funnel()
-    layer.trainable = True
-    with pytest.raises(ValueError, match="trainable=True"):
-        layer.cache_projection()
-    with pytest.raises(ValueError, match="built=False"):
-        DistilledEmbedding(53, 17, 5, hidden_dim=8).cache_projection()

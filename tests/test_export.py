@@ -15,6 +15,7 @@ from keras import ops
 from keras_distilled_embedding.compression import compress
 from keras_distilled_embedding.export import ExportReport
 from keras_distilled_embedding.export import export_litert
+from keras_distilled_embedding.export import litert
 from keras_distilled_embedding.layers import DistilledEmbedding
 
 tf = pytest.importorskip("tensorflow")
@@ -350,6 +351,288 @@ def test_a_quantized_or_adapted_layer_is_merged(path):
     ids = make_ids(2, 3)
     (logits,) = run(path, ids=ids).values()
     np.testing.assert_allclose(logits, model(ids), rtol=1e-4, atol=1e-4)
+
+
+class Scaled(keras.layers.Embedding):
+    """Which is not replaced, since its `call` may do anything."""
+
+    def call(self, ids):
+        return 2.0 * super().call(ids)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_an_embedding_with_a_call_of_its_own(quantization, path):
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    model = keras.Model(ids, Scaled(VOCABULARY, WIDTH, name="own")(ids))
+    report = export(model, path, quantization=quantization)
+    assert report.tables == {"own": 1}
+    assert report.fidelity.relative_rms_error < 0.01
+    assert "own (1 copy)" in str(report)
+
+
+def test_a_table_that_is_read_beside_its_layer(path):
+    embedding = make_dense()
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = embedding(ids)
+    logits = ops.matmul(hidden, ops.transpose(embedding.embeddings))
+    with pytest.raises(ValueError, match="'tokens' cannot.*`reverse=True`"):
+        export(keras.Model(ids, logits), path)
+    assert not path.exists()
+
+
+class Projecting(keras.layers.Embedding):
+    """Of whose table the converter makes a second copy, times a vector."""
+
+    def call(self, inputs):
+        if keras.backend.is_int_dtype(inputs.dtype):
+            return super().call(inputs)
+        scales = np.arange(1.0, WIDTH + 1, dtype="float32")
+        return ops.matmul(inputs * scales, ops.transpose(self.embeddings))
+
+    def compute_output_spec(self, inputs):
+        if keras.backend.is_int_dtype(inputs.dtype):
+            return super().compute_output_spec(inputs)
+        return keras.KerasTensor((*inputs.shape[:-1], self.input_dim))
+
+
+def test_a_second_copy_that_is_not_equal(path):
+    embedding = Projecting(VOCABULARY, WIDTH, name="own")
+    ids = keras.Input((5,), batch_size=1, dtype="int32", name="ids")
+    model = randomize(keras.Model(ids, embedding(ops.tanh(embedding(ids)))))
+    with pytest.raises(RuntimeError, match="more than once.*'own': 2"):
+        export(model, path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    "make_embedding", [make_dense, lambda: make_dense(logit_soft_cap=3.0)]
+)
+def test_factors_around_a_table_make_no_copy_of_it(
+    make_embedding, quantization, path
+):
+    """Of normalizations before, and of temperatures after a projection."""
+    embedding = make_embedding()
+    ids = keras.Input((5,), batch_size=1, dtype="int32", name="ids")
+    x = keras.layers.RMSNormalization()(embedding(ids))
+    model = randomize(keras.Model(ids, 0.5 * embedding(x, reverse=True)))
+    report = export(model, path, quantization=quantization)
+    assert report.tables == {"tokens": 1}
+    size = (
+        VOCABULARY * WIDTH * {None: 4, "int8": 1, "int4": 2 / 3}[quantization]
+    )
+    assert path.stat().st_size < 1.6 * size + 4_000
+    assert report.fidelity.relative_rms_error < (0.2 if quantization else 1e-5)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_tables_that_equal_their_transpose_byte_by_byte(quantization, path):
+    """Of one column, of zeros, and codes of rank 1."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    column = keras.layers.Embedding(VOCABULARY, 1, name="column")
+    zeros = keras.layers.Embedding(
+        VOCABULARY, WIDTH, embeddings_initializer="zeros", name="zeros"
+    )
+    rank_1 = DistilledEmbedding(VOCABULARY, WIDTH, 1, name="rank_1")
+    outputs = column(ids) + zeros(ids) + rank_1(ids)
+    report = export(keras.Model(ids, outputs), path, quantization=quantization)
+    assert report.tables == {"column": 1, "zeros": 1, "rank_1": 1}
+    assert report.fidelity.relative_rms_error < (0.15 if quantization else 1e-5)
+
+
+def test_the_converter_does_not_see_tables(path, monkeypatch):
+    """Which would take many times their size in its memory."""
+    sizes = []
+    convert = litert.convert
+
+    def watched(*args, **kwargs):
+        content = convert(*args, **kwargs)
+        sizes.append(len(content))
+        return content
+
+    monkeypatch.setattr(litert, "convert", watched)
+    embedding = keras.layers.ReversibleEmbedding(20_000, WIDTH, name="tokens")
+    report = export(make_model(embedding), path)
+    assert report.bytes > 4 * 20_000 * WIDTH
+    assert sizes[0] < 20_000
+
+
+# Sizes of inputs, and their names
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        keras.layers.LSTM(8),
+        keras.layers.GRU(8),
+        keras.layers.SimpleRNN(8, return_sequences=True),
+        keras.layers.Bidirectional(keras.layers.LSTM(8)),
+    ],
+    ids=["LSTM", "GRU", "SimpleRNN", "bidirectional"],
+)
+@pytest.mark.parametrize("mask_zero", [False, True])
+def test_recurrent_layers_need_a_batch_size(layer, mask_zero, path):
+    layer = type(layer).from_config(layer.get_config())
+    ids = keras.Input((12,), dtype="int32", name="ids")
+    x = layer(make_factorized(mask_zero=mask_zero)(ids))
+    model = randomize(keras.Model(ids, keras.layers.Dense(2)(x)))
+    export(model, path, batch_size=3)
+    batch = make_ids(3, 12)
+    batch[:, 7:] = 0
+    (outputs,) = run(path, ids=batch).values()
+    np.testing.assert_allclose(outputs, model(batch), rtol=1e-4, atol=1e-5)
+    assert builtin_operators_only(path)
+
+
+def test_a_recurrent_layer_without_a_batch_size(path):
+    ids = keras.Input((12,), dtype="int32", name="ids")
+    model = keras.Model(ids, keras.layers.LSTM(8)(make_factorized()(ids)))
+    with pytest.raises(
+        ValueError, match="or a `batch_size` if it has recurrent"
+    ):
+        export(model, path)
+    assert not path.exists()
+
+
+class ProjectingCell(keras.layers.Layer):
+    """A recurrent cell that projects onto a table at every step."""
+
+    def __init__(self, embedding, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = embedding
+        self.state_size, self.output_size = WIDTH, VOCABULARY
+
+    def build(self, shape):
+        self.embedding.build()
+
+    def call(self, inputs, states):
+        state = 0.5 * (inputs + states[0])
+        return self.embedding(state, reverse=True), [state]
+
+    def get_config(self):
+        embedding = keras.saving.serialize_keras_object(self.embedding)
+        return {**super().get_config(), "embedding": embedding}
+
+    @classmethod
+    def from_config(cls, config):
+        embedding = keras.saving.deserialize_keras_object(config["embedding"])
+        return cls(**{**config, "embedding": embedding})
+
+
+def test_a_table_inside_a_loop(path):
+    """Is refused, and works where the loop is unrolled."""
+
+    def make(unroll):
+        embedding = make_factorized()
+        ids = keras.Input((6,), dtype="int32", name="ids")
+        cell = ProjectingCell(embedding)
+        x = keras.layers.RNN(cell, unroll=unroll)(embedding(ids))
+        return randomize(keras.Model(ids, x))
+
+    with pytest.raises(ValueError, match="'tokens' cannot.*Unroll the loop"):
+        export(make(False), path, batch_size=2)
+    assert not path.exists()
+    report = export(make(True), path, batch_size=2)
+    assert report.tables == {"tokens": 1}
+    assert report.fidelity.relative_rms_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sequence_length", "shape"),
+    [(2, 6, [2, 6]), (2, None, [2, -1]), (None, 6, [-1, 6])],
+)
+def test_sizes_in_the_file(batch_size, sequence_length, shape, path):
+    export(
+        make_model(make_factorized()),
+        path,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+    )
+    (details,) = interpreter.Interpreter(str(path)).get_input_details()
+    assert list(details["shape_signature"]) == shape
+
+
+@pytest.mark.parametrize("argument", ["batch_size", "sequence_length"])
+@pytest.mark.parametrize("value", [0, -1, "4"])
+def test_bad_sizes(argument, value, path):
+    with pytest.raises(
+        ValueError, match=f"`{argument}`.*Received: .*{value!r}"
+    ):
+        export(make_model(), path, **{argument: value})
+
+
+def test_nested_inputs_are_named_as_keras_names_them(path):
+    title, body = (
+        keras.Input((4,), dtype="int32", name=name)
+        for name in ("title", "body")
+    )
+    numbers = keras.Input((3,), name="numbers")
+    embedding, pool = make_factorized(), keras.layers.GlobalAveragePooling1D()
+    x = [pool(embedding(title)), pool(embedding(body)), numbers]
+    outputs = keras.layers.Dense(2)(keras.layers.Concatenate()(x))
+    model = randomize(
+        keras.Model({"text": [title, body], "numbers": numbers}, outputs)
+    )
+    data = {
+        "title": make_ids(2, 4),
+        "body": make_ids(2, 4, seed=1),
+        "numbers": np.random.default_rng(0).normal(size=(2, 3)),
+    }
+    data["numbers"] = data["numbers"].astype("float32")
+    batch = {"text": [data["title"], data["body"]], "numbers": data["numbers"]}
+    report = export(model, path, fidelity_inputs=[batch, data])
+    assert report.fidelity.num_inputs == 2
+    assert report.fidelity.relative_rms_error < 1e-5
+    (found,) = run(path, **data).values()
+    np.testing.assert_allclose(found, model(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_inputs_with_spaces(path):
+    first = keras.Input((4,), dtype="int32", name="user id")
+    second = keras.Input((4,), dtype="int32", name="Größe")
+    embedding = make_factorized()
+    model = randomize(
+        keras.Model([first, second], embedding(first) - embedding(second))
+    )
+    data = [make_ids(2, 4), make_ids(2, 4, seed=1)]
+    report = export(model, path, fidelity_inputs=[data])
+    assert report.fidelity.relative_rms_error < 1e-5
+    (found,) = run(path, user_id=data[0], Gr__e=data[1]).values()
+    np.testing.assert_allclose(found, model(data), rtol=1e-4, atol=1e-5)
+    third = keras.Input((4,), dtype="int32", name="user_id")
+    model = keras.Model([first, third], embedding(first) + embedding(third))
+    with pytest.raises(
+        ValueError, match=r"different names.*'user id', 'user_id'"
+    ):
+        export(model, path)
+
+
+def test_strings_and_preprocessing_in_the_model(path):
+    lookup = keras.layers.StringLookup(vocabulary=[f"u{i}" for i in range(50)])
+    user = keras.Input((), dtype="string", name="user")
+    embedding = DistilledEmbedding(51, WIDTH, RANK, name="tokens")
+    model = keras.Model(user, embedding(lookup(user)))
+    words = np.array(["u3", "nobody"], object)
+    report = export(model, path)
+    assert report.fidelity is None  # which strings would it try?
+    report = export(model, path, fidelity_inputs=[words])
+    assert report.fidelity.relative_rms_error < 1e-5
+    (found,) = run(path, user=words).values()
+    table = ops.convert_to_numpy(embedding.embeddings)
+    np.testing.assert_allclose(found, table[[4, 0]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "received"),
+    [
+        ({"idz": make_ids(1, 2)}, "'idz'"),
+        ([make_ids(1, 2), make_ids(1, 2)], r"\[0, 1\]"),
+    ],
+)
+def test_fidelity_inputs_that_are_not_the_models(batch, received, path):
+    with pytest.raises(ValueError, match=rf"named \['ids'\].*{received}"):
+        export(make_model(), path, fidelity_inputs=[batch])
+    assert not path.exists()
 
 
 # The file, and the report

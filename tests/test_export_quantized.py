@@ -9,6 +9,8 @@ from keras_distilled_embedding import compress
 from keras_distilled_embedding import compression_report
 from keras_distilled_embedding import export_litert
 from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import Format
 from keras_distilled_embedding.quantization import round_factors
 from keras_distilled_embedding.sizes import factor_bytes
 
@@ -35,11 +37,17 @@ def factorized(**options):
 EMBEDDINGS = pytest.mark.parametrize("make_embedding", [dense, factorized])
 
 
+def make_ids(vocabulary, shape=(4, 20)):
+    rng = np.random.default_rng(0)
+    return rng.integers(1, vocabulary, size=shape).astype("int32")
+
+
 def make_model(make_embedding=factorized, **options):
     keras.utils.set_random_seed(0)
     embedding = make_embedding(**options)
     ids = keras.Input((None,), dtype="int32", name="ids")
-    x = keras.layers.Dense(WIDTH, "tanh", name="hidden")(embedding(ids))
+    hidden = keras.layers.Dense(embedding.output_dim, "tanh", name="hidden")
+    x = hidden(embedding(ids))
     return keras.Model(ids, embedding(x, reverse=True))
 
 
@@ -254,6 +262,64 @@ def test_planned_bytes_are_those_reported(quantization, untied, tmp_path):
     assert report.table_bytes == {"tokens": (1 + untied) * planned}
 
 
+# Formats that are yet to come, through the same description
+
+
+class ScaleARow(Format):
+    """One float32 scale for each row."""
+
+    def round(self, values):
+        largest = 2 ** (self.bits - 1) - 1
+        scales = ops.max(ops.abs(values), axis=1, keepdims=True)
+        scales = ops.divide(scales, largest if self.bits > 2 else 1.5)
+        integers = ops.round(ops.divide(values, scales))
+        return ops.clip(integers, -largest - 1.0, largest), scales
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_a_row"),
+    [
+        (Format("new", bits=4), 48),
+        (Format("new", bits=4, block=96), 48 + 2),
+        (ScaleARow("new", bits=4), 48 + 12),
+        (ScaleARow("new", bits=2), 24 + 12),
+        (Format("new", bits=2), 24),
+    ],
+    ids=[
+        "int4, one scale",
+        "int4, one block a row",
+        "int4, a scale a row",
+        "int2, a scale a row",
+        "int2, one scale",
+    ],
+)
+def test_other_formats(kind, bytes_a_row, tmp_path, monkeypatch):
+    """The file computes what Keras does, and scales are written once."""
+    monkeypatch.setitem(FORMATS, "new", kind)
+    embedding = DistilledEmbedding(
+        2_000, 128, 96, name="tokens", quantization="new"
+    )
+    model = make_model(lambda: embedding)
+    states = keras.Input((None, 128), name="states")
+    signatures = {
+        "all": model,
+        "project": keras.Model(states, embedding(states, reverse=True)),
+    }
+    path, ids = tmp_path / "model.tflite", make_ids(2_000)
+    report = export_litert(
+        model,
+        path,
+        signatures=signatures,
+        fidelity_inputs={"all": [ids]},
+        verbose=False,
+    )
+    assert report.fidelity.relative_rms_error < 0.02
+    matrices = 3 * 128 * 96 + 128 * 128
+    assert report.bytes == pytest.approx(
+        2_000 * bytes_a_row + matrices, rel=0.1
+    )
+
+
 # What the layers are rounded to decides
 
 
@@ -325,6 +391,42 @@ def test_a_plan_is_what_is_written(min_speedup, tmp_path):
     # Not the rounding of the codes, which Keras computes too: int8 of hidden
     # states and of the other matrices.
     assert report.fidelity.relative_rms_error < 0.02
+
+
+@QUANTIZATION
+def test_sums_do_not_add_up_an_error(quantization, tmp_path):
+    """None that is the same in every row: the offset makes up for it."""
+    ids = keras.Input((200,), dtype="int32", name="ids")
+    layer = DistilledEmbedding(
+        2_000, 64, 48, name="tokens", quantization=quantization
+    )
+    model = keras.Model(ids, ops.sum(layer(ids), axis=1))
+    rng = np.random.default_rng(0)
+    # Far from zero, so that the center of the codes is large.
+    layer.codes.assign(np.abs(rng.normal(size=(2_000, 48))) + 2)
+    layer.basis.assign(rng.normal(size=(48, 64)))
+    layer.offset.assign(-ops.mean(layer.embeddings, axis=0))
+    path, batch = tmp_path / "model.tflite", make_ids(2_000, (8, 200))
+    export_litert(model, path, verbose=False)
+    table = ops.convert_to_numpy(layer.embeddings)
+    expected = table[batch].sum(1)
+    error = run(path, ids=batch) - expected
+    assert np.linalg.norm(error) < 0.02 * np.linalg.norm(expected)
+
+
+def test_a_row_of_zeros_stays_one(tmp_path):
+    """That of padding, of which a sum has many."""
+    ids = keras.Input((200,), dtype="int32", name="ids")
+    layer = DistilledEmbedding(2_000, 64, 48, activation=None, name="tokens")
+    model = keras.Model(ids, ops.sum(layer(ids), axis=1))
+    rng = np.random.default_rng(0)
+    codes = rng.normal(size=(2_000, 48))
+    codes[0] = 0
+    layer.codes.assign(codes)
+    layer.offset.assign(np.zeros(64))
+    path, padding = tmp_path / "model.tflite", np.zeros((1, 200), "int32")
+    export_litert(model, path, quantization="int8", verbose=False)
+    np.testing.assert_array_equal(run(path, ids=padding), np.zeros((1, 64)))
 
 
 def test_fidelity_on_given_inputs(tmp_path):

@@ -11,12 +11,15 @@ from keras import ops
 
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding import load_model
+from keras_distilled_embedding import save_model
 from keras_distilled_embedding.keras_internals import private_keras
 from keras_distilled_embedding.layers import DistilledEmbedding
 from tests.containers import VOCABULARY
 from tests.containers import WIDTH
 from tests.containers import Containers
 from tests.containers import embedding
+from tests.containers import gpt2_backbone
 
 IDS = np.array([[1, 60, 7, 3], [2, 5, 0, 0]], dtype="int32")
 
@@ -673,4 +676,157 @@ def test_a_subclassed_model_that_uses_the_original_is_refused():
     with pytest.raises(
         ValueError, match="'global' .Global. cannot be copied.*tokens"
     ):
+        compress(model, rank=3, verbose=0)
+
+
+# What configurations do not record
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_preprocessor_keeps_its_lengths(used, tmp_path):
+    hub = pytest.importorskip("keras_hub")
+    tokens = ["<s>", "<pad>", "</s>", "<mask>", "\u0120", "a", "\u0120a"]
+    tokenizer = hub.models.BartTokenizer(
+        vocabulary={token: i for i, token in enumerate(tokens)},
+        merges=["\u0120 a"],
+    )
+    preprocessor = hub.models.BartSeq2SeqLMPreprocessor(
+        tokenizer, encoder_sequence_length=12, decoder_sequence_length=10
+    )
+    backbone = hub.models.BartBackbone(
+        vocabulary_size=len(tokens),
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=4,
+        intermediate_dim=8,
+        max_sequence_length=12,
+    )
+    task = hub.models.BartSeq2SeqLM(backbone, preprocessor)
+    if used:
+        preprocessor.generate_preprocess(["a a"])
+    student = compress(task, rank=1, verbose=0)
+    save_model(student, tmp_path / "model.keras")
+    for found in (student, load_model(tmp_path / "model.keras")):
+        copied = found.preprocessor
+        assert copied is not preprocessor
+        assert copied.encoder_sequence_length == 12
+        assert copied.decoder_sequence_length == 10
+        if keras.backend.backend() != "tensorflow":
+            continue
+        inputs = copied.generate_preprocess(["a a"])
+        assert inputs["encoder_token_ids"].shape == (1, 12)
+        assert inputs["decoder_token_ids"].shape == (1, 10)
+
+
+def test_adapters_are_merged():
+    """KerasHub's configurations do not record them."""
+    model = gpt2_backbone()
+    model.enable_lora(2)
+    rng = np.random.default_rng(0)
+    for variable in model.weights:
+        variable.assign(rng.normal(size=variable.shape))
+    expected = [x.trainable for x in keras_internals.iterate_layers(model)]
+    student = compress(model, rank=3, verbose=0)
+    found = [x.trainable for x in keras_internals.iterate_layers(student)]
+    assert found == expected
+    assert not [v for v in student.variables if "lora" in v.name]
+    names = {v.path.split("/")[-2] for v in student.trainable_variables}
+    assert names == {"query", "value"}
+    assert "kernel" in {v.name for v in student.trainable_variables}
+    inputs = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
+    assert_equals_dense(model, student, inputs)
+
+
+# Classes without `get_config`
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Block(keras.layers.Layer):
+    """As in a tutorial: its constructor passes nothing on."""
+
+    def __init__(self, width, activation="tanh"):
+        super().__init__()
+        self.dense = keras.layers.Dense(width, activation=activation)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Tutorial(keras.Model):
+    def __init__(self, scale=1.0, width=5):
+        super().__init__()
+        self.scale = scale
+        self.tokens = embedding()
+        self.block = Block(width, activation="relu")
+        self.norm = keras.layers.LayerNormalization()
+
+    def call(self, ids):
+        return self.scale * self.norm(self.block(self.tokens(ids)))
+
+
+def make_tutorial():
+    model = Tutorial(scale=3.0)
+    model(IDS)
+    return randomize(model)
+
+
+def make_with_block():
+    ids = keras.Input((None,), dtype="int32")
+    return randomize(keras.Model(ids, Block(5)(embedding()(ids))))
+
+
+@pytest.mark.parametrize("make", [make_tutorial, make_with_block])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_constructors_without_keyword_arguments(make, policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = make()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    student = compress(model, rank=3, verbose=0)
+    assert type(student) is type(model)
+    assert student.name == model.name
+    save_model(student, tmp_path / "model.keras")
+    loaded = load_model(tmp_path / "model.keras")
+    for found in (student, loaded):
+        for old, new in zip(
+            keras_internals.iterate_layers(model),
+            keras_internals.iterate_layers(found),
+            strict=True,
+        ):
+            assert new.name == old.name
+            assert new.dtype_policy.name == old.dtype_policy.name == policy
+            if type(new) is type(old):
+                assert [v.dtype for v in new.variables] == [
+                    v.dtype for v in old.variables
+                ]
+    assert tuple(student(IDS).shape) == (2, 4, 5)
+    if policy == "float32":
+        assert_equals_dense(model, student)
+        for a, b in zip(to_numpy(student(IDS)), to_numpy(loaded(IDS))):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_an_argument_that_keras_does_not_record():
+    """It records the default: Keras's own fault, of models only."""
+    model = Tutorial(width=7)
+    model(IDS)
+    with pytest.raises(ValueError, match="class whose constructor"):
+        compress(model, rank=3, verbose=0)
+
+
+class Composed(keras.Model):
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = tokens
+
+    def call(self, ids):
+        return self.tokens(ids)
+
+
+def test_constructors_with_layers_need_a_configuration():
+    model = Composed(embedding())
+    model(IDS)
+    with pytest.raises(ValueError, match="'composed' .*Define `get_config"):
         compress(model, rank=3, verbose=0)

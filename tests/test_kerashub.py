@@ -9,7 +9,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import export_litert
@@ -21,14 +20,11 @@ from tests.architectures import ARCHITECTURES
 from tests.architectures import FIXED
 from tests.architectures import LENGTH
 from tests.architectures import supported_table
+from tests.shared import to_numpy
 
 pytest.importorskip("keras_hub")
 
 pytestmark = [
-    # Keras's own, whenever it copies a variable to NumPy, as saving does.
-    pytest.mark.filterwarnings(
-        "ignore:__array__ implementation doesn't:DeprecationWarning"
-    ),
     # KerasHub's own: T5's attention drops the mask that it is passed.
     pytest.mark.filterwarnings("ignore:Layer '.*_attention':UserWarning"),
     # Pooled outputs that the loss does not use.
@@ -43,7 +39,7 @@ TOLERANCE = 1e-4
 
 def outputs_of(model, batch):
     outputs = model(batch, training=False)
-    return [ops.convert_to_numpy(x) for x in keras.tree.flatten(outputs)]
+    return [to_numpy(x) for x in keras.tree.flatten(outputs)]
 
 
 def assert_close(left, right, tolerance=TOLERANCE):
@@ -61,11 +57,13 @@ def factorized_layers(model):
 
 
 def reconstructed(layer, prefix=""):
-    codes, basis = (
-        ops.convert_to_numpy(getattr(layer, prefix + name))
-        for name in ("codes", "basis")
+    if layer.quantization is not None:
+        return to_numpy(layer.reconstruct(reverse=bool(prefix)))
+    codes, basis, offset = (
+        to_numpy(getattr(layer, prefix + name))
+        for name in ("codes", "basis", "offset")
     )
-    return np.maximum(codes, 0) @ basis
+    return np.maximum(codes, 0) @ basis + offset
 
 
 def assign_reconstructed(model, student):
@@ -86,7 +84,7 @@ def assign_reconstructed(model, student):
 def weights_by_layer(model):
     """Each layer's own weights, but those of the token tables."""
     return [
-        (layer.name, [ops.convert_to_numpy(w) for w in layer.weights])
+        (layer.name, [to_numpy(w) for w in layer.weights])
         for layer in keras_internals.iterate_layers(model)
         if not layer._layers and layer.name != "token_embedding"
     ]
@@ -121,24 +119,32 @@ def test_equals_the_dense_model_of_the_reconstructed_tables(architecture):
 
 @MATRIX
 def test_trains_saves_and_loads(architecture, tmp_path):
+    """With codes that are rounded to 8 bits."""
     batch = architecture.inputs()
-    student = compress(architecture.make(), rank=4, verbose=0)
+    student = compress(
+        architecture.make(),
+        rank=4,
+        quantization="int8",
+        layers="token_embedding",  # in integers segments get smaller, too
+        verbose=0,
+    )
     if architecture.task is None:
         student.compile("adam", loss="mse", run_eagerly=True)
         targets = keras.tree.map_structure(
-            lambda x: np.zeros_like(ops.convert_to_numpy(x)), student(batch)
+            lambda x: np.zeros_like(to_numpy(x)), student(batch)
         )
     else:
         student.compile(run_eagerly=True)
         targets = np.zeros(outputs_of(student, batch)[0].shape[:-1], "int32")
     (factorized,) = factorized_layers(student)
-    codes = ops.convert_to_numpy(factorized.codes)
+    codes = to_numpy(factorized.codes)
     student.fit(batch, targets, shuffle=False, verbose=0)
-    assert np.abs(ops.convert_to_numpy(factorized.codes) - codes).max() > 1e-5
+    assert np.abs(to_numpy(factorized.codes) - codes).max() > 1e-5
     save_model(student, tmp_path / "student.keras")
     loaded = load_model(tmp_path / "student.keras")
     assert type(loaded) is type(student)
-    assert len(factorized_layers(loaded)) == 1
+    (layer,) = factorized_layers(loaded)
+    assert layer.quantization == "int8"
     assert_close(outputs_of(loaded, batch), outputs_of(student, batch), 1e-6)
     with pytest.raises(ValueError, match="keras_distilled_embedding.save_mod"):
         student.save(tmp_path / "own.keras")
@@ -150,9 +156,12 @@ def test_trains_saves_and_loads(architecture, tmp_path):
     [pytest.param(a, id=a.name) for a in ARCHITECTURES if a.generates],
 )
 def test_generates(architecture, tmp_path):
-    """The same text as the dense model, before saving and after."""
+    """The same text as the dense model, before saving and after.
+
+    With codes that are rounded to 4 bits.
+    """
     model = architecture.make()
-    student = compress(model, rank=4, verbose=0)
+    student = compress(model, rank=4, quantization="int4", verbose=0)
     save_model(student, tmp_path / "student.keras")
     assign_reconstructed(model, student)
     expected, *found = (
@@ -170,7 +179,7 @@ def generate(model, prompt):
     # Not `generate`, which puts outputs together, where Gemma 3 has `None`.
     outputs = model.make_generate_function()(prompt, stop_token_ids=None)
     key = "token_ids" if "token_ids" in outputs else "decoder_token_ids"
-    return ops.convert_to_numpy(outputs[key])
+    return to_numpy(outputs[key])
 
 
 @pytest.mark.parametrize(
@@ -196,7 +205,7 @@ def test_exports(architecture, tmp_path):
         expected = {"output_0": expected}
     assert_close(
         [outputs[name] for name in expected],
-        [ops.convert_to_numpy(x) for x in expected.values()],
+        [to_numpy(x) for x in expected.values()],
     )
 
 

@@ -13,16 +13,19 @@ VOCABULARY, WIDTH = 37, 12
 FORMS = {
     "tied": {},
     "plain": {"activation": None},
+    "no offset": {"use_bias": False},
     "untied": {"tie_weights": False},
-    "funnel": {"hidden_dim": 5},
     "soft cap": {"logit_soft_cap": 0.5},
-    "rounded": {"rounding": "int8"},
+    "soft cap, no offset": {"logit_soft_cap": 0.5, "use_bias": False},
+    "soft cap, untied": {"logit_soft_cap": 0.5, "tie_weights": False},
+    "rounded": {"quantization": "int8"},
 }
 
 
 def language_model(bias=False, seed=0, **options):
     """Ends with logits `(batch, time, VOCABULARY)`."""
     keras.utils.set_random_seed(seed)
+    rng = np.random.default_rng(seed)
     ids = keras.Input((None,), dtype="int32", name="ids")
     embedding = DistilledEmbedding(
         VOCABULARY,
@@ -34,10 +37,14 @@ def language_model(bias=False, seed=0, **options):
     )
     hidden = keras.layers.Dense(WIDTH, activation="tanh")(embedding(ids))
     if not bias:
-        return keras.Model(ids, embedding(hidden, reverse=True))
-    projection = VocabularyProjection(embedding, name="logits")
-    model = keras.Model(ids, projection(hidden))
-    projection.bias.assign(np.random.default_rng(seed).normal(size=VOCABULARY))
+        model = keras.Model(ids, embedding(hidden, reverse=True))
+    else:
+        projection = VocabularyProjection(embedding, name="logits")
+        model = keras.Model(ids, projection(hidden))
+        projection.bias.assign(rng.normal(size=VOCABULARY))
+    for weight in embedding.weights:
+        if weight.name.endswith("offset"):
+            weight.assign(rng.normal(size=WIDTH))
     return model
 
 
@@ -62,7 +69,9 @@ def trunk_and_loss(model, **options):
     return trunk, kde.ChunkedCrossEntropy(trunk.projection, **options)
 
 
-def assert_same_step(make, expected_loss, sample_weight=None, **options):
+def assert_same_step(
+    make, expected_loss, sample_weight=None, unseen=(), **options
+):
     ids, labels = batch()
     keras.backend.clear_session()  # so that names repeat
     expected, changes = one_step(
@@ -74,7 +83,8 @@ def assert_same_step(make, expected_loss, sample_weight=None, **options):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert found.keys() == changes.keys()
     for name, change in changes.items():
-        assert np.abs(change).max() > 1e-4, name  # everything is trained
+        # Everything is trained that changes the loss.
+        assert (np.abs(change).max() > 1e-4) != name.endswith(unseen), name
         np.testing.assert_allclose(
             found[name], change, rtol=1e-5, atol=1e-6, err_msg=name
         )
@@ -96,12 +106,19 @@ def full(**options):
 )
 def test_step_is_that_of_the_full_loss(form, chunk_size):
     assert_same_step(
-        lambda: language_model(**FORMS[form]), full(), chunk_size=chunk_size
+        lambda: language_model(**FORMS[form]),
+        full(),
+        # It adds the same number to all logits.
+        unseen=("reverse_offset",) if form == "untied" else (),
+        chunk_size=chunk_size,
     )
 
 
-def test_bias_of_a_vocabulary_projection():
-    assert_same_step(lambda: language_model(bias=True), full(), chunk_size=4)
+@pytest.mark.parametrize("form", ["tied", "soft cap"])
+def test_bias_of_a_vocabulary_projection(form):
+    assert_same_step(
+        lambda: language_model(bias=True, **FORMS[form]), full(), chunk_size=4
+    )
 
 
 def test_untied_vocabulary_projection_is_owned():
@@ -116,7 +133,7 @@ def test_untied_vocabulary_projection_is_owned():
         )
         return keras.Model(ids, VocabularyProjection(table)(hidden))
 
-    assert_same_step(make, full(), chunk_size=4)
+    assert_same_step(make, full(), unseen=("out/offset",), chunk_size=4)
 
 
 def test_sample_weights_and_ignored_labels():

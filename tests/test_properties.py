@@ -14,8 +14,9 @@ from keras import ops
 
 import keras_distilled_embedding as kde
 from keras_distilled_embedding.layers import DistilledEmbedding
+from tests.shared import to_numpy
 
-DTYPES = ["int32", "uint8"]
+DTYPES = ["int32", "int8", "uint8"]
 if keras.backend.backend() != "jax":  # has 64 bits where asked for only
     DTYPES.append("int64")
 
@@ -96,14 +97,23 @@ def with_products(graph, student):
     return reference
 
 
+FORMS = st.fixed_dictionaries(
+    {
+        "activation": st.sampled_from(["relu", None]),
+        "use_bias": st.booleans(),
+        "quantization": st.sampled_from([None, "int8"]),
+    }
+)
+
+
 @pytest.mark.filterwarnings("ignore:.*does not support masking")
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(graphs(), st.integers(1, 4), st.sampled_from(["relu", None]))
-def test_compressed_graph_computes_with_its_products(graph, rank, activation):
+@given(graphs(), st.integers(1, 4), FORMS)
+def test_compressed_graph_computes_with_its_products(graph, rank, form):
     keras.backend.clear_session()
     model = build(*graph)
     before = [weight.copy() for weight in model.get_weights()]
-    student = kde.compress(model, rank=rank, activation=activation, verbose=0)
+    student = kde.compress(model, rank=rank, verbose=0, **form)
     used = {f"table_{table}" for table, _, _ in graph[1]}
     found = {
         layer.name
@@ -115,8 +125,8 @@ def test_compressed_graph_computes_with_its_products(graph, rank, activation):
     expected = with_products(graph, student)(ids)
     for ours, reference in zip(student(ids), expected, strict=True):
         np.testing.assert_allclose(
-            ops.convert_to_numpy(ours),
-            ops.convert_to_numpy(reference),
+            to_numpy(ours),
+            to_numpy(reference),
             rtol=1e-4,
             atol=1e-5,
         )
@@ -129,28 +139,29 @@ def test_compressed_graph_computes_with_its_products(graph, rank, activation):
     tables(),
     st.integers(1, 5),
     st.sampled_from(["relu", "gelu", None]),
-    st.sampled_from([None, 3]),
+    FORMS,
     st.sampled_from([(), (0,), (1,), (2, 0), (0, 3), (2, 3), (2, 1, 3)]),
     st.sampled_from(DTYPES),
 )
 def test_layer_computes_with_its_table(
-    table, rank, activation, hidden_dim, shape, dtype
+    table, rank, activation, form, shape, dtype
 ):
     """Any shape, empty ones too, any integers, any form of the factors."""
-    layer = DistilledEmbedding(
-        **table, rank=rank, activation=activation, hidden_dim=hidden_dim
-    )
+    form = {**form, "activation": activation}
+    layer = DistilledEmbedding(**table, rank=rank, **form)
     layer.build()
     rng = np.random.default_rng(0)
+    for variable in layer.weights:
+        variable.assign(rng.normal(size=variable.shape))
     ids = rng.integers(table["input_dim"], size=shape).astype(dtype)
-    expected = ops.convert_to_numpy(layer.embeddings)
+    expected = to_numpy(layer.embeddings)
     hidden = layer(ops.convert_to_tensor(ids))
     np.testing.assert_allclose(
-        ops.convert_to_numpy(hidden), expected[ids], rtol=1e-5, atol=1e-6
+        to_numpy(hidden), expected[ids], rtol=1e-5, atol=1e-6
     )
     kernel = expected.T
     if not table["tie_weights"]:
-        kernel = ops.convert_to_numpy(layer.reverse_embeddings)
+        kernel = to_numpy(layer.reverse_embeddings)
     logits = expected[ids] @ kernel
     if table["logit_soft_cap"]:
         cap = table["logit_soft_cap"]
@@ -158,5 +169,5 @@ def test_layer_computes_with_its_table(
     projected = layer(hidden, reverse=True)
     assert projected.shape == (*shape, table["input_dim"])
     np.testing.assert_allclose(
-        ops.convert_to_numpy(projected), logits, rtol=1e-4, atol=1e-5
+        to_numpy(projected), logits, rtol=1e-4, atol=1e-5
     )

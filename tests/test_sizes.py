@@ -1,4 +1,4 @@
-"""Ranks by size, by error, and for several tables together."""
+"""Bytes and ranks, by size, by error, and for several tables together."""
 
 import itertools
 
@@ -10,73 +10,117 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from keras_distilled_embedding import factorize
+from keras_distilled_embedding.budget import SizeRequest
+from keras_distilled_embedding.budget import allocate_ranks
+from keras_distilled_embedding.budget import plan
 from keras_distilled_embedding.factorization import Table
-from keras_distilled_embedding.factorization import allocate_ranks
-from keras_distilled_embedding.factorization import energy_shares
-from keras_distilled_embedding.factorization import is_lifted
-from keras_distilled_embedding.factorization import largest_useful_rank
-from keras_distilled_embedding.factorization import rank_for_compression
-from keras_distilled_embedding.factorization import rank_for_error
-from keras_distilled_embedding.factorization import rank_for_speedup
-from keras_distilled_embedding.factorization import useful_ranks
-from keras_distilled_embedding.factorization import validate_rank
-from keras_distilled_embedding.factorization.ranks import num_parameters
+from keras_distilled_embedding.factorization import spectrum_of
+from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import round_factors
+from keras_distilled_embedding.sizes import check_rank
+from keras_distilled_embedding.sizes import factor_bytes
+from keras_distilled_embedding.sizes import largest_rank
+from keras_distilled_embedding.sizes import rank_for_compression
+from keras_distilled_embedding.sizes import rank_for_speedup
+from keras_distilled_embedding.sizes import table_bytes
+from keras_distilled_embedding.targets import Target
+from tests.shared import random_table
+from tests.shared import table_with_spectrum
+from tests.shared import to_numpy
+
+QUANTIZATIONS = st.sampled_from([None, *FORMATS])
 
 
-def table_with_spectrum(num_rows, values, seed=0):
-    random = np.random.default_rng(seed)
-    size = len(values)
-    left = np.linalg.qr(random.normal(size=(num_rows, size)))[0]
-    right = np.linalg.qr(random.normal(size=(size, size)))[0]
-    return left * values @ right
+@pytest.mark.parametrize("quantization", [None, *FORMATS])
+@pytest.mark.parametrize("rank", [1, 9, 32, 40])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_bytes_are_those_of_the_arrays_of_a_file(quantization, rank, use_bias):
+    table = random_table(150, 48)
+    factors = factorize(table, rank, use_bias=use_bias)
+    arrays = [factors.codes, factors.basis]
+    if use_bias:
+        arrays.append(factors.offset)
+    if quantization is not None:
+        integers, scales, basis, offset = map(
+            to_numpy, round_factors(*arrays[:2], factors.offset, quantization)
+        )
+        packed = FORMATS[quantization].pack(integers.astype("int8"))
+        one_a_block = scales.shape != (1, 1)
+        scales = scales.astype("float16" if one_a_block else "float32")
+        # The center of the codes needs an offset of its own.
+        arrays = [packed, scales, basis.astype("int8"), offset]
+    expected = sum(array.nbytes for array in arrays)
+    assert factor_bytes(rank, 150, 48, quantization, use_bias) == expected
+    assert table_bytes(150, 48) == table.nbytes
 
 
-@settings(deadline=None)
+# By bytes
+
+
+@settings(deadline=None, derandomize=True)
 @given(
     st.integers(1, 10**6),
     st.integers(1, 10**4),
     st.floats(1.0, 1e4, exclude_min=True),
+    QUANTIZATIONS,
+    st.booleans(),
 )
-def test_rank_for_compression_is_the_largest(input_dim, output_dim, ratio):
+def test_rank_for_compression_is_the_largest(
+    rows, columns, ratio, quantization, use_bias
+):
+    form = rows, columns, quantization, use_bias
+
     def reached(rank):
-        return input_dim * output_dim / (rank * (input_dim + output_dim))
+        return table_bytes(rows, columns) / factor_bytes(rank, *form)
 
     if reached(1) < ratio:
-        with pytest.raises(ValueError, match="out of reach"):
-            rank_for_compression(input_dim, output_dim, ratio)
+        with pytest.raises(ValueError, match=f"at most {reached(1):.2f} "):
+            rank_for_compression(rows, columns, ratio, *form[2:])
         return
-    rank = rank_for_compression(input_dim, output_dim, ratio)
-    assert reached(rank) >= ratio > reached(rank + 1)
-    validate_rank(rank, input_dim, output_dim)
+    rank = rank_for_compression(rows, columns, ratio, *form[2:])
+    assert reached(rank) >= ratio
+    assert reached(rank + 1) < ratio or rank == min(rows, columns)
+    budget = table_bytes(rows, columns) / ratio
+    assert largest_rank(rows, columns, budget, *form[2:]) == rank
+    assert check_rank(rank, *form) == rank
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(30522, 384), (8000, 256)])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_ratio_that_a_rank_gives_exactly(rows, columns, quantization):
+    for rank in range(2, 60):
+        stored = factor_bytes(rank, rows, columns, quantization)
+        ratio = table_bytes(rows, columns) / stored
+        found = [
+            rank_for_compression(rows, columns, asked, quantization)
+            for asked in (ratio, np.nextafter(ratio, np.inf))
+        ]
+        assert found == [rank, rank - 1]
+        assert largest_rank(rows, columns, stored, quantization) == rank
+        assert largest_rank(rows, columns, stored - 1, quantization) == rank - 1
 
 
 @pytest.mark.parametrize(
-    ("input_dim", "output_dim"), [(30522, 384), (8000, 256)]
+    ("quantization", "ranks"),
+    [
+        (None, [94, 47, 23]),
+        ("int8", [379, 189, 94]),
+        # Blocks of 32: 4.5 bits a code.
+        ("int4", [384, 320, 160]),
+    ],
 )
-def test_rank_for_compression_survives_rounding(input_dim, output_dim):
-    for rank in range(2, 60):
-        ratio = input_dim * output_dim / (rank * (input_dim + output_dim))
-        assert rank_for_compression(input_dim, output_dim, ratio) == rank
-        above = np.nextafter(ratio, np.inf)
-        assert rank_for_compression(input_dim, output_dim, above) == rank - 1
+def test_ranks_of_minilm(quantization, ranks):
+    found = [
+        rank_for_compression(30522, 384, ratio, quantization)
+        for ratio in (4, 8, 16)
+    ]
+    assert found == ranks
 
 
-def test_measured_ranks():
-    ranks = [rank_for_compression(30522, 384, c) for c in (4, 8, 16)]
-    assert ranks == [94, 47, 23]
-
-
-@pytest.mark.parametrize("compression", [1, 0.5, 0, -2, float("nan"), "8"])
-def test_compression_must_exceed_one(compression):
-    with pytest.raises(ValueError, match=r"compression must be .*Received"):
+@pytest.mark.parametrize("compression", [1, 0.5, 0, -2, np.nan, np.inf, "8"])
+def test_bad_compression(compression):
+    with pytest.raises(ValueError, match=r"`compression` must be .*Received"):
         rank_for_compression(1000, 64, compression)
-
-
-def test_compression_out_of_reach_names_the_largest():
-    largest = 1000 * 64 / 1064
-    with pytest.raises(ValueError, match=f"by {largest!r}, the largest"):
-        rank_for_compression(1000, 64, 100)
-    assert rank_for_compression(1000, 64, largest) == 1
 
 
 @pytest.mark.parametrize(
@@ -87,96 +131,45 @@ def test_compression_out_of_reach_names_the_largest():
         (1.5, "rank=1.5"),
         (True, "rank=True"),
         (None, "rank=None"),
-        (
-            61,
-            r"rank=61 .*shape \(1000, 64\) no smaller: 64904 parameters "
-            "instead of 64000.*at most 60",
-        ),
+        (61, r"at most 60, .*shape \(1000, 64\) gets no smaller.*rank=61"),
     ],
 )
-def test_validate_rank(rank, match):
-    validate_rank(np.int64(60), 1000, 64)
+def test_check_rank(rank, match):
+    assert check_rank(np.int64(60), 1000, 64) == 60
     with pytest.raises(ValueError, match=match):
-        validate_rank(rank, 1000, 64)
+        check_rank(rank, 1000, 64)
 
 
-def test_validate_rank_of_equal_size():
-    validate_rank(1, 4, 4)
-    with pytest.raises(ValueError, match="at most 1"):
-        validate_rank(2, 4, 4)
-    with pytest.raises(ValueError, match="No rank does"):
-        validate_rank(1, 2, 2)
+def test_factors_have_to_be_smaller_than_the_table():
+    assert check_rank(1, 4, 4, use_bias=False) == 1
+    with pytest.raises(ValueError, match="at most 1, "):
+        check_rank(2, 4, 4, use_bias=False)  # 16 numbers in either form
+    with pytest.raises(ValueError, match=r"No rank .* \(2, 2\) smaller"):
+        check_rank(1, 2, 2)
+    assert check_rank(64, 1000, 64, "int8") == 64  # a quarter of the bytes
 
 
-@pytest.mark.parametrize("name", ["input_dim", "output_dim"])
-@pytest.mark.parametrize("size", [0, -1, 2.0, None])
-def test_sizes_must_be_positive_integers(name, size):
-    sizes = {"input_dim": 1000, "output_dim": 64, name: size}
-    with pytest.raises(
-        ValueError, match=f"`{name}` must be a positive integer"
-    ):
-        validate_rank(4, **sizes)
-    with pytest.raises(
-        ValueError, match=f"`{name}` must be a positive integer"
-    ):
-        rank_for_compression(compression=8.0, **sizes)
+# By multiplications
 
 
-@settings(deadline=None)
-@given(
-    st.integers(2, 10**5),
-    st.integers(2, 10**3),
-    st.integers(1, 2000),
-    st.floats(1.0, 100.0, exclude_min=True),
-)
-def test_rank_for_compression_counts_the_funnel(rows, columns, hidden, ratio):
-    def parameters(rank):
-        funnel = rank * hidden + hidden + hidden * columns
-        return rank * (rows + columns) + funnel
-
-    assert parameters(7) == num_parameters(7, rows, columns, hidden)
-    if rows * columns / parameters(1) < ratio:
-        with pytest.raises(ValueError, match="hidden_dim"):
-            rank_for_compression(rows, columns, ratio, hidden)
-        return
-    rank = rank_for_compression(rows, columns, ratio, hidden)
-    assert rows * columns / parameters(rank) >= ratio
-    assert rows * columns / parameters(rank + 1) < ratio
-
-
-@settings(deadline=None)
-@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 20))
-def test_largest_useful_rank(rows, columns, hidden):
-    rank = largest_useful_rank(rows, columns, hidden or None)
-    if rank:
-        assert num_parameters(rank, rows, columns, hidden) < rows * columns
-        validate_rank(rank, rows, columns, hidden or None)
-    assert num_parameters(rank + 1, rows, columns, hidden) >= rows * columns
-    with pytest.raises(ValueError, match="no smaller"):
-        validate_rank(rank + 1, rows, columns, hidden or None)
-
-
-# By multiplications.
-
-
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(
     st.integers(1, 10**6),
     st.integers(1, 2_000),
     st.floats(1.0, 300.0),
-    st.sampled_from([None, "int8", "int4"]),
+    QUANTIZATIONS,
 )
-def test_rank_for_speedup_is_the_largest(rows, columns, ratio, rounding):
+def test_rank_for_speedup_is_the_largest(rows, columns, ratio, quantization):
     def reached(rank):
         # int4 multiplies with whole blocks of 32.
-        width = -(-rank // 32) * 32 if rounding == "int4" else rank
+        width = -(-rank // 32) * 32 if quantization == "int4" else rank
         return rows * columns / (width * (rows + columns))
 
     if reached(1) < ratio:
-        with pytest.raises(ValueError, match=f"{reached(1)!r} times fewer"):
-            rank_for_speedup(rows, columns, ratio, rounding)
+        with pytest.raises(ValueError, match=f"at most {reached(1):.2f} "):
+            rank_for_speedup(rows, columns, ratio, quantization)
         return
-    rank = rank_for_speedup(rows, columns, ratio, rounding)
+    rank = rank_for_speedup(rows, columns, ratio, quantization)
     assert reached(rank) >= ratio > reached(rank + 1)
 
 
@@ -192,48 +185,61 @@ def test_bad_speedup(ratio):
         rank_for_speedup(1000, 64, ratio)
 
 
-# By error.
+# By error
 
 
-@pytest.mark.parametrize("max_error", [0.9, 0.5, 0.1, 1e-3, 1e-9])
+def target_of(rows, columns):
+    layer = keras.layers.ReversibleEmbedding(rows, columns)
+    layer.build()
+    return Target(layer)
+
+
+@pytest.mark.parametrize("max_error", [0.9, 0.5, 0.1, 1e-3, 1e-6, 1e-9])
 @pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_rank_for_error_is_the_smallest(max_error, activation, weighted):
+def test_rank_for_error_is_the_smallest(
+    max_error, activation, use_bias, weighted
+):
     table = table_with_spectrum(200, np.geomspace(1, 1e-4, 24))
     weights = np.geomspace(1, 0.01, 200) if weighted else None
-    lifted = activation == "relu"
-    rank = rank_for_error(Table.of(table, weights), max_error, lifted)
+    form = {"activation": activation, "use_bias": use_bias}
+    request = SizeRequest(max_error=max_error, quantization=None, **form)
+    tables = {target_of(200, 24): [Table.of(table, weights)]}
 
-    def error(rank, activation):
+    def error(rank):
         return factorize(
-            table, rank, activation=activation, row_weights=weights
+            table, rank, row_weights=weights, **form
         ).relative_error
 
-    if rank <= 24 + lifted:
-        assert error(rank, activation) <= max_error * (1 + 1e-3)
-    if rank - lifted > 1:
-        assert error(rank - lifted - 1, None) > max_error
+    if max_error == 1e-9:  # takes as many numbers as the table has
+        assert error(check_rank(21, 200, 24, use_bias=use_bias)) > max_error
+        with pytest.raises(ValueError, match="too small.*max_error=1e-09"):
+            plan(tables, request, optional=False)
+        return
+    (rank,) = plan(tables, request, optional=False).ranks.values()
+    assert error(rank) <= max_error * (1 + 1e-3)
+    if rank > 1:
+        assert error(rank - 1) > max_error
 
 
-@pytest.mark.parametrize("activation", ["relu", keras.ops.relu, "tanh"])
-def test_only_the_linear_form_needs_no_rank_more(activation):
-    assert is_lifted(activation)
-    for linear in (None, "linear", keras.activations.linear):
-        assert not is_lifted(linear)
-
-
-@pytest.mark.parametrize("max_error", [0, 1, -0.1, 2, "0.1", None, np.nan])
+@pytest.mark.parametrize("max_error", [0, 1, -0.1, 2, "0.1", np.nan])
 def test_bad_max_error(max_error):
-    with pytest.raises(ValueError, match="max_error must be .*Received"):
-        rank_for_error(Table.of(np.ones((9, 3))), max_error, False)
+    with pytest.raises(ValueError, match="`max_error` must be .*Received"):
+        SizeRequest(max_error=max_error)
 
 
-# Several tables together.
+# Several tables together
 
 
-@pytest.mark.parametrize("lifted", [False, True])
-@pytest.mark.parametrize("hidden_dim", [None, 5])
-def test_the_spread_is_the_best_there_is(lifted, hidden_dim):
+def shares_of(*tables):
+    spectra = [spectrum_of(Table.of(table), 1, False) for table in tables]
+    return sum(spectrum.shares for spectrum in spectra)
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_spread_is_the_best_there_is(skipped, quantization):
     """Against every possible pair of ranks."""
     tables = [
         table_with_spectrum(60, np.geomspace(1, 0.2, 12), seed=1),
@@ -243,38 +249,31 @@ def test_the_spread_is_the_best_there_is(lifted, hidden_dim):
         np.linalg.svd(t, compute_uv=False) ** 2 / np.square(t).sum()
         for t in tables
     ]
+    prices = [
+        {
+            rank: factor_bytes(rank, *t.shape, quantization)
+            for rank in range(1, 10)
+        }
+        for t in tables
+    ]
 
     def cost(ranks):
-        return sum(
-            num_parameters(r, *t.shape, hidden_dim)
-            for r, t in zip(ranks, tables)
-        )
+        return sum(price[rank] for rank, price in zip(ranks, prices))
 
     def error(ranks):
-        return sum(e[r - lifted :].sum() for r, e in zip(ranks, energies))
+        return sum(e[r - skipped :].sum() for r, e in zip(ranks, energies))
 
-    shares = [energy_shares([Table.of(t)]) for t in tables]
-    limits = [largest_useful_rank(*t.shape, hidden_dim) for t in tables]
-    costs = [
-        {
-            rank: num_parameters(rank, *t.shape, hidden_dim)
-            for rank in useful_ranks(limit, None)
-        }
-        for t, limit in zip(tables, limits)
-    ]
-    for budget in range(cost((1, 1)), cost(limits) + 50, 37):
-        ranks = allocate_ranks(shares, costs, budget, lifted)
+    shares = [shares_of(table) for table in tables]
+    step = max(price[2] - price[1] for price in prices)
+    for budget in range(cost((1, 1)), cost((9, 9)) + step, step // 2):
+        ranks = allocate_ranks(shares, prices, budget, skipped)
         assert cost(ranks) <= budget
-        assert all(1 <= r <= limit for r, limit in zip(ranks, limits))
         # Greedy is exact up to the last unit that does not fit.
-        smaller = budget - max(sum(t.shape) for t in tables)
         best = min(
             (
                 error(pair)
-                for pair in itertools.product(
-                    *(range(1, limit + 1) for limit in limits)
-                )
-                if cost(pair) <= smaller
+                for pair in itertools.product(*prices)
+                if cost(pair) <= budget - step
             ),
             default=np.inf,
         )
@@ -282,21 +281,21 @@ def test_the_spread_is_the_best_there_is(lifted, hidden_dim):
 
 
 def test_the_spread_follows_the_spectra():
-    flat = Table.of(table_with_spectrum(100, np.ones(16), seed=1))
-    steep = Table.of(table_with_spectrum(100, 0.1 ** np.arange(16), seed=2))
+    flat = table_with_spectrum(100, np.ones(16), seed=1)
+    steep = table_with_spectrum(100, 0.1 ** np.arange(16), seed=2)
     once = {rank: rank * 116 for rank in range(1, 14)}
     twice = {rank: 2 * cost for rank, cost in once.items()}
-    shares = [energy_shares([flat]), energy_shares([steep])]
-    flat_rank, steep_rank = allocate_ranks(shares, [once, once], 1160, False)
+    shares = [shares_of(flat), shares_of(steep)]
+    flat_rank, steep_rank = allocate_ranks(shares, [once, once], 1160)
     assert steep_rank <= 3
     assert flat_rank + steep_rank == 10
     # Untied tables of one layer have one rank, and cost twice.
-    shares[0] = energy_shares([flat, flat])
-    ranks = allocate_ranks(shares, [twice, once], 1160, False)
+    shares[0] = shares_of(flat, flat)
+    ranks = allocate_ranks(shares, [twice, once], 1160)
     assert 2 * ranks[0] + ranks[1] in (9, 10)
 
 
 def test_a_budget_that_is_too_small():
-    shares = energy_shares([Table.of(np.ones((9, 3)))])
-    with pytest.raises(ValueError, match="23 is too small.* ranks .*take 24"):
-        allocate_ranks([shares, shares], [{1: 12}, {1: 12}], 23, False)
+    shares = shares_of(np.ones((9, 3)))
+    with pytest.raises(ValueError, match="too small.* 24 bytes.*max_bytes=23"):
+        allocate_ranks([shares, shares], [{1: 12}, {1: 12}], 23)

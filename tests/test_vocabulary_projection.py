@@ -1,4 +1,4 @@
-"""Dense heads over a vocabulary, factorised or tied."""
+"""Dense heads over a vocabulary, factorized or tied."""
 
 import keras
 import numpy as np
@@ -11,13 +11,10 @@ from keras_distilled_embedding import compress
 from keras_distilled_embedding import compression_report
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.layers import VocabularyProjection
+from tests.shared import to_floats
 
 VOCABULARY, WIDTH = 61, 16
 IDS = np.array([[1, 60, 7, 3], [2, 5, 0, 0]], dtype="int32")
-
-
-def to_numpy(x):
-    return ops.convert_to_numpy(ops.cast(x, "float32"))
 
 
 def make_layer(**options):
@@ -49,15 +46,15 @@ def make_model(units=VOCABULARY, activation="softmax", use_bias=True, width=16):
 def test_equals_dense(activation, use_bias):
     layer = make_layer(activation=activation, use_bias=use_bias)
     states = np.random.default_rng(1).normal(size=(2, 3, WIDTH))
-    codes, basis = to_numpy(layer.embedding.codes), layer.embedding.basis
-    logits = states @ (np.maximum(codes, 0) @ to_numpy(basis)).T
+    codes, basis, offset = map(to_floats, layer.embedding.weights)
+    logits = states @ (np.maximum(codes, 0) @ basis + offset).T
     if use_bias:
-        logits += to_numpy(layer.bias)
+        logits += to_floats(layer.bias)
     if activation == "softmax":
         exponents = np.exp(logits - logits.max(-1, keepdims=True))
         logits = exponents / exponents.sum(-1, keepdims=True)
     outputs = layer(states.astype("float32"))
-    np.testing.assert_allclose(to_numpy(outputs), logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(to_floats(outputs), logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "bfloat16"])
@@ -81,7 +78,7 @@ def test_configuration():
     assert (copy.embedding.rank, copy.use_bias) == (4, False)
 
 
-def test_needs_a_factorised_embedding():
+def test_needs_a_factorized_embedding():
     with pytest.raises(TypeError, match="`DistilledEmbedding`.*Embedding name"):
         VocabularyProjection(keras.layers.Embedding(3, 2))
 
@@ -91,7 +88,7 @@ def test_needs_a_factorised_embedding():
 
 def table_of(layer):
     embedding = getattr(layer, "embedding", layer)
-    return to_numpy(embedding.embeddings)
+    return to_floats(embedding.embeddings)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -104,17 +101,17 @@ def test_factorized_head(use_bias):
     assert {row.layer for row in rows} == {"tokens", "head"}
     assert all(0 < row.error < 1 for row in rows)
     # Its own factors, of its own kernel, and the bias that it had.
-    kernel = to_numpy(old.kernel)
+    kernel = to_floats(old.kernel)
     assert np.square(table_of(head) - kernel.T).sum() < np.square(kernel).sum()
     if use_bias:
-        np.testing.assert_array_equal(to_numpy(head.bias), to_numpy(old.bias))
+        np.testing.assert_array_equal(to_floats(head.bias), to_floats(old.bias))
         assert head.bias.value is not old.bias.value
     model.get_layer("tokens").set_weights(
         [table_of(student.get_layer("tokens"))]
     )
-    old.set_weights([table_of(head).T, *map(to_numpy, old.weights[1:])])
+    old.set_weights([table_of(head).T, *map(to_floats, old.weights[1:])])
     np.testing.assert_allclose(
-        to_numpy(student(IDS)), to_numpy(model(IDS)), rtol=1e-4, atol=1e-6
+        to_floats(student(IDS)), to_floats(model(IDS)), rtol=1e-4, atol=1e-6
     )
 
 
@@ -124,7 +121,7 @@ def test_tied_head():
     head = student.get_layer("head")
     assert head.embedding is student.get_layer("tokens")
     assert len(compression_report(student).rows) == 1
-    factors = 5 * (VOCABULARY + WIDTH)
+    factors = 5 * (VOCABULARY + WIDTH) + WIDTH
     hidden = WIDTH * (WIDTH + 1)
     assert student.count_params() == factors + hidden + VOCABULARY
 
@@ -138,9 +135,9 @@ def test_distillation_of_the_tables(heads):
     distiller = Distiller(model, student, [loss], student_loss_weight=0.0)
     distiller.compile("sgd", "sparse_categorical_crossentropy")
     found = loss.compute_loss(None, None, teacher=model, student=student)
-    pairs = {"tokens": to_numpy(model.get_layer("tokens").embeddings)}
+    pairs = {"tokens": to_floats(model.get_layer("tokens").embeddings)}
     if heads == "factorize":
-        pairs["head"] = to_numpy(model.get_layer("head").kernel).T
+        pairs["head"] = to_floats(model.get_layer("head").kernel).T
     expected = sum(
         np.square(table - table_of(student.get_layer(name))).sum(-1).mean()
         for name, table in pairs.items()

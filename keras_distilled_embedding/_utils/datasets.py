@@ -53,6 +53,6 @@ def iterate_batches(
     """
     total = num_batches(dataset)
     if not hasattr(dataset, "__iter__"):
-        dataset = (dataset[i] for i in range(total))
+        dataset = (dataset[i] for i in range(len(dataset)))
     with make_progress(verbose) as progress:
         yield from progress.track(dataset, total, description=description)

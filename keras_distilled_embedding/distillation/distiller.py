@@ -49,7 +49,8 @@ class Distiller(keras.Model):
         distillation_losses: A loss or a list of losses: those of this package
             or any `keras.distillation.DistillationLoss`. Defaults to
             `[EmbeddingDistillation()]`, as in the paper.
-        distillation_loss_weights: A number for each loss. Defaults to ones.
+        distillation_loss_weights: A number or a list of numbers, one for each
+            loss. Defaults to ones.
         student_loss_weight: Number `w` in [0, 1].
         name: Name of the model.
         student_training: Whether the student is trained in training mode.
@@ -96,7 +97,7 @@ class Distiller(keras.Model):
         distillation_losses: DistillationLoss
         | Sequence[DistillationLoss]
         | None = None,
-        distillation_loss_weights: Sequence[float] | None = None,
+        distillation_loss_weights: Sequence[float] | float | None = None,
         student_loss_weight: float = 0.5,
         name: str = "distiller",
         student_training: bool = True,
@@ -381,8 +382,10 @@ def _check_models(teacher: keras.Model, student: keras.Model) -> None:
         )
 
 
-def _check_student_loss_weight(weight: float) -> None:
-    if not isinstance(weight, numbers.Real) or not 0.0 <= weight <= 1.0:
+def _check_student_loss_weight(weight: Any) -> None:
+    if not isinstance(weight, numbers.Real) or not (
+        0.0 <= float(weight) <= 1.0
+    ):
         raise ValueError(
             "`student_loss_weight` must be a number from 0 to 1. "
             f"Received: student_loss_weight={weight!r}"
@@ -391,7 +394,7 @@ def _check_student_loss_weight(weight: float) -> None:
 
 def _check_losses(
     losses: DistillationLoss | Sequence[DistillationLoss] | None,
-    weights: Sequence[float] | None,
+    weights: Sequence[float] | float | None,
 ) -> tuple[list[DistillationLoss], list[float]]:
     if losses is None:
         losses = [EmbeddingDistillation()]
@@ -404,19 +407,19 @@ def _check_losses(
                 "`keras.distillation.DistillationLoss` objects. "
                 f"Received: {loss!r}"
             )
-    if weights is None:
-        weights = [1.0] * len(losses)
-    if not isinstance(weights, list | tuple):
-        weights = [weights]
-    if len(weights) != len(losses) or not losses:
+    values: list[Any] = [1.0] * len(losses)
+    if weights is not None:
+        values = (
+            list(weights) if isinstance(weights, list | tuple) else [weights]
+        )
+    if len(values) != len(losses) or not losses:
         raise ValueError(
             "`distillation_loss_weights` must hold one number for each of at "
-            f"least one loss. Received: {len(losses)} losses, weights="
-            f"{weights}"
+            f"least one loss. Received: {len(losses)} losses, weights={values}"
         )
-    if not all(isinstance(w, numbers.Real) and w >= 0 for w in weights):
+    if not all(isinstance(w, numbers.Real) and float(w) >= 0 for w in values):
         raise ValueError(
             "`distillation_loss_weights` must be numbers of at least 0. "
-            f"Received: {weights}"
+            f"Received: {values}"
         )
-    return list(losses), [float(w) for w in weights]
+    return list(losses), [float(w) for w in values]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,16 @@ import keras
 from keras import ops
 from keras.distillation import DistillationLoss
 
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.arguments import as_positive_number
 from keras_distilled_embedding._utils.masked_mean import mean_over_tokens
 from keras_distilled_embedding._utils.masked_mean import weights_by_output
+
+# Over classes, and of units that are predicted each by itself.
+OUTPUT_KINDS = ("logits", "softmax", "binary_logits", "sigmoid")
+_BINARY = OUTPUT_KINDS[2:]
+_SMALLEST_PROBABILITY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,12 @@ class LogitsDistillation(DistillationLoss):
     out; the losses of several outputs are added. The targets are the teacher's
     predictions alone: label smoothing of the task's loss does not change them.
 
+    An output that ends with a softmax is taken for the probabilities that it
+    holds. One that ends with a sigmoid, or has a single unit, predicts each
+    unit by itself: its loss is the sum of the divergences of these binary
+    predictions. This is read off the last layers of the models; `outputs`
+    says it where they do not tell, and can leave outputs out.
+
     With `top_k`, or from a `TeacherCache`, the sum runs over the teacher's `k`
     most likely classes and one more class that stands for all others. It is
     never more than the full divergence, and equal to it for `k = V`.
@@ -53,6 +66,12 @@ class LogitsDistillation(DistillationLoss):
         top_k: Positive integer or `None`. How many of the teacher's most
             likely classes are distinguished. `None` uses all classes, or all
             that a cache holds.
+        outputs: What the outputs of the models are, for each of them in
+            Keras's order: `"logits"` or `"softmax"` over classes,
+            `"binary_logits"` or `"sigmoid"` of units that are predicted each
+            by itself, or `None` to leave the output out, such as a feature or
+            a regression. Or one of these for all. By default it is read off
+            the last layers of the models.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -68,31 +87,88 @@ class LogitsDistillation(DistillationLoss):
     """
 
     def __init__(
-        self, temperature: float = 1.0, top_k: int | None = None
+        self,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        outputs: str | Sequence[str | None] | None = None,
     ) -> None:
         self.temperature = as_positive_number("temperature", temperature)
         self.top_k = as_optional_integer("top_k", top_k)
+        given = [outputs] if isinstance(outputs, str) else outputs or []
+        if not set(given) <= {*OUTPUT_KINDS, None}:
+            raise ValueError(
+                f"`outputs` must be of {OUTPUT_KINDS}, or None to leave an "
+                f"output out. Received: outputs={outputs!r}"
+            )
+        self.outputs = outputs if isinstance(outputs, str | None) else [*given]
 
     def validate_model_compatibility(
         self, teacher: keras.Model, student: keras.Model
     ) -> None:
-        """Raises an error if the models predict over different vocabularies.
+        """Raises an error if the models' predictions cannot be compared.
 
         Raises:
-            ValueError: If the last dimensions of the outputs differ.
+            ValueError: If the last dimensions of the outputs differ, if one
+                model predicts classes and the other units each by itself, or
+                if there are several outputs and it is not clear whether all
+                of them are predictions.
         """
-        outputs = [
-            getattr(model, "outputs", None) for model in (teacher, student)
-        ]
-        if not all(outputs):
-            return
-        sizes = [[out.shape[-1] for out in outs] for outs in outputs]
+        sizes = []
+        for model in (teacher, student):
+            outputs = getattr(model, "outputs", None)
+            if not outputs:
+                return
+            sizes.append([output.shape[-1] for output in outputs])
         if sizes[0] != sizes[1]:
             raise ValueError(
                 "`teacher` and `student` must predict over the same "
                 f"vocabulary. Received: outputs of size {sizes[0]} from the "
                 f"teacher, {sizes[1]} from the student"
             )
+        kinds = [self._kinds(model, sizes[0]) for model in (teacher, student)]
+        for index, (of_teacher, of_student) in enumerate(zip(*kinds)):
+            if (of_teacher in _BINARY) != (of_student in _BINARY):
+                raise ValueError(
+                    "`teacher` and `student` must both predict classes, or "
+                    "both units each by itself. Received: output "
+                    f"{index} is {of_teacher!r} of the teacher, "
+                    f"{of_student!r} of the student"
+                )
+
+    def _kinds(
+        self, model: keras.Model | None, sizes: Sequence[int]
+    ) -> list[str | None]:
+        """What each output of a model is.
+
+        Args:
+            model: The model, or `None` if it is not known.
+            sizes: The last dimension of each output.
+        """
+        if isinstance(self.outputs, str):
+            return [self.outputs] * len(sizes)
+        if self.outputs is not None:
+            if len(self.outputs) != len(sizes):
+                raise ValueError(
+                    "`outputs` must name each of the outputs of the models, "
+                    f"{len(sizes)}. Received: outputs={self.outputs}"
+                )
+            return list(self.outputs)
+        activations = model and keras_internals.last_activations(model)
+        kinds: list[str | None] = []
+        for index, size in enumerate(sizes):
+            activation = activations[index] if activations else "linear"
+            if activation in ("softmax", "sigmoid"):
+                kinds.append(activation)
+                continue
+            if len(sizes) > 1 and activations:
+                raise ValueError(
+                    "`outputs` must say what each of several outputs is, "
+                    "where not all end with a softmax or a sigmoid, such as "
+                    'outputs=["logits", None]; None leaves one out. '
+                    f"Received: outputs=None, activations {activations}"
+                )
+            kinds.append("binary_logits" if size == 1 else "logits")
+        return kinds
 
     def check_cache(self, top_k: int, temperature: float) -> None:
         """Raises an error if a `TeacherCache` does not fit this loss.
@@ -122,44 +198,88 @@ class LogitsDistillation(DistillationLoss):
         student_outputs: Any,
         *,
         sample_weight: Any = None,
+        teacher: keras.Model | None = None,
+        student: keras.Model | None = None,
         **kwargs: Any,
     ) -> Any:
         """Computes the divergence, averaged over the weighted tokens."""
+        predictions = keras.tree.flatten(student_outputs)
+        sizes = [prediction.shape[-1] for prediction in predictions]
         losses = [
             mean_over_tokens(
-                self._token_losses(teacher_output, logits), weights, logits
+                self._token_losses(target, of_teacher, prediction, of_student),
+                weights,
+                prediction,
             )
-            for teacher_output, logits, weights in zip(
+            for target, of_teacher, prediction, of_student, weights in zip(
                 keras.tree.flatten(teacher_outputs),
-                keras.tree.flatten(student_outputs),
+                self._kinds(teacher, sizes),
+                predictions,
+                self._kinds(student, sizes),
                 weights_by_output(sample_weight, student_outputs),
             )
+            if of_teacher is not None
         ]
-        return sum(losses[1:], losses[0])
+        return sum(losses[1:], losses[0]) if losses else ops.zeros(())
 
-    def _token_losses(self, teacher_output: Any, logits: Any) -> Any:
-        scaled = ops.cast(logits, "float32") / self.temperature
-        if isinstance(teacher_output, TopPredictions):
+    def _token_losses(
+        self, target: Any, of_teacher: Any, prediction: Any, of_student: Any
+    ) -> Any:
+        student = as_logits(prediction, of_student) / self.temperature
+        if isinstance(target, TopPredictions):
             top = TopPredictions(
-                teacher_output.log_probabilities[..., : self.top_k],
-                teacher_output.classes[..., : self.top_k],
+                target.log_probabilities[..., : self.top_k],
+                target.classes[..., : self.top_k],
             )
-            divergences = _divergences_of_top(top, scaled)
+            divergences = _divergences_of_top(top, student)
         else:
-            targets = ops.cast(teacher_output, "float32") / self.temperature
-            if self.top_k is None:
-                divergences = _divergences(targets, scaled)
+            teacher = as_logits(target, of_teacher) / self.temperature
+            if of_teacher in _BINARY:
+                divergences = _binary_divergences(teacher, student)
+            elif self.top_k is None:
+                divergences = _divergences(teacher, student)
             else:
-                top = _top_predictions(targets, self.top_k)
-                divergences = _divergences_of_top(top, scaled)
+                top = _top_predictions(teacher, self.top_k)
+                divergences = _divergences_of_top(top, student)
         return self.temperature**2 * divergences
 
     def get_config(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "top_k": self.top_k}
+        return {
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "outputs": self.outputs,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LogitsDistillation:
         return cls(**config)
+
+
+def as_logits(outputs: Any, kind: str | None) -> Any:
+    """Outputs of a model as float32 logits.
+
+    Args:
+        outputs: Floats of any shape.
+        kind: One of `OUTPUT_KINDS`.
+    """
+    outputs = ops.cast(outputs, "float32")
+    if kind == "softmax":
+        return ops.log(ops.maximum(outputs, _SMALLEST_PROBABILITY))
+    if kind == "sigmoid":
+        odds = [
+            ops.log(ops.maximum(p, _SMALLEST_PROBABILITY))
+            for p in (outputs, 1.0 - outputs)
+        ]
+        return odds[0] - odds[1]
+    return outputs
+
+
+def _binary_divergences(teacher_logits: Any, student_logits: Any) -> Any:
+    """Of predictions of units each by itself, summed over the units."""
+    t, s = teacher_logits, student_logits
+    yes, no = ops.log_sigmoid, lambda x: ops.log_sigmoid(-x)
+    p = ops.sigmoid(t)
+    return ops.sum(p * (yes(t) - yes(s)) + (1.0 - p) * (no(t) - no(s)), axis=-1)
 
 
 def _divergences(teacher_logits: Any, student_logits: Any) -> Any:

@@ -133,6 +133,6 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
 
 
 def _value(schedule: Schedule, step: int) -> float:
-    if isinstance(schedule, numbers.Real):
-        return float(schedule)
-    return float(ops.convert_to_numpy(schedule(step)))
+    if callable(schedule):
+        return float(ops.convert_to_numpy(schedule(step)))
+    return float(schedule)

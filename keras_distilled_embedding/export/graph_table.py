@@ -50,8 +50,9 @@ class GraphTable(keras.layers.Layer):
         self.logit_soft_cap = getattr(embedding, "logit_soft_cap", None)
         # Ids are whole numbers: nothing is to be cast.
         self.autocast = False
+        is_rounded = getattr(embedding, "quantization", None) == quantization
         self.tables = [
-            StoredTable(*factors, quantization, embedding.name)
+            StoredTable(*factors, quantization, embedding.name, is_rounded)
             for factors in _factors(embedding, quantization)
         ]
         self.built = True
@@ -92,10 +93,10 @@ class GraphTable(keras.layers.Layer):
 class StoredTable(keras.layers.Layer):
     """One table of a file: `E = C B + 1 o`, or `E = C` if not factorized.
 
-    The codes `C` are an input of the converted graph, called `graph_codes`
+    The codes `C` are an input of the graph that is converted, `graph_codes`
     while it is traced; `LiteRTFile.store` then puts their bytes in its place.
-    So TensorFlow never sees them: as constants they would take 30 times their
-    size in memory, count towards the 2 GB of a graph, and the converter might
+    TensorFlow never sees them: as constants they would take 30 times their
+    size in memory, count towards the 2 GB of a graph, and the converter could
     multiply a second copy of them with a factor that stands next to them.
 
     Args:
@@ -104,6 +105,8 @@ class StoredTable(keras.layers.Layer):
         offset: Float32 `(output_dim,)`, or `None`.
         quantization: Name of the storage format, or `None` for floats.
         name: Name of the embedding.
+        is_rounded: Whether the embedding itself computes with codes rounded
+            to that format.
 
     Attributes:
         format: The storage format, or `None` for floats.
@@ -119,6 +122,7 @@ class StoredTable(keras.layers.Layer):
         offset: Any,
         quantization: str | None,
         name: str,
+        is_rounded: bool,
     ) -> None:
         super().__init__(name=name, dtype="float32")
         self.format = FORMATS.get(quantization)
@@ -126,29 +130,36 @@ class StoredTable(keras.layers.Layer):
         self.width = (codes if basis is None else basis).shape[1]
         self._use_bias = offset is not None
         self.scales = self.graph_codes = None
+        self._first_row_is_zero = False
         if self.format is None:
             self.codes = to_numpy(codes)
+        elif basis is None:
+            self._set_integers(*round_table(codes, quantization))
         else:
             given = codes, basis, offset
-            if basis is None:
-                integers, scales = round_table(codes, quantization)
-            else:
-                integers, scales, basis, offset = round_factors(
-                    *given, quantization
-                )
-            self.codes = to_numpy(integers).astype("int8")
-            self.scales = to_numpy(scales)
+            integers, scales, basis, offset = round_factors(
+                *given, quantization
+            )
+            self._set_integers(integers, scales)
+            codes = dequantize(integers, scales)
+            if is_rounded:
+                given = codes, basis, offset
+            self._first_row_is_zero = _first_row_is_zero(*given)
         self.basis = self._look_up_basis = self._weight("basis", basis)
         self.offset = self._look_up_offset = self._weight("offset", offset)
-        self._first_row_is_zero = False
-        if self.format is not None and basis is not None:
-            codes = dequantize(integers, scales)
-            self._first_row_is_zero = _first_row_is_zero(codes, basis, offset)
-            basis = _round_to_int8(basis)
-            offset = _mean(*given) - _mean(codes, basis)
-            self._look_up_basis = self._weight("look_up_basis", basis)
+        if self.scales is not None and basis is not None:
+            # The file's basis is rounded, too. Most of that error is the same
+            # in every row, and the offset can make up for it.
+            rounded = _round_to_int8(basis)
+            mean = ops.mean(codes, axis=0, keepdims=True)
+            offset = offset + ops.matmul(mean, basis - rounded)[0]
+            self._look_up_basis = self._weight("look_up_basis", rounded)
             self._look_up_offset = self._weight("look_up_offset", offset)
         self.built = True
+
+    def _set_integers(self, integers: Any, scales: Any) -> None:
+        self.codes = to_numpy(integers).astype("int8")
+        self.scales = to_numpy(scales)
 
     def _weight(self, name: str, value: Any) -> keras.Variable | None:
         if value is None:
@@ -158,11 +169,6 @@ class StoredTable(keras.layers.Layer):
         )
         variable.assign(value)
         return variable
-
-    @property
-    def input_name(self) -> str:
-        """Name of the graph's input that stands for the codes."""
-        return f"stored_table_{id(self)}"
 
     @property
     def data(self) -> np.ndarray:
@@ -195,13 +201,13 @@ class StoredTable(keras.layers.Layer):
         if self._first_row_is_zero:
             keep = ops.cast(ops.not_equal(flat, 0), "float32")
             rows = ops.multiply(rows, ops.expand_dims(keep, -1))
-        return ops.reshape(rows, (*ops.shape(ids), self.width))
+        return ops.reshape(rows, (*_sizes(ids), self.width))
 
     def project(self, hidden: Any) -> Any:
         """Products with all rows of the table, `(..., rows)`."""
         import tensorflow as tf
 
-        shape = (*ops.shape(hidden)[:-1], self.rows)
+        shape = (*_sizes(hidden)[:-1], self.rows)
         hidden = ops.reshape(ops.cast(hidden, "float32"), (-1, self.width))
         states = hidden
         if self.basis is not None:
@@ -239,15 +245,17 @@ def _factors(
     return found
 
 
-def _affine(codes: Any, basis: Any, offset: Any = None) -> Any:
+def _sizes(tensor: Any) -> tuple[Any, ...]:
+    """Its sizes, of which one that is not known need not be computed."""
+    sizes = tuple(tensor.shape)
+    if sizes.count(None) > 1:
+        return ops.shape(tensor)
+    return tuple(-1 if size is None else size for size in sizes)
+
+
+def _affine(codes: Any, basis: Any, offset: Any) -> Any:
     rows = ops.matmul(codes, basis)
     return rows if offset is None else ops.add(rows, offset)
-
-
-def _mean(codes: Any, basis: Any, offset: Any = None) -> Any:
-    """The mean of the rows of a table."""
-    mean = ops.mean(codes, axis=0, keepdims=True)
-    return _affine(mean, basis, offset)[0]
 
 
 def _first_row_is_zero(codes: Any, basis: Any, offset: Any) -> bool:
@@ -263,8 +271,7 @@ def _first_row_is_zero(codes: Any, basis: Any, offset: Any) -> bool:
 def _round_to_int8(basis: Any) -> Any:
     """Rounds each column to multiples of a 127th of its largest number.
 
-    As ai-edge-quantizer will round it, so that the offset of the look-up can
-    make up for the mean of the rows' errors.
+    As ai-edge-quantizer rounds it.
     """
     scales = ops.divide(ops.max(ops.abs(basis), axis=0), 127.0)
     scales = ops.where(ops.greater(scales, 0.0), scales, 1.0)

@@ -33,7 +33,9 @@ def is_relu(function: Callable) -> bool:
 
 def is_zero_below(function: Callable) -> bool:
     """Whether negative codes have no effect, and so no gradient."""
-    return not activate(function, np.float32([[-4.0, -1.0, -0.1]])).any()
+    return not activate(
+        function, np.array([[-4.0, -1.0, -0.1]], np.float32)
+    ).any()
 
 
 def activate(function: Callable, codes: np.ndarray) -> np.ndarray:

@@ -69,18 +69,21 @@ def closed_form(
     codes, basis, lost = _encode(table, spectrum, components, in_column)
     free = codes[:, :components]
     scale = rms(free)
-    offset = table_mean = spectrum.mean
+    offset = spectrum.mean
+    # Of the mean, where all rows are alike: it has to survive the shift.
+    unit = scale or rms(offset[np.newaxis]) or 1.0
     if uses_relu:
-        shift = MARGIN * (scale or 1.0) - free.min(axis=0, initial=np.inf)
+        shift = MARGIN * unit - free.min(axis=0, initial=np.inf)
         free += shift.astype(np.float32)
-        offset = table_mean - shift @ basis[:components]
+        offset = offset - shift @ basis[:components]
     if in_column:
         # A constant of the size of the other codes.
-        codes[:, -1] = scale or 1.0
-        basis[-1] = offset / (scale or 1.0)
+        codes[:, -1] = unit
+        basis[-1] = offset / unit
     codes, basis = balance(codes, basis, scale)
-    offset = offset.astype(np.float32) if use_bias else None
-    return Factors(codes, basis, offset, lost)
+    return Factors(
+        codes, basis, offset.astype(np.float32) if use_bias else None, lost
+    )
 
 
 def _encode(

@@ -75,19 +75,23 @@ class Factorization:
             as are asked for. With a quantization, that of the rounded codes.
         """
         rows = slice(None) if rows is None else rows
-        function = get_activation(self.activation)
         if self.quantization is None:
-            table = activate(function, self.codes[rows]) @ self.basis
+            table = self._activated(self.codes[rows]) @ self.basis
         else:
-            # How one row is rounded can depend on the others.
             table = self._rounded_features[rows] @ self.basis
         return table if self.offset is None else table + self.offset
 
+    def _activated(self, codes: np.ndarray) -> np.ndarray:
+        return activate(get_activation(self.activation), codes)
+
     @functools.cached_property
     def _rounded_features(self) -> np.ndarray:
-        features = activate(get_activation(self.activation), self.codes)
+        """Of all rows: how one is rounded can depend on the others."""
+        assert self.quantization is not None
         return keras.ops.convert_to_numpy(
-            round_codes(features, self.basis, self.quantization)
+            round_codes(
+                self._activated(self.codes), self.basis, self.quantization
+            )
         )
 
     def __repr__(self) -> str:
@@ -232,14 +236,16 @@ def factorize_table(
 
     lost = None
     if method == "exact":
-        *arrays, lost = closed_form(table, rank, is_relu(function), use_bias)
+        codes, basis, offset, lost = closed_form(
+            table, rank, is_relu(function), use_bias
+        )
     else:
         check_finite_rows(table.values)
         can_rescale = is_linear(function) or is_relu(function)
-        arrays = learned_factors(
+        codes, basis, offset = learned_factors(
             table, rank, function, use_bias, can_rescale, seed, verbose
         )
-    result = Factorization(*arrays, activation, quantization)
+    result = Factorization(codes, basis, offset, activation, quantization)
     if lost is None or quantization is not None:
         lost = lost_energy(table, result.reconstruct)
     result = dataclasses.replace(

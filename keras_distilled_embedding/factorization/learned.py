@@ -107,9 +107,9 @@ class _RowBatches(keras.utils.PyDataset):
         # A memory map is read faster in the order of its rows.
         ids = np.sort(self._order[start : start + self.batch_size])
         rows = self._table.values[ids].astype(np.float32)
-        rows = self._table.to_metric(rows) / np.float32(self._scale)
+        rows = self._table.to_metric(rows / np.float32(self._scale))
         weights = self._table.weights_of(ids) / self._mean_weight
-        return ids, rows, weights.astype(np.float32)
+        return ids, rows.astype(np.float32), weights.astype(np.float32)
 
     def on_epoch_end(self) -> None:
         # Whole passes over the rows, so that a full last batch can borrow.

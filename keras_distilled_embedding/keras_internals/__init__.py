@@ -27,10 +27,10 @@ from keras_distilled_embedding.keras_internals.models import find_layer
 from keras_distilled_embedding.keras_internals.models import input_structure
 from keras_distilled_embedding.keras_internals.models import iterate_layers
 from keras_distilled_embedding.keras_internals.models import keras_mask
+from keras_distilled_embedding.keras_internals.models import last_activations
 from keras_distilled_embedding.keras_internals.models import (
     make_variables_current,
 )
-from keras_distilled_embedding.keras_internals.models import named_inputs
 from keras_distilled_embedding.keras_internals.models import set_mask
 from keras_distilled_embedding.keras_internals.models import stop_watching
 from keras_distilled_embedding.keras_internals.models import watch_calls
@@ -59,8 +59,8 @@ __all__ = [
     "input_structure",
     "iterate_layers",
     "keras_mask",
+    "last_activations",
     "make_variables_current",
-    "named_inputs",
     "read_archive",
     "refuse_incomplete_configs",
     "set_mask",

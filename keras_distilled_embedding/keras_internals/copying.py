@@ -14,28 +14,14 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distilled_embedding.keras_internals import layer_tree
 from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals import scopes
 from keras_distilled_embedding.keras_internals.compiling import (
     without_compiling,
 )
-from keras_distilled_embedding.keras_internals.layer_tree import LayerTree
-from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
-from keras_distilled_embedding.keras_internals.layer_tree import (
-    not_as_configured,
-)
-from keras_distilled_embedding.keras_internals.layer_tree import own_policy
 from keras_distilled_embedding.keras_internals.models import own_variables
-from keras_distilled_embedding.keras_internals.own_objects import (
-    hand_over_own_objects,
-)
 from keras_distilled_embedding.keras_internals.reads import refuse_reads
-from keras_distilled_embedding.keras_internals.scopes import (
-    allow_incomplete_configs,
-)
-from keras_distilled_embedding.keras_internals.scopes import keep_policies
-from keras_distilled_embedding.keras_internals.scopes import (
-    without_initial_values,
-)
 
 
 @private_keras.note_untested_keras()
@@ -56,9 +42,6 @@ def copy_models(
         replacements: The replacement of each layer to replace. It is called
             with the arguments of the layer that it replaces.
 
-    Returns:
-        The copies, in the order of `models`.
-
     Raises:
         ValueError: If a layer cannot be made from its configuration, or if a
             copy would still use a layer that is replaced, or a variable of the
@@ -66,10 +49,9 @@ def copy_models(
     """
     copier = _Copier(replacements)
     with (
-        hand_over_own_objects(),
-        allow_incomplete_configs(),
-        keep_policies(),
-        without_initial_values(),
+        scopes.hand_over_own_objects(),
+        scopes.read_configs(),
+        scopes.without_initial_values(),
     ):
         # First the layers with layers inside, which others may share.
         for model in models:
@@ -90,13 +72,12 @@ class _Copier:
         self._originals: dict[int, keras.layers.Layer] = {}
         self._operations: dict[int, Any] = {}  # those that are not layers
         self._variables: dict[int, tuple[keras.layers.Layer, int]] = {}
-        self._replaced = {self._number(layer) for layer in replacements}
-        self._rebuilder = Rebuilder(
-            {self._number(old): new for old, new in replacements.items()}
-        )
+        self._replaced = {
+            self._number(old): new for old, new in replacements.items()
+        }
+        self._rebuilder = layer_tree.Rebuilder(self._replaced)
         # In a graph, replacements are called at once.
-        for old, new in replacements.items():
-            self._rebuilder.layers[self._number(old)] = new
+        self._rebuilder.layers.update(self._replaced)
 
     def _number(self, layer: keras.layers.Layer) -> int:
         if id(layer) not in self._originals:
@@ -126,13 +107,22 @@ class _Copier:
             self._number(inner)
         try:
             copy = _from_config(layer)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"Layer '{layer.name}' ({type(layer).__name__}) cannot be "
+                "copied: Keras does not record the arguments of its "
+                "constructor. Define `get_config()` to return them, and "
+                "`from_config()` if they contain layers."
+            ) from error
         except Exception as error:
             raise ValueError(
                 f"Layer '{layer.name}' ({type(layer).__name__}) cannot be "
                 "copied: `from_config(get_config())` must make it again, but "
                 f"raises: {error}"
             ) from error
-        self._rebuilder.match(LayerTree.of(layer, self._numbers), copy)
+        self._rebuilder.match(
+            layer_tree.LayerTree.of(layer, self._numbers), copy
+        )
         for inner in layer._flatten_layers():
             # A layer may make other layers only when it is called.
             made = self._rebuilder.layers.get(self._numbers[id(inner)])
@@ -170,7 +160,7 @@ class _Copier:
     def _copy_argument(self, value: Any, operation: str) -> Any:
         """Returns the argument of a call, for a variable that of the copy."""
         layer, index = self._variables.get(id(value), (None, 0))
-        if layer is None and keras.ops.is_tensor(value):
+        if layer is None and ops.is_tensor(value):
             layer = self._replaced_layer_with_values(value)
         if layer is None:
             return value
@@ -219,7 +209,6 @@ class _Copier:
 
 
 def _from_config(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """Makes a layer again from its configuration."""
     kind = type(layer)
     try:
         return kind.from_config(without_compiling(kind, layer.get_config()))
@@ -234,14 +223,17 @@ def _from_config(layer: keras.layers.Layer) -> keras.layers.Layer:
 
 def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     """Copies what a layer itself holds, without the layers inside it."""
-    policy = own_policy(old)
+    policy = layer_tree.own_policy(old)
     if policy is not None:
         new._dtype_policy = policy
     # `new.trainable = ...` would also set the layers inside.
     new._trainable = old._trainable
+    if getattr(old, "lora_enabled", False) and not new.lora_enabled:
+        _merge_lora(old, new)
+        return
     variables, copies = own_variables(old), own_variables(new)
     if [v.shape for v in variables] != [v.shape for v in copies]:
-        raise not_as_configured(
+        raise layer_tree.not_as_configured(
             new,
             f"has weights of shapes {[tuple(v.shape) for v in copies]}, not "
             f"{[tuple(v.shape) for v in variables]}",
@@ -253,6 +245,18 @@ def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     if variables and hasattr(new, "finalize_state"):
         # An adapted layer computes from copies of its weights.
         new.finalize_state()
+
+
+def _merge_lora(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Copies the weights of a layer with its adapters added, as a file does."""
+    merged: dict[str, Any] = {}
+    old.save_own_variables(merged)
+    new.load_own_variables({k: ops.copy(v) for k, v in merged.items()})
+    flags = {v.name: v.trainable for v in own_variables(old)}
+    for variable in own_variables(new):
+        # Adapters freeze what they are added to.
+        adapted = f"lora_{variable.name}_a" in flags
+        variable.trainable = adapted or flags.get(variable.name, True)
 
 
 def _copy_assets(old: keras.layers.Layer, new: keras.layers.Layer) -> None:

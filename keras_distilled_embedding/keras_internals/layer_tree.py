@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import weakref
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from typing import Any
 
 import keras
 
+from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals import scopes
 from keras_distilled_embedding.keras_internals.models import own_variables
 from keras_distilled_embedding.keras_internals.swapping import swap_layers
 
@@ -23,39 +26,24 @@ class LayerTree:
     A configuration records how to make a model. It does not record which of
     the layers made are shared, which were replaced since, or the shapes that
     the parts of a subclassed model were built with.
-
-    Args:
-        number: The number of the layer. Trees with the same number describe
-            the same layer.
-        name: The name of the layer.
-        kind: The name of its class.
-        build_config: The argument of `build_from_config`, or `None`.
-        trainable: Its own flag.
-        variables_trainable: The flags of its own variables.
-        dtype_policy: Its policy, which a configuration may omit or merge into
-            a map; `None` if it is a map.
-        children: The trees of the layers inside.
     """
 
-    number: int
+    number: int  # trees with the same number describe the same layer
     name: str
-    kind: str
+    kind: str  # the name of its class
     build_config: dict[str, Any] | None
-    trainable: bool
-    variables_trainable: tuple[bool, ...]
+    trainable: bool  # its own flag
+    variables_trainable: tuple[bool, ...]  # the flags of its own variables
+    # A configuration may omit it or merge it into a map; `None` if it is a map.
     dtype_policy: Any
+    settings: dict[str, Any]  # attributes that its configuration may omit
     children: tuple[LayerTree, ...]
 
     @classmethod
     def of(
         cls, layer: keras.layers.Layer, numbers: dict[int, int]
     ) -> LayerTree:
-        """Returns the tree of a layer or model.
-
-        Args:
-            layer: The root.
-            numbers: The numbers of layers by their `id`. New ones are added.
-        """
+        """Returns the tree of a layer, and adds to `numbers`, by `id`."""
         return cls(
             number=numbers.setdefault(id(layer), len(numbers)),
             name=layer.name,
@@ -66,6 +54,7 @@ class LayerTree:
                 v.trainable for v in own_variables(layer)
             ),
             dtype_policy=own_policy(layer),
+            settings=_settings(layer),
             children=tuple(cls.of(child, numbers) for child in layer._layers),
         )
 
@@ -88,25 +77,18 @@ class LayerTree:
 class Rebuilder:
     """Turns new layers into what `LayerTree`s describe.
 
-    Args:
-        replacements: The replacements of layers, by the layers' numbers.
+    `replacements` are by the numbers of the layers that they replace.
     """
 
-    def __init__(
-        self, replacements: Mapping[int, keras.layers.Layer] | None = None
-    ) -> None:
+    def __init__(self, replacements: Mapping[int, keras.layers.Layer]) -> None:
         self.layers: dict[int, keras.layers.Layer] = {}  # by number
-        self._replacements = dict(replacements or {})
+        self._replacements = replacements
         self._matched: set[tuple[int, int]] = set()
         self._to_swap: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
         self._variables_left_behind: list[weakref.ref] = []
 
     def match(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
-        """Finds the layers of a tree in a new layer, and builds them.
-
-        Raises:
-            ValueError: If the layer's parts are not those of the tree.
-        """
+        """Finds the layers of a tree in a new layer, and builds them."""
         if (tree.number, id(layer)) in self._matched:
             return
         self._matched.add((tree.number, id(layer)))
@@ -117,9 +99,15 @@ class Rebuilder:
             replacement = None
         known = self.layers.setdefault(tree.number, replacement or layer)
         layer.name = tree.name  # without one in the configuration, numbered
+        if tree.dtype_policy is not None and replacement is None:
+            # `layer.dtype_policy = ...` would nest it in a map, or quantize.
+            layer._dtype_policy = tree.dtype_policy
+        for name, value in tree.settings.items():
+            if replacement is None and name in vars(layer):
+                object.__setattr__(layer, name, value)
         if known is not layer:
             self._to_swap.append((layer, known))
-        built_by_parts = is_default(layer.build)
+        built_by_parts = private_keras.python_utils.is_default(layer.build)
         if tree.build_config and not layer.built and not built_by_parts:
             layer.build_from_config(tree.build_config)
         if replacement is not None:
@@ -142,29 +130,19 @@ class Rebuilder:
             layer._build_shapes_dict = tree.build_config.get(
                 "shapes_dict", dict(tree.build_config)
             )
-        self._set_flags(tree, layer)
-
-    def _set_flags(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
         # `layer.trainable = ...` would also set the layers inside.
         layer._trainable = tree.trainable
         variables = own_variables(layer)
         if len(variables) == len(tree.variables_trainable):
             for variable, flag in zip(variables, tree.variables_trainable):
                 variable.trainable = flag
-        if tree.dtype_policy is not None:
-            # `layer.dtype_policy = ...` would nest it in a map, or quantize.
-            layer._dtype_policy = tree.dtype_policy
 
     def swap(self, roots: Sequence[keras.layers.Layer]) -> None:
         """Puts replacements and shared layers in place throughout `roots`."""
         swap_layers(roots, self._to_swap)
 
     def check_swapped(self, roots: Sequence[keras.layers.Layer]) -> None:
-        """Refuses to continue if a layer that was swapped out is still used.
-
-        Raises:
-            ValueError: Naming the layer.
-        """
+        """Refuses to continue if a layer that was swapped out is still used."""
         strays = [weakref.ref(stray) for stray, _ in self._to_swap]
         self._variables_left_behind = [
             weakref.ref(variable)
@@ -204,7 +182,8 @@ def not_as_configured(layer: keras.layers.Layer, how: str) -> ValueError:
     return ValueError(
         f"Layer '{layer.name}' ({type(layer).__name__}) cannot be copied or "
         "loaded: what its `from_config(get_config())` makes "
-        f"{how}. Make `get_config()` record the constructor's arguments."
+        f"{how}. Make `get_config()` record all arguments of the constructor, "
+        "in its class or in the class whose constructor makes it."
     )
 
 
@@ -216,6 +195,27 @@ def own_policy(layer: keras.layers.Layer) -> Any:
     return copy.deepcopy(policy)
 
 
-def is_default(method: Any) -> bool:
-    """Whether a method is Keras's own default, which does nothing."""
-    return getattr(method, "_is_default", False)
+@functools.cache
+def _attributes_of_keras() -> set[str]:
+    """Returns the names of attributes that all layers or all models have."""
+    bare = keras.layers.Layer(name="bare"), keras.Sequential(name="bare")
+    return {name for layer in bare for name in vars(layer)}
+
+
+def _settings(layer: keras.layers.Layer) -> dict[str, Any]:
+    """Returns attributes that the configuration of a layer may omit.
+
+    KerasHub's preprocessors omit some of their arguments. For a model whose
+    class does not define `get_config`, Keras records defaults instead.
+    """
+    kind = type(layer)
+    is_default_config = scopes.has_default_config(kind)
+    is_hub = kind.__module__.startswith("keras_hub")
+    if not is_default_config and (not is_hub or layer.weights):
+        return {}
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if type(value) in (bool, int, float, str)
+        and name not in _attributes_of_keras()
+    }

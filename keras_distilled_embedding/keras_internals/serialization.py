@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import warnings
 import zipfile
 from collections.abc import Mapping
 from typing import IO
@@ -11,37 +13,18 @@ from typing import Any
 import keras
 
 from keras_distilled_embedding.keras_internals import private_keras
-from keras_distilled_embedding.keras_internals.own_objects import (
-    hand_over_own_objects,
-)
+from keras_distilled_embedding.keras_internals import scopes
 from keras_distilled_embedding.keras_internals.private_keras import saving_lib
-from keras_distilled_embedding.keras_internals.scopes import (
-    allow_incomplete_configs,
-)
-from keras_distilled_embedding.keras_internals.scopes import (
-    are_incomplete_configs_allowed,
-)
-from keras_distilled_embedding.keras_internals.scopes import keep_policies
-from keras_distilled_embedding.keras_internals.scopes import (
-    without_initial_values,
-)
 
 
 @private_keras.note_untested_keras()
 def write_archive(model: keras.Model, saved: Any, file: IO[bytes]) -> None:
-    """Writes a file in Keras's own format.
+    """Writes a model's weights and assets in Keras's own format.
 
-    Args:
-        model: The model whose weights and assets are written.
-        saved: The object whose configuration is written. Its class must be
-            registered with Keras; `from_config` must return the model.
-        file: A file open for writing in binary mode.
+    The configuration in the file is that of `saved`, an object of a registered
+    class, whose `from_config` must return the model.
     """
-    with (
-        private_keras.ObjectSharingScope(),
-        allow_incomplete_configs(),
-        keep_policies(),
-    ):
+    with private_keras.ObjectSharingScope(), scopes.read_configs():
         config = json.dumps(keras.saving.serialize_keras_object(saved))
     metadata = json.dumps({"keras_version": keras.__version__})
     with zipfile.ZipFile(file, "w") as archive:
@@ -65,7 +48,9 @@ def read_archive(
     file: IO[bytes], custom_objects: Mapping[str, Any] | None
 ) -> keras.Model:
     """Loads a file in Keras's own format, in Keras's safe mode."""
-    with without_initial_values():
+    with scopes.without_initial_values(), warnings.catch_warnings():
+        # `Rebuilder` builds the layers that Keras warns that it cannot build.
+        warnings.filterwarnings("ignore", "`build..` was called on layer")
         return saving_lib.load_model(file, custom_objects, safe_mode=True)
 
 
@@ -74,14 +59,10 @@ def refuse_incomplete_configs(
 ) -> None:
     """Makes layers refuse to save a configuration that omits a replacement.
 
-    The configuration of a Functional model records the layers that replaced
-    others; that of a class with its own constructor does not, so what Keras
-    saves would load with the original layers.
-
-    Args:
-        model: A model whose layers are changed in place.
-        kind: The class of the layers that replaced others.
-        remedy: What to do instead: a sentence that ends the error.
+    The configuration of a Functional model records the layers of class `kind`
+    that replaced others; that of a class with its own constructor does not, so
+    what Keras saves would load with the original layers. The error ends with
+    the sentence `remedy`.
     """
     owners = {id(owner): owner for owner in model._flatten_layers()}
     incomplete = set()
@@ -115,7 +96,7 @@ def _names_in_config(
         for item in value:
             visit(item)
 
-    with allow_incomplete_configs(), hand_over_own_objects(), keep_policies():
+    with scopes.read_configs(), scopes.hand_over_own_objects():
         try:
             visit(keras.saving.serialize_keras_object(owner))
         except Exception:  # Keras cannot save such a layer, whatever is in it
@@ -131,8 +112,10 @@ def _refuse_config(layer: keras.layers.Layer, remedy: str) -> None:
             f"load as another model. {remedy}"
         )
 
+    # This also copies the mark by which Keras knows its own `get_config`.
+    @functools.wraps(type(layer).get_config)
     def get_config() -> dict[str, Any]:
-        if are_incomplete_configs_allowed():
+        if scopes.incomplete_configs_allowed.get():
             return type(layer).get_config(layer)
         return refuse()
 

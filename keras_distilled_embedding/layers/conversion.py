@@ -62,10 +62,9 @@ def factorized_layer(
         )
     size = {k: kwargs[k] for k in ("quantization", "use_bias") if k in kwargs}
     shape = table_shape(embedding)
-    if rank is None:
+    if compression is not None:
         rank = rank_for_compression(*shape, compression, **size)
-    else:
-        check_rank(rank, *shape, **size)
+    rank = check_rank(rank, *shape, **size)
     layer = new_layer(cls, embedding, rank, **kwargs)
     options |= {k: kwargs[k] for k in _COMMON_OPTIONS if k in kwargs}
     factors = [
@@ -160,12 +159,8 @@ def table_shape(embedding: Any) -> tuple[int, int]:
     """
     if _is_layer(embedding):
         # Sizes first: reading `embeddings` can cost, and int4 packs columns.
-        sizes = (
-            getattr(embedding, "input_dim", None),
-            getattr(embedding, "output_dim", None),
-        )
-        if None not in sizes:
-            return sizes
+        if hasattr(embedding, "input_dim") and hasattr(embedding, "output_dim"):
+            return embedding.input_dim, embedding.output_dim
         embedding = embedding.embeddings
     shape = tuple(np.shape(embedding))
     if len(shape) != 2:
@@ -193,7 +188,12 @@ def float_policy_name(layer: keras.layers.Layer) -> str:
     policy = layer.dtype_policy
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         policy = policy[layer.path]
-    return policy.name.split("_from_")[-1]
+    if policy.name is not None:
+        return policy.name.split("_from_")[-1]
+    # Keras forgets the names of policies when it saves a map of them.
+    if policy.compute_dtype == policy.variable_dtype:
+        return policy.compute_dtype
+    return f"mixed_{policy.compute_dtype}"
 
 
 def _is_layer(embedding: Any) -> bool:

@@ -85,7 +85,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
 
     Call arguments:
         inputs: Integer tensor `(...)` of indices (floats are cast, as in
-            Keras); with `reverse=True`, a float tensor `(..., output_dim)`.
+            Keras), which may be ragged or sparse; with `reverse=True`, a float
+            tensor `(..., output_dim)`.
         reverse: Boolean, whether to project from `output_dim` to `input_dim`
             instead of looking rows up. Defaults to `False`.
 
@@ -120,6 +121,10 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
     - [Lioutas et al., 2019](https://arxiv.org/abs/1910.06720)
     - [Press and Wolf, 2016](https://arxiv.org/abs/1608.05859)
     """
+
+    # Keras has no type hints of its own.
+    built: bool
+    dtype_policy: Any
 
     def __init__(
         self,
@@ -177,7 +182,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         # after taking the rows, and to `reverse_dtype` where that is asked.
         self.autocast = False
         if self.dtype_policy.quantization_mode is not None:
-            self.quantize(self.dtype_policy.quantization_mode)
+            self._set_quantization(self.dtype_policy.quantization_mode)
 
     # Weights
 
@@ -251,16 +256,20 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             ValueError: If the config has a weight quantizer: a storage format
                 says how it rounds.
         """
-        if mode not in FORMATS:
-            raise NotImplementedError(
-                f"Layer {type(self).__name__} can be quantized to one of "
-                f"{tuple(FORMATS)}. Received: mode={mode!r}"
-            )
         if config is not None and config.weight_quantizer is not None:
             raise ValueError(
                 "A storage format says how codes are rounded: leave "
                 "`weight_quantizer` unset. Received: config.weight_quantizer="
                 f"{config.weight_quantizer}"
+            )
+        self._set_quantization(mode)
+
+    def _set_quantization(self, mode: str | None) -> None:
+        """The same for a layer not yet built, which Keras would refuse."""
+        if mode not in FORMATS:
+            raise NotImplementedError(
+                f"Layer {type(self).__name__} can be quantized to one of "
+                f"{tuple(FORMATS)}. Received: mode={mode!r}"
             )
         self.quantization = mode
         if self.dtype_policy.quantization_mode is not None:
@@ -286,7 +295,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
     def _look_up(self, inputs: Any) -> Any:
         if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged tensors
             return inputs.with_flat_values(self._look_up(inputs.flat_values))
-        ids = inputs
+        # Sparse ids are 0 where nothing is stored, as in Keras.
+        ids = ops.convert_to_tensor(inputs, sparse=False)
         if keras.backend.standardize_dtype(ids.dtype) != "int64":
             ids = ops.cast(ids, "int32")
         rows = self._rows(self.compute_dtype, ids)
@@ -373,8 +383,9 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         return keras.KerasTensor(
             self.compute_output_shape(inputs.shape, reverse=reverse),
             dtype=self._output_dtype(reverse),
-            ragged=inputs.ragged,
-            ragged_rank=inputs.ragged_rank,
+            # Keras's models pass tensors and arrays here, too.
+            ragged=getattr(inputs, "ragged", False),
+            ragged_rank=getattr(inputs, "ragged_rank", None),
         )
 
     def _output_dtype(self, reverse: bool) -> str:
@@ -546,7 +557,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         embedding = keras.layers.ReversibleEmbedding(1000, 64)
         embedding.build()
         layer = DistilledEmbedding.from_embedding(embedding, compression=4.0)
-        layer.compression_ratio  # 4.0
+        layer.compression_ratio  # 4.28
         ```
         """
         return factorized_layer(cls, embedding, rank, compression, **kwargs)

@@ -8,14 +8,21 @@ from keras import ops
 
 from keras_distilled_embedding._utils.arguments import as_integer
 
+# To a type checker the layer that the class is mixed into: Keras has no hints.
+_Base: Any = object
 
-class LoraCodes:
+
+class LoraCodes(_Base):
     """Mixin: trains a change of low rank to the codes, with all else frozen.
 
     The contract is that of `keras.layers.ReversibleEmbedding`. The layer
     provides `_factor_shapes()` and reads its codes through `_read`; mix this
     class in before `keras.layers.Layer`, whose saving it overrides.
     """
+
+    lora_enabled: bool
+    lora_rank: Any
+    lora_alpha: Any
 
     def enable_lora(
         self,
@@ -44,8 +51,8 @@ class LoraCodes:
         rank = as_integer("rank", rank)
         if self.embeddings_constraint is not None:
             raise ValueError(
-                "LoRA is incompatible with a constraint on the codes. Remove "
-                "the `embeddings_constraint` argument. Received: "
+                "LoRA is incompatible with embedding constraints. Remove the "
+                "`embeddings_constraint` argument. Received: "
                 f"embeddings_constraint={self.embeddings_constraint}"
             )
         if not self.built:
@@ -55,7 +62,7 @@ class LoraCodes:
             )
         if self.lora_enabled:
             raise ValueError(
-                "LoRA is enabled already; this can be done once per layer. "
+                "This can be done once per layer, and lora is already enabled. "
                 f"Received: layer '{self.name}'"
             )
         self._tracker.unlock()

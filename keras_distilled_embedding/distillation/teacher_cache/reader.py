@@ -6,6 +6,7 @@ import operator
 import os
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +116,15 @@ class TeacherCache(keras.utils.PyDataset):
                 f"'{storage.MANIFEST}'"
             )
         self._manifest = storage.Manifest.read(self.directory)
-        count = storage.count_batches(self.directory)
-        if self._manifest.num_batches is None:
+        num_batches = self._manifest.num_batches
+        count = storage.count_batches(self.directory, num_batches)
+        if num_batches is None:
             raise ValueError(
                 "`directory` must hold a complete cache: call `cache_teacher` "
                 "again with the same arguments, which continues it. Received: "
                 f"directory='{directory}', interrupted after {count} batches"
             )
-        self._num_batches = self._manifest.num_batches
-        if count < self._num_batches:
-            path = storage.batch_path(self.directory, count)
-            raise storage.damaged(path, "the file is missing")
+        self._num_batches = num_batches
         self.top_k = self._manifest.top_k
         self.temperature = self._manifest.temperature
         self.epoch = 0
@@ -162,10 +161,23 @@ class TeacherCache(keras.utils.PyDataset):
                 leaves = [arrays[str(i)] for i in range(count)]
         except _READ_ERRORS as error:
             raise storage.damaged(path, error) from error
-        batch = storage.unflatten(self._manifest.structure, leaves)
-        for output in batch[0][storage.TEACHER_OUTPUTS]:
-            output[storage.CLASSES] = output[storage.CLASSES].astype("int32")
-        return batch
+        return self._nest(leaves, lambda classes: classes.astype("int32"))
+
+    def _nest(
+        self, leaves: list[Any], to_int32: Callable[[Any], Any]
+    ) -> tuple[Any, ...]:
+        """Nests the leaves of a batch as they are documented above."""
+        x, *others = storage.unflatten(self._manifest.structure, leaves)
+        outputs = leaves[-2 * self._manifest.num_outputs :]
+        predictions = tuple(
+            {
+                storage.LOG_PROBABILITIES: log_p,
+                storage.CLASSES: to_int32(classes),
+            }
+            for log_p, classes in zip(outputs[::2], outputs[1::2])
+        )
+        x = {storage.INPUTS: x, storage.TEACHER_OUTPUTS: predictions}
+        return (x, *others)
 
     def as_dataset(self) -> Any:
         """Returns the same batches as a `tf.data.Dataset`.
@@ -175,16 +187,13 @@ class TeacherCache(keras.utils.PyDataset):
         """
         import tensorflow as tf
 
-        spec = storage.unflatten(
-            self._manifest.structure,
+        spec = self._nest(
             [
                 tf.TensorSpec((None, *shape[1:]), dtype)
                 for shape, dtype in self._manifest.leaves
             ],
+            lambda classes: tf.TensorSpec(classes.shape, "int32"),
         )
-        for output in spec[0][storage.TEACHER_OUTPUTS]:
-            shape = output[storage.CLASSES].shape
-            output[storage.CLASSES] = tf.TensorSpec(shape, "int32")
         length = len(spec)
         while spec[length - 1] is None:  # tf.data has no None.
             length -= 1

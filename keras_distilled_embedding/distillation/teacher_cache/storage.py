@@ -31,28 +31,19 @@ _VERSION = 2
 
 @dataclasses.dataclass
 class Manifest:
-    """What `manifest.json` holds.
+    """What `manifest.json` holds."""
 
-    Args:
-        teacher: Hash of the teacher's weights.
-        top_k: As of `cache_teacher`.
-        temperature: As of `cache_teacher`.
-        first_batch: Hash of the dataset's first batch.
-        structure: How the arrays of a cached batch are nested.
-        leaves: Shape and dtype of each of these arrays, with `None` for a
-            size that differs between batches.
-        num_batches: The size of the dataset, or `None` while the cache is
-            incomplete.
-        version: Version of the format.
-    """
-
-    teacher: str
+    teacher: str  # Identifies the model by a hash of its weights.
     top_k: int
     temperature: float
-    first_batch: str = ""
-    structure: Any = None
+    first_batch: str = ""  # Hash of the dataset's first batch.
+    structure: Any = None  # How the arrays of the dataset are nested.
+    num_outputs: int = 0  # Of the teacher.
+    # Shape and dtype of each array in the file of a batch, with `None` for a
+    # size that differs between batches: the arrays of the dataset, then log
+    # probabilities and classes for each output of the teacher.
     leaves: list[Any] = dataclasses.field(default_factory=list)
-    num_batches: int | None = None
+    num_batches: int | None = None  # `None` while the cache is incomplete.
     version: int = _VERSION
 
     @classmethod
@@ -93,11 +84,13 @@ def batch_path(directory: Path, index: int) -> Path:
     return directory / f"batch_{index:06d}.npz"
 
 
-def count_batches(directory: Path) -> int:
-    """Counts the batches on disk, up to the first that is missing."""
-    count = 0
-    while batch_path(directory, count).is_file():
-        count += 1
+def count_batches(directory: Path, expected: int | None) -> int:
+    """Counts the batches on disk, and raises an error if one is missing."""
+    count = max(len([*directory.glob("batch_*.npz")]), expected or 0)
+    for index in range(count):
+        path = batch_path(directory, index)
+        if not path.is_file():
+            raise damaged(path, "the file is missing")
     return count
 
 
@@ -171,12 +164,7 @@ def unflatten(structure: Any, leaves: list[Any]) -> Any:
 
 
 def merge_leaves(merged: list[Any], leaves: list[np.ndarray]) -> list[Any]:
-    """Returns shapes and dtypes that fit one more batch.
-
-    Args:
-        merged: Shapes and dtypes of the batches so far, empty at first.
-        leaves: The arrays of the next batch.
-    """
+    """Returns the shapes and dtypes `merged` of batches, with one more."""
     received = [[list(leaf.shape), leaf.dtype.name] for leaf in leaves]
     result = []
     for old, new in zip(merged or received, received):

@@ -12,12 +12,14 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding._utils.arguments import as_positive_number
 from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding._utils.datasets import iterate_batches
 from keras_distilled_embedding._utils.datasets import num_batches
 from keras_distilled_embedding._utils.files import write_atomically
+from keras_distilled_embedding.distillation.logits_distillation import as_logits
 from keras_distilled_embedding.distillation.teacher_cache import storage
 from keras_distilled_embedding.distillation.teacher_cache.reader import (
     TeacherCache,
@@ -98,13 +100,13 @@ def cache_teacher(
       top k classes of a teacher.
     """
     check_built_model("teacher", teacher)
-    predictor = _Predictor(
+    _check_outputs(teacher, getattr(teacher, "outputs", None) or ())
+    writer = _Writer(
         teacher,
+        Path(directory),
         as_integer("top_k", top_k),
         as_positive_number("temperature", temperature),
     )
-    _check_outputs(getattr(teacher, "outputs", None) or ())
-    writer = _Writer(predictor, Path(directory))
     try:
         writer.open()
         total = num_batches(dataset)
@@ -118,26 +120,25 @@ def cache_teacher(
         else:
             writer.finish()
     finally:
-        writer.lock.release()
+        writer.lock.release(force=True)
     return TeacherCache(directory, shuffle_seed)
 
 
 class _Writer:
-    """Adds batches to a cache, except for those that it already holds.
+    """Adds batches to a cache, except for those that it already holds."""
 
-    Args:
-        predictor: What is run on the batches.
-        directory: Path of the cache.
-    """
-
-    def __init__(self, predictor: _Predictor, directory: Path) -> None:
+    def __init__(
+        self,
+        teacher: keras.Model,
+        directory: Path,
+        top_k: int,
+        temperature: float,
+    ) -> None:
         self.lock = filelock.FileLock(directory / _LOCK, timeout=0)
         self._directory = directory
-        self._predictor = predictor
+        self._predictor = _Predictor(teacher, top_k, temperature)
         self._manifest = storage.Manifest(
-            storage.fingerprint_of(predictor.teacher),
-            predictor.top_k,
-            predictor.temperature,
+            storage.fingerprint_of(teacher), top_k, temperature
         )
         self._num_stored = 0  # Batches of earlier calls.
         self._count = 0
@@ -167,22 +168,19 @@ class _Writer:
                 f"{sorted(names)[:5]}"
             )
         if names:
-            stored = storage.Manifest.read(self._directory)
-            self._num_stored = storage.count_batches(self._directory)
-            if self._num_stored or stored.num_batches is not None:
-                self._continue(stored)
+            self._continue(storage.Manifest.read(self._directory))
 
     def _continue(self, stored: storage.Manifest) -> None:
+        count = storage.count_batches(self._directory, stored.num_batches)
+        if not count:
+            return  # There is nothing to continue.
         stored.check(
             self._directory,
             teacher=self._manifest.teacher,
             top_k=self._manifest.top_k,
             temperature=self._manifest.temperature,
         )
-        if self._num_stored < (stored.num_batches or 0):
-            path = storage.batch_path(self._directory, self._num_stored)
-            raise storage.damaged(path, "the file is missing")
-        self._manifest = stored
+        self._manifest, self._num_stored = stored, count
 
     def _acquire_lock(self) -> None:
         try:
@@ -195,8 +193,6 @@ class _Writer:
 
     def check_num_batches(self, total: int | None) -> None:
         """Raises an error if a dataset of this size is not the cached one."""
-        if total == 0:
-            raise self._empty()
         if total is not None and (
             total < self._num_stored
             or (total > self._num_stored and self.is_complete)
@@ -220,15 +216,19 @@ class _Writer:
                 f"sample_weight). Received: batch {index} of {len(element)} "
                 "parts"
             )
-        if index == 0:
-            self._check_first(element)
-        if index >= self._num_stored:
-            self._write(element, index)
-
-    def _check_first(self, batch: tuple[Any, ...]) -> None:
         leaves: list[np.ndarray] = []
-        structure = storage.flatten(batch, leaves)
-        first_batch = storage.hash_of(leaves, structure)
+        structure = storage.flatten(element, leaves)
+        if index == 0:
+            self._check_first(storage.hash_of(leaves, structure))
+        if structure != (self._manifest.structure or structure):
+            raise ValueError(
+                "`dataset` must have batches of one structure. Received: "
+                f"{self._manifest.structure}, and in batch {index} {structure}"
+            )
+        if index >= self._num_stored:
+            self._write(structure, leaves, index)
+
+    def _check_first(self, first_batch: str) -> None:
         if not self._num_stored:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._acquire_lock()
@@ -236,28 +236,26 @@ class _Writer:
         elif self._manifest.first_batch != first_batch:
             raise self._other_dataset("another first batch")
 
-    def _write(self, batch: tuple[Any, ...], index: int) -> None:
+    def _write(
+        self, structure: Any, leaves: list[np.ndarray], index: int
+    ) -> None:
+        """Writes a batch, followed by the predictions for it."""
         manifest = self._manifest
-        outputs = self._predictor.predict_on_batch(batch[0])
-        for i, output in enumerate(outputs):
-            if np.isnan(output[storage.LOG_PROBABILITIES]).any():
+        x = storage.unflatten(structure, leaves)[0]
+        outputs = self._predictor.predict_on_batch(x)
+        for i, (log_p, classes) in enumerate(outputs):
+            if np.isnan(log_p).any():
                 raise ValueError(
                     "`teacher` must predict finite logits. Received: NaN or "
                     f"infinity in output {i} for batch {index}"
                 )
-        x = {storage.INPUTS: batch[0], storage.TEACHER_OUTPUTS: outputs}
-        leaves: list[np.ndarray] = []
-        structure = storage.flatten((x, *batch[1:]), leaves)
-        if structure != (manifest.structure or structure):
-            raise ValueError(
-                "`dataset` must have batches of one structure. Received: "
-                f"{manifest.structure}, and in batch {index} {structure}"
-            )
+            leaves += [log_p, classes]
         merged = storage.merge_leaves(manifest.leaves, leaves)
         if merged != manifest.leaves:
             manifest.structure, manifest.leaves = structure, merged
+            manifest.num_outputs = len(outputs)
             manifest.write(self._directory)
-        arrays = {str(i): leaf for i, leaf in enumerate(leaves)}
+        arrays: dict[str, Any] = {str(i): leaf for i, leaf in enumerate(leaves)}
         write_atomically(
             storage.batch_path(self._directory, index),
             lambda file: np.savez(file, **arrays),
@@ -266,18 +264,15 @@ class _Writer:
     def finish(self) -> None:
         """Ends the dataset, which completes the cache."""
         if not self._count:
-            raise self._empty()
+            raise ValueError(
+                "`dataset` must have at least one batch. Received: an empty "
+                "dataset, or an iterator that is used up"
+            )
         if self._count < self._num_stored:
             raise self._other_dataset(f"a dataset of {self._count} batches")
         if not self.is_complete:
             self._manifest.num_batches = self._count
             self._manifest.write(self._directory)
-
-    def _empty(self) -> ValueError:
-        return ValueError(
-            "`dataset` must have at least one batch. Received: an empty "
-            "dataset, or an iterator that is used up"
-        )
 
     def _other_dataset(self, received: str) -> ValueError:
         state = "complete" if self.is_complete else "interrupted"
@@ -294,11 +289,6 @@ class _Predictor(keras.Model):
 
     It is a model of its own, so that the teacher's compiled functions stay as
     they are and only the selected classes leave the device.
-
-    Args:
-        teacher: The model to run.
-        top_k: As of `cache_teacher`.
-        temperature: As of `cache_teacher`.
     """
 
     def __init__(
@@ -317,36 +307,40 @@ class _Predictor(keras.Model):
     def call(self, inputs: Any, training: bool = False) -> Any:
         # The context of this call puts the teacher in inference mode.
         outputs = keras.tree.flatten(self.teacher(inputs))
-        _check_outputs(outputs)
-        return tuple(self._top_predictions(logits) for logits in outputs)
+        _check_outputs(self.teacher, outputs)
+        kinds = keras_internals.last_activations(self.teacher)
+        return [
+            self._top_predictions(as_logits(output, kind))
+            for output, kind in zip(outputs, kinds or [None] * len(outputs))
+        ]
 
-    def _top_predictions(self, logits: Any) -> dict[str, Any]:
+    def _top_predictions(self, logits: Any) -> tuple[Any, Any]:
+        logits = logits / self.temperature
         num_classes = logits.shape[-1]
         log_p, classes = ops.top_k(
-            ops.log_softmax(
-                ops.cast(logits, "float32") / self.temperature, axis=-1
-            ),
-            min(self.top_k, num_classes),
+            ops.log_softmax(logits, axis=-1), min(self.top_k, num_classes)
         )
         # A class of probability zero stays a finite number in float16.
         log_p = ops.maximum(log_p, float(np.finfo("float16").min))
         kind = "uint16" if num_classes <= 2**16 else "int32"
-        return {
-            storage.LOG_PROBABILITIES: ops.cast(log_p, "float16"),
-            storage.CLASSES: ops.cast(classes, kind),
-        }
+        return ops.cast(log_p, "float16"), ops.cast(classes, kind)
 
 
-def _check_outputs(outputs: Iterable[Any]) -> None:
+def _check_outputs(teacher: keras.Model, outputs: Iterable[Any]) -> None:
     for output in outputs:
         dtype = keras.backend.standardize_dtype(output.dtype)
         if (
             not keras.backend.is_float_dtype(dtype)
             or len(output.shape) < 2
-            or output.shape[-1] is None
+            or (output.shape[-1] or 1) < 2
         ):
             raise ValueError(
-                "`teacher` must predict logits: float outputs of shape "
-                "(..., V) over V classes. Received: an output of shape "
-                f"{tuple(output.shape)} and dtype {dtype}"
+                "`teacher` must predict logits or probabilities of classes: "
+                "float outputs of shape (..., V) over V > 1 classes. Received: "
+                f"an output of shape {tuple(output.shape)} and dtype {dtype}"
             )
+    if "sigmoid" in (keras_internals.last_activations(teacher) or ()):
+        raise ValueError(
+            "`teacher` must predict classes: a cache holds the likeliest. "
+            "Received: an output that ends with a sigmoid"
+        )

@@ -24,9 +24,7 @@ from benchmarks.tasks.students import CONTROL
 
 COMMITTED = Path(command.__file__).parent / "results"
 # What of the committed reports came from features that are gone.
-GONE = re.compile(
-    r"sweep|funnel|learned|promised|Keras: embedding"
-)
+GONE = re.compile(r"sweep|funnel|learned|promised|Keras: embedding")
 
 
 def run(*arguments):

@@ -25,6 +25,9 @@ from keras_distilled_embedding.sizes import table_bytes
 
 # Of the mean norm of rows: a row of a smaller norm is one of zeros.
 _ZERO_ROW = 1e-4
+# Rows whose norms are looked at for that.
+_FIRST_ROWS = 1_000
+_ROWS_AT_A_TIME = 16_384
 
 
 class GraphTable(keras.layers.Layer):
@@ -143,17 +146,17 @@ class StoredTable(keras.layers.Layer):
         if quantization is None:
             self.codes = to_numpy(codes)
         elif basis is None:
-            self._set_integers(*round_table(codes, quantization))
+            integers, scales = map(to_numpy, round_table(codes, quantization))
+            self.codes, self.scales = integers.astype("int8"), scales
         else:
-            given = codes, basis, offset
-            integers, scales, basis, offset = round_factors(
-                *given, quantization
+            first = codes[:_FIRST_ROWS], basis, offset
+            integers, self.scales, basis, offset = round_factors(
+                codes, basis, offset, quantization
             )
-            self._set_integers(integers, scales)
-            codes = dequantize(integers, scales)
+            self.codes = integers
             if is_rounded:
-                given = codes, basis, offset
-            self._first_row_is_zero = _first_row_is_zero(*given)
+                first = self._values(slice(_FIRST_ROWS)), basis, offset
+            self._first_row_is_zero = _first_row_is_zero(*first)
         self.basis = self._look_up_basis = self._weight("basis", basis)
         self.offset = self._look_up_offset = self._weight("offset", offset)
         if (
@@ -164,15 +167,25 @@ class StoredTable(keras.layers.Layer):
             # The file's basis is rounded, too. Most of that error is the same
             # in every row, and the offset can make up for it.
             rounded = _round_to_int8(basis)
-            mean = ops.mean(codes, axis=0, keepdims=True)
+            mean = self._mean_of_values()[np.newaxis]
             offset = offset + ops.matmul(mean, basis - rounded)[0]
             self._look_up_basis = self._weight("look_up_basis", rounded)
             self._look_up_offset = self._weight("look_up_offset", offset)
         self.built = True
 
-    def _set_integers(self, integers: Any, scales: Any) -> None:
-        self.codes = to_numpy(integers).astype("int8")
-        self.scales = to_numpy(scales)
+    def _values(self, rows: slice) -> np.ndarray:
+        """What the integers of some rows stand for."""
+        scales = self.scales if len(self.scales) == 1 else self.scales[rows]
+        return to_numpy(dequantize(self.codes[rows], scales))
+
+    def _mean_of_values(self) -> np.ndarray:
+        """Of each column, with few rows as floats at a time."""
+        starts = range(0, self.rows, _ROWS_AT_A_TIME)
+        total = sum(
+            self._values(slice(start, start + _ROWS_AT_A_TIME)).sum(axis=0)
+            for start in starts
+        )
+        return np.asarray(total / self.rows, "float32")
 
     def _weight(self, name: str, value: Any) -> keras.Variable | None:
         if value is None:
@@ -277,7 +290,7 @@ def _first_row_is_zero(codes: Any, basis: Any, offset: Any) -> bool:
     As that of padding often is: sums over padded sequences must not add up
     its rounding error.
     """
-    norms = ops.norm(_affine(codes[:1_000], basis, offset), axis=1)
+    norms = ops.norm(_affine(codes, basis, offset), axis=1)
     return bool(norms[0] < _ZERO_ROW * ops.mean(norms))
 
 

@@ -125,7 +125,7 @@ def _half_prompt() -> dict[str, np.ndarray]:
 
 
 FIXED = "fixed length"
-UNTIED = "two in one layer, look-up and projection, both factorised"
+UNTIED = "two in one layer, look-up and projection, both factorized"
 
 ARCHITECTURES = [
     Architecture("BERT", "BertBackbone", "BertMaskedLM", _HEADS | _POSITIONS),

@@ -311,6 +311,47 @@ def test_mask(mask_zero):
     assert layer.compute_mask(hidden, "previous") == "previous"
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("mask_zero", [False, True])
+def test_sparse_ids(mask_zero, quantization):
+    """What is not stored is id 0, as in Keras."""
+    layer = make_layer(mask_zero=mask_zero, quantization=quantization)
+    positions = np.argwhere(IDS)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        ids = tf.SparseTensor(positions, IDS[IDS != 0], IDS.shape)
+    elif keras.backend.backend() == "jax":
+        from jax.experimental import sparse
+
+        ids = sparse.BCOO((IDS[IDS != 0], positions), shape=IDS.shape)
+    else:
+        pytest.skip("no sparse tensors")
+    symbolic = layer(keras.KerasTensor(IDS.shape, "int32", sparse=True))
+    assert symbolic.shape == (*IDS.shape, WIDTH)
+    assert not symbolic.sparse
+    rows = layer(ids)
+    np.testing.assert_array_equal(to_floats(rows), to_floats(layer(IDS)))
+    mask = keras.src.backend.get_keras_mask(rows)
+    assert (mask is not None) == mask_zero
+    if mask_zero:
+        np.testing.assert_array_equal(ops.convert_to_numpy(mask), IDS != 0)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_ragged_ids(quantization):
+    import tensorflow as tf
+
+    layer = make_layer(quantization=quantization)
+    ids = tf.ragged.constant([[1, 52, 7], [], [3]], dtype="int32")
+    rows = layer(ids)
+    assert rows.shape == (3, None, WIDTH)
+    expected = to_floats(layer(np.array([1, 52, 7, 3])))
+    np.testing.assert_array_equal(rows.flat_values, expected)
+    np.testing.assert_array_equal(rows.row_lengths(), [3, 0, 1])
+
+
 def test_mask_reaches_the_loss_of_a_model():
     model = make_model(make_layer(mask_zero=True))
     model.compile(
@@ -956,10 +997,10 @@ def test_bad_lora():
         with pytest.raises(ValueError, match=f"Received: rank={rank}$"):
             layer.enable_lora(rank)
     layer.enable_lora(2)
-    with pytest.raises(ValueError, match="enabled already"):
+    with pytest.raises(ValueError, match="lora is already enabled"):
         layer.enable_lora(2)
     layer = make_layer(embeddings_constraint="non_neg")
-    with pytest.raises(ValueError, match="incompatible with a constraint"):
+    with pytest.raises(ValueError, match="incompatible with embedding constr"):
         layer.enable_lora(2)
 
 

@@ -93,10 +93,10 @@ class GraphTable(keras.layers.Layer):
 class StoredTable(keras.layers.Layer):
     """One table of a file: `E = C B + 1 o`, or `E = C` if not factorized.
 
-    The codes `C` are an input of the converted graph, called `graph_codes`
+    The codes `C` are an input of the graph that is converted, `graph_codes`
     while it is traced; `LiteRTFile.store` then puts their bytes in its place.
-    So TensorFlow never sees them: as constants they would take 30 times their
-    size in memory, count towards the 2 GB of a graph, and the converter might
+    TensorFlow never sees them: as constants they would take 30 times their
+    size in memory, count towards the 2 GB of a graph, and the converter could
     multiply a second copy of them with a factor that stands next to them.
 
     Args:
@@ -171,11 +171,6 @@ class StoredTable(keras.layers.Layer):
         return variable
 
     @property
-    def input_name(self) -> str:
-        """Name of the graph's input that stands for the codes."""
-        return f"stored_table_{id(self)}"
-
-    @property
     def data(self) -> np.ndarray:
         """The codes as the file holds them."""
         return (
@@ -206,13 +201,13 @@ class StoredTable(keras.layers.Layer):
         if self._first_row_is_zero:
             keep = ops.cast(ops.not_equal(flat, 0), "float32")
             rows = ops.multiply(rows, ops.expand_dims(keep, -1))
-        return ops.reshape(rows, (*ops.shape(ids), self.width))
+        return ops.reshape(rows, (*_sizes(ids), self.width))
 
     def project(self, hidden: Any) -> Any:
         """Products with all rows of the table, `(..., rows)`."""
         import tensorflow as tf
 
-        shape = (*ops.shape(hidden)[:-1], self.rows)
+        shape = (*_sizes(hidden)[:-1], self.rows)
         hidden = ops.reshape(ops.cast(hidden, "float32"), (-1, self.width))
         states = hidden
         if self.basis is not None:
@@ -248,6 +243,14 @@ def _factors(
             offset = read(f"{prefix}offset", "float32")
         found.append((codes, read(f"{prefix}basis", "float32"), offset))
     return found
+
+
+def _sizes(tensor: Any) -> tuple[Any, ...]:
+    """Its sizes, of which one that is not known need not be computed."""
+    sizes = tuple(tensor.shape)
+    if sizes.count(None) > 1:
+        return ops.shape(tensor)
+    return tuple(-1 if size is None else size for size in sizes)
 
 
 def _affine(codes: Any, basis: Any, offset: Any) -> Any:

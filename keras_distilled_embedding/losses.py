@@ -10,12 +10,8 @@ from keras import ops
 
 from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_integer
-from keras_distilled_embedding.layers.distilled_embedding import (
-    DistilledEmbedding,
-)
-from keras_distilled_embedding.layers.vocabulary_projection import (
-    VocabularyProjection,
-)
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.layers import VocabularyProjection
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")

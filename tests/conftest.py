@@ -7,10 +7,43 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
+import numpy as np
 import pytest
+
+# What a call of this package must leave alone, in a whole process.
+_GLOBAL_SETTINGS = {
+    "backend": keras.config.backend,
+    "dtype policy": lambda: keras.config.dtype_policy().name,
+    "epsilon": keras.config.epsilon,
+    "floatx": keras.config.floatx,
+    "image data format": keras.config.image_data_format,
+    "traceback filtering": keras.config.is_traceback_filtering_enabled,
+    "interactive logging": keras.config.is_interactive_logging_enabled,
+    "unsafe deserialization": lambda: (
+        keras.src.saving.serialization_lib.in_safe_mode()
+    ),
+    "adding of weights": lambda: keras.layers.Layer.add_weight,
+    "NumPy's errors": np.geterr,
+}
+
+
+def _global_state():
+    return {name: read() for name, read in _GLOBAL_SETTINGS.items()}
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from one seed, whatever ran before it."""
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_global_state():
+    """No call changes Keras for the rest of the process."""
+    before = _global_state()
+    classes = set(keras.saving.get_custom_objects())
+    yield
+    assert _global_state() == before
+    # Classes that a test registers itself are its own business.
+    added = set(keras.saving.get_custom_objects()) - classes
+    assert not [name for name in added if name.startswith("keras_distilled")]

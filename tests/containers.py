@@ -1,6 +1,7 @@
-"""A subclassed model, for several tests: a class is registered once."""
+"""Models for several tests. A class is registered with Keras only once."""
 
 import keras
+import pytest
 
 VOCABULARY, WIDTH = 61, 16
 
@@ -31,3 +32,15 @@ class Containers(keras.Model):
         ]
         x = sum((i + 1) * layer(ids) for i, layer in enumerate(used))
         return self.tokens(x, reverse=True)
+
+
+def gpt2_backbone(vocabulary_size=VOCABULARY, length=8):
+    """A small backbone of KerasHub."""
+    return pytest.importorskip("keras_hub").models.GPT2Backbone(
+        vocabulary_size=vocabulary_size,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=WIDTH,
+        intermediate_dim=24,
+        max_sequence_length=length,
+    )

@@ -371,13 +371,36 @@ def test_an_embedding_with_a_call_of_its_own(quantization, path):
 
 
 def test_a_table_that_is_read_beside_its_layer(path):
-    """Is stored once for the layer, and once more for what reads it."""
     embedding = make_dense()
     ids = keras.Input((None,), dtype="int32", name="ids")
     hidden = embedding(ids)
     logits = ops.matmul(hidden, ops.transpose(embedding.embeddings))
-    with pytest.raises(RuntimeError, match="`layer.embeddings`.*'tokens': 2"):
+    with pytest.raises(ValueError, match="'tokens' cannot.*`reverse=True`"):
         export(keras.Model(ids, logits), path)
+    assert not path.exists()
+
+
+class Projecting(keras.layers.Embedding):
+    """Of whose table the converter makes a second copy, times a vector."""
+
+    def call(self, inputs):
+        if keras.backend.is_int_dtype(inputs.dtype):
+            return super().call(inputs)
+        scales = np.arange(1.0, WIDTH + 1, dtype="float32")
+        return ops.matmul(inputs * scales, ops.transpose(self.embeddings))
+
+    def compute_output_spec(self, inputs):
+        if keras.backend.is_int_dtype(inputs.dtype):
+            return super().compute_output_spec(inputs)
+        return keras.KerasTensor((*inputs.shape[:-1], self.input_dim))
+
+
+def test_a_second_copy_that_is_not_equal(path):
+    embedding = Projecting(VOCABULARY, WIDTH, name="own")
+    ids = keras.Input((5,), batch_size=1, dtype="int32", name="ids")
+    model = randomize(keras.Model(ids, embedding(ops.tanh(embedding(ids)))))
+    with pytest.raises(RuntimeError, match="more than once.*'own': 2"):
+        export(model, path)
     assert not path.exists()
 
 
@@ -464,9 +487,54 @@ def test_recurrent_layers_need_a_batch_size(layer, mask_zero, path):
 def test_a_recurrent_layer_without_a_batch_size(path):
     ids = keras.Input((12,), dtype="int32", name="ids")
     model = keras.Model(ids, keras.layers.LSTM(8)(make_factorized()(ids)))
-    with pytest.raises(ValueError, match="fixed `batch_size` may help"):
+    with pytest.raises(
+        ValueError, match="or a `batch_size` if it has recurrent"
+    ):
         export(model, path)
     assert not path.exists()
+
+
+class ProjectingCell(keras.layers.Layer):
+    """A recurrent cell that projects onto a table at every step."""
+
+    def __init__(self, embedding, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = embedding
+        self.state_size, self.output_size = WIDTH, VOCABULARY
+
+    def build(self, shape):
+        self.embedding.build()
+
+    def call(self, inputs, states):
+        state = 0.5 * (inputs + states[0])
+        return self.embedding(state, reverse=True), [state]
+
+    def get_config(self):
+        embedding = keras.saving.serialize_keras_object(self.embedding)
+        return {**super().get_config(), "embedding": embedding}
+
+    @classmethod
+    def from_config(cls, config):
+        embedding = keras.saving.deserialize_keras_object(config["embedding"])
+        return cls(**{**config, "embedding": embedding})
+
+
+def test_a_table_inside_a_loop(path):
+    """Is refused, and works where the loop is unrolled."""
+
+    def make(unroll):
+        embedding = make_factorized()
+        ids = keras.Input((6,), dtype="int32", name="ids")
+        cell = ProjectingCell(embedding)
+        x = keras.layers.RNN(cell, unroll=unroll)(embedding(ids))
+        return randomize(keras.Model(ids, x))
+
+    with pytest.raises(ValueError, match="'tokens' cannot.*Unroll the loop"):
+        export(make(False), path, batch_size=2)
+    assert not path.exists()
+    report = export(make(True), path, batch_size=2)
+    assert report.tables == {"tokens": 1}
+    assert report.fidelity.relative_rms_error < 1e-5
 
 
 @pytest.mark.parametrize(

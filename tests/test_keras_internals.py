@@ -19,6 +19,7 @@ from tests.containers import VOCABULARY
 from tests.containers import WIDTH
 from tests.containers import Containers
 from tests.containers import embedding
+from tests.containers import gpt2_backbone
 
 IDS = np.array([[1, 60, 7, 3], [2, 5, 0, 0]], dtype="int32")
 
@@ -719,15 +720,7 @@ def test_a_preprocessor_keeps_its_lengths(used, tmp_path):
 
 def test_adapters_are_merged():
     """KerasHub's configurations do not record them."""
-    hub = pytest.importorskip("keras_hub")
-    model = hub.models.GPT2Backbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=WIDTH,
-        intermediate_dim=24,
-        max_sequence_length=8,
-    )
+    model = gpt2_backbone()
     model.enable_lora(2)
     rng = np.random.default_rng(0)
     for variable in model.weights:

@@ -243,3 +243,122 @@ def test_models_of_different_vocabularies():
     _, student = make_pair(vocabulary=53)
     with pytest.raises(ValueError, match=r"\[41\] from the teacher, \[53\]"):
         LogitsDistillation().validate_model_compatibility(teacher, student)
+
+
+# Outputs that are not logits over classes
+
+
+def heads(*activations, units=(4,)):
+    """A model whose outputs end with these activations."""
+    inputs = keras.Input((6,), name="inputs")
+    outputs = [
+        keras.layers.Dense(size, activation, name=f"head_{i}")(inputs)
+        for i, (activation, size) in enumerate(
+            zip(activations, units * len(activations))
+        )
+    ]
+    return keras.Model(inputs, outputs if len(outputs) > 1 else outputs[0])
+
+
+def predictions_of(model, x):
+    return [np.asarray(y, "float64") for y in keras.tree.flatten(model(x))]
+
+
+def softmax(logits):
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    return odds / odds.sum(-1, keepdims=True)
+
+
+def divergence(p, q):
+    return (p * (np.log(p) - np.log(q))).sum(-1).mean()
+
+
+def binary_divergence(p, q):
+    return (
+        divergence(np.stack([p, 1 - p], -1), np.stack([q, 1 - q], -1))
+        * (p.shape[-1])
+    )
+
+
+def measured(loss, teacher, student, x):
+    value = loss.compute_loss(
+        teacher(x), student(x), teacher=teacher, student=student
+    )
+    return float(value)
+
+
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize("activation", [None, "sigmoid", "softmax"])
+def test_outputs_are_read_off_the_last_layers(activation, units):
+    if activation == "softmax" and units == 1:
+        pytest.skip("a single class")
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
+    teacher = heads(activation, units=(units,))
+    student = heads(activation, units=(units,))
+    loss = LogitsDistillation()
+    loss.validate_model_compatibility(teacher, student)
+    (p,), (q,) = predictions_of(teacher, x), predictions_of(student, x)
+    if activation is None and units == 1:
+        p, q = 1 / (1 + np.exp(-p)), 1 / (1 + np.exp(-q))
+    elif activation is None:
+        p, q = softmax(p), softmax(q)
+    binary = units == 1 or activation == "sigmoid"
+    expected = (binary_divergence if binary else divergence)(p, q)
+    assert expected > 0.01
+    found = measured(loss, teacher, student, x)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_probabilities_have_a_temperature():
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
+    teacher, student = heads("softmax"), heads("softmax")
+    (p,), (q,) = predictions_of(teacher, x), predictions_of(student, x)
+    p, q = softmax(np.log(p) / 3), softmax(np.log(q) / 3)
+    found = measured(LogitsDistillation(3.0), teacher, student, x)
+    assert found == pytest.approx(9 * divergence(p, q), rel=1e-4)
+
+
+def test_a_softmax_follows_logits():
+    """A teacher that ends with a softmax, a student without."""
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
+    teacher, student = heads("softmax"), heads(None)
+    (p,), (q,) = predictions_of(teacher, x), predictions_of(student, x)
+    found = measured(LogitsDistillation(), teacher, student, x)
+    assert found == pytest.approx(divergence(p, softmax(q)), rel=1e-4)
+
+
+def test_outputs_can_be_left_out():
+    x = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
+    teacher, student = heads(None, None), heads(None, None)
+    with pytest.raises(ValueError, match="outputs=None.*linear"):
+        LogitsDistillation().validate_model_compatibility(teacher, student)
+    loss = LogitsDistillation(outputs=[None, "logits"])
+    loss.validate_model_compatibility(teacher, student)
+    p, q = predictions_of(teacher, x)[1], predictions_of(student, x)[1]
+    found = measured(loss, teacher, student, x)
+    assert found == pytest.approx(divergence(softmax(p), softmax(q)), rel=1e-4)
+    copy = LogitsDistillation.from_config(loss.get_config())
+    assert copy.outputs == [None, "logits"]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (["scores"], r"`outputs` must be of .*Received: outputs=\['scores'\]"),
+        ("scores", "Received: outputs='scores'"),
+    ],
+)
+def test_unknown_outputs(outputs, message):
+    with pytest.raises(ValueError, match=message):
+        LogitsDistillation(outputs=outputs)
+
+
+def test_outputs_that_do_not_fit():
+    with pytest.raises(ValueError, match="each of the outputs.*, 1"):
+        LogitsDistillation(
+            outputs=["logits", None]
+        ).validate_model_compatibility(heads(None), heads(None))
+    with pytest.raises(ValueError, match="'sigmoid' of the teacher, 'logits'"):
+        LogitsDistillation().validate_model_compatibility(
+            heads("sigmoid"), heads(None)
+        )

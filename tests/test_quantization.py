@@ -93,7 +93,7 @@ def test_a_scale_that_clips_is_taken_where_it_is_better():
     blocks = values.reshape(50, 2, 32)
     # Of the largest number, in the eight bits that a scale has.
     plain = np.abs(blocks).max(-1, keepdims=True) * np.float32(1 / 7)
-    plain = np.maximum(plain.astype("bfloat16").astype("float32"), 1e-4)
+    plain = np.maximum(plain.astype("bfloat16").astype("float32"), 2.0**-13)
     assert (scales[..., None] <= plain).all()
     without = np.clip(np.round(blocks / plain), -8, 7) * plain
     without = np.square(without - blocks).sum(-1)

@@ -188,7 +188,12 @@ def float_policy_name(layer: keras.layers.Layer) -> str:
     policy = layer.dtype_policy
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         policy = policy[layer.path]
-    return policy.name.split("_from_")[-1]
+    if policy.name is not None:
+        return policy.name.split("_from_")[-1]
+    # Keras forgets the names of policies when it saves a map of them.
+    if policy.compute_dtype == policy.variable_dtype:
+        return policy.compute_dtype
+    return f"mixed_{policy.compute_dtype}"
 
 
 def _is_layer(embedding: Any) -> bool:

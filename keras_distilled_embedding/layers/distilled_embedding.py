@@ -85,7 +85,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
 
     Call arguments:
         inputs: Integer tensor `(...)` of indices (floats are cast, as in
-            Keras); with `reverse=True`, a float tensor `(..., output_dim)`.
+            Keras), which may be ragged or sparse; with `reverse=True`, a float
+            tensor `(..., output_dim)`.
         reverse: Boolean, whether to project from `output_dim` to `input_dim`
             instead of looking rows up. Defaults to `False`.
 
@@ -294,7 +295,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
     def _look_up(self, inputs: Any) -> Any:
         if hasattr(inputs, "with_flat_values"):  # TensorFlow's ragged tensors
             return inputs.with_flat_values(self._look_up(inputs.flat_values))
-        ids = inputs
+        # Sparse ids are 0 where nothing is stored, as in Keras.
+        ids = ops.convert_to_tensor(inputs, sparse=False)
         if keras.backend.standardize_dtype(ids.dtype) != "int64":
             ids = ops.cast(ids, "int32")
         rows = self._rows(self.compute_dtype, ids)
@@ -381,8 +383,9 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         return keras.KerasTensor(
             self.compute_output_shape(inputs.shape, reverse=reverse),
             dtype=self._output_dtype(reverse),
-            ragged=inputs.ragged,
-            ragged_rank=inputs.ragged_rank,
+            # Keras's models pass tensors and arrays here, too.
+            ragged=getattr(inputs, "ragged", False),
+            ragged_rank=getattr(inputs, "ragged_rank", None),
         )
 
     def _output_dtype(self, reverse: bool) -> str:

@@ -51,8 +51,8 @@ class LoraCodes(_Base):
         rank = as_integer("rank", rank)
         if self.embeddings_constraint is not None:
             raise ValueError(
-                "LoRA is incompatible with a constraint on the codes. Remove "
-                "the `embeddings_constraint` argument. Received: "
+                "LoRA is incompatible with embedding constraints. Remove the "
+                "`embeddings_constraint` argument. Received: "
                 f"embeddings_constraint={self.embeddings_constraint}"
             )
         if not self.built:
@@ -62,7 +62,7 @@ class LoraCodes(_Base):
             )
         if self.lora_enabled:
             raise ValueError(
-                "LoRA is enabled already; this can be done once per layer. "
+                "This can be done once per layer, and lora is already enabled. "
                 f"Received: layer '{self.name}'"
             )
         self._tracker.unlock()

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+# Rows that are rounded at a time for a file.
+_ROWS_AT_A_TIME = 16_384
 # Shares of the largest number of a block that are tried as its scale: a
 # smaller one clips that number and rounds the others more finely.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)

@@ -307,11 +307,11 @@ def _coordinates(
         )
         forth = ops.transpose(triangle)
         back = ops.solve(forth, ops.eye(triangle.shape[0], dtype="float32"))
-    coordinates = ops.matmul(ops.subtract(features, center), forth)
-    if kind.block is not None:
-        # Of RMS 1: two bytes hold the scales of neither tiny nor huge numbers.
-        unit = ops.sqrt(ops.mean(ops.square(coordinates)))
-        unit = ops.where(ops.greater(unit, 0.0), unit, ops.ones_like(unit))
-        coordinates = ops.divide(coordinates, unit)
-        back = ops.multiply(back, unit)
-    return coordinates, center, back
+        # Of an RMS near 1: two bytes hold the scales of neither tiny nor huge
+        # numbers.
+        squares = ops.matmul(
+            ops.var(features, axis=0), ops.mean(ops.square(forth), axis=1)
+        )
+        unit = ops.where(ops.greater(squares, 0.0), ops.sqrt(squares), 1.0)
+        forth, back = ops.divide(forth, unit), ops.multiply(back, unit)
+    return center, forth, back

@@ -8,7 +8,6 @@ from typing import Any
 
 from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding.quantization import FORMATS
-from keras_distilled_embedding.quantization import matrix_bytes
 
 
 def factor_bytes(
@@ -20,9 +19,9 @@ def factor_bytes(
 ) -> int:
     """Bytes of a factorized table, as `export_litert` stores it.
 
-    As integers: the codes with their scales, the basis in 8 bits (of fewer
-    than 1,024 numbers in float32), and the offset in float32, which holds the
-    center of the codes too. (A file that
+    As integers: the codes with their scales, the basis in 8 bits, and the
+    offset in float32, which holds the center of the codes too. (A basis of
+    fewer than 1,024 numbers stays a float: it is counted in 8 bits. A file that
     both looks rows up and projects holds the small basis once more,
     transposed; that is not counted.)
 
@@ -50,7 +49,7 @@ def factor_bytes(
     if quantization is None:
         return 4 * (rank * (input_dim + output_dim) + output_dim * use_bias)
     kind = FORMATS[quantization]
-    basis = matrix_bytes(kind.stored_columns(rank) * output_dim)
+    basis = kind.stored_columns(rank) * output_dim
     return kind.table_bytes(input_dim, rank) + basis + 4 * output_dim
 
 
@@ -82,14 +81,12 @@ def largest_rank(
     """
     # More ranks than this hold nothing more.
     ranks = range(1, min(input_dim, output_dim) + 1)
-    return max(
-        (
-            rank
-            for rank in ranks
-            if factor_bytes(rank, input_dim, output_dim, quantization, use_bias)
-            <= max_bytes
+    return bisect.bisect_right(
+        ranks,
+        max_bytes,
+        key=lambda rank: factor_bytes(
+            rank, input_dim, output_dim, quantization, use_bias
         ),
-        default=0,
     )
 
 

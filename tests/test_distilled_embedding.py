@@ -294,6 +294,20 @@ def test_output_shapes(shape):
     assert layer(hidden, reverse=True).shape == (*shape, VOCABULARY)
 
 
+@REVERSE
+@pytest.mark.parametrize("convert", [np.asarray, ops.convert_to_tensor])
+def test_output_spec_of_values(convert, reverse):
+    """Models ask for it with tensors and arrays, too."""
+    layer = make_layer(dtype="mixed_bfloat16")
+    inputs = convert(make_inputs(reverse))
+    for spec in (
+        layer.compute_output_spec(inputs, reverse=reverse),
+        make_model(layer, reverse).compute_output_spec(inputs),
+    ):
+        assert spec.shape == (2, 4, VOCABULARY if reverse else WIDTH)
+        assert spec.dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("mask_zero", [False, True])
 def test_mask(mask_zero):
     layer = make_layer(mask_zero=mask_zero)

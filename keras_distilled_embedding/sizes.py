@@ -183,16 +183,17 @@ def rank_for_speedup(
             return rank
         return FORMATS[quantization].stored_columns(rank)
 
-    affordable = input_dim * output_dim / (input_dim + output_dim) / min_speedup
+    exact = input_dim * output_dim / (input_dim + output_dim)
     rank = bisect.bisect_right(
-        range(1, output_dim + 1), affordable, key=columns
+        range(1, output_dim + 1), exact / min_speedup, key=columns
     )
     if rank == 0:
-        most = affordable * min_speedup / columns(1)
+        most = exact / columns(1)
         raise ValueError(
-            f"`min_speedup` must be at most {_rounded_down(most)} for a table of shape "
-            f"({input_dim}, {output_dim}) in {quantization or 'floats'}, what "
-            f"the smallest factors give. Received: min_speedup={min_speedup!r}"
+            f"`min_speedup` must be at most {_rounded_down(most)} for a table "
+            f"of shape ({input_dim}, {output_dim}) in "
+            f"{quantization or 'floats'}, what the smallest factors give. "
+            f"Received: min_speedup={min_speedup!r}"
         )
     return rank
 

@@ -244,7 +244,7 @@ class Targets:
             except ValueError as error:
                 return "refused" if str(error) else "refused without a word"
         elif target == "command line":
-            from keras_distilled_embedding.cli import main
+            from keras_distilled_embedding_cli import main
 
             errors = io.StringIO()
             with (

@@ -20,8 +20,8 @@ JAX_TESTS := $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 COVERAGE := --cov=keras_distilled_embedding \
 	--cov=keras_distilled_embedding_cli --cov-branch --cov-append
 
-.PHONY: help demo test test-tensorflow test-jax test-torch test-fast lint \
-	format site coverage mutants benchmark-packages wheel smoke clean
+.PHONY: help demo test test-tensorflow test-jax test-torch test-peers test-fast \
+	lint format site coverage mutants benchmark-packages wheel smoke clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -56,6 +56,9 @@ test-jax: $(VENV)/installed  ## Run the tests that JAX can run
 test-torch: $(VENV)/installed  ## Install PyTorch; run its tests
 	$(RUN) -m pip install --quiet torch
 	$(PYTEST) tests/test_torch.py tests/test_backends.py $(ARGS)
+
+test-peers: $(VENV)/installed  ## Run Keras's and KerasHub's own tests on this package
+	$(RUN) -m tests.peers $(ARGS)
 
 test-fast: $(VENV)/installed  ## Run the tests that take no more than seconds
 	$(PYTEST) -m "not slow" $(ARGS)

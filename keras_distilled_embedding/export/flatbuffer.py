@@ -25,6 +25,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
 from keras_distilled_embedding.export.graph_table import StoredTable
+from keras_distilled_embedding.quantization import SMALLEST_ROUNDED
 
 _OPERATORS = schema.BuiltinOperator
 _TYPES = schema.TensorType
@@ -280,15 +281,22 @@ def store_tables(
 
 
 def _quantize_the_rest(content: bytes, products: Iterable[str]) -> bytes:
-    """Dynamic-range int8 of all matrices but those of the named products."""
+    """Dynamic-range int8 of the other matrices, if they are not small."""
     from ai_edge_quantizer import qtyping
     from ai_edge_quantizer import quantizer
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
     work = quantizer.Quantizer(content)
     operators = qtyping.TFLOperationName
+    dynamic_range = qtyping.OpQuantizationConfig(
+        weight_tensor_config=qtyping.TensorQuantizationConfig(
+            num_bits=8, granularity=qtyping.QuantGranularity.CHANNELWISE
+        ),
+        compute_precision=qtyping.ComputePrecision.INTEGER,
+        min_weight_elements=SMALLEST_ROUNDED,
+    )
     for operator in (operators.FULLY_CONNECTED, operators.BATCH_MATMUL):
-        work.add_dynamic_config(".*", operator, num_bits=8)
+        work.update_quantization_recipe(".*", operator, dynamic_range)
     for name in products:
         work.update_quantization_recipe(
             f"^{re.escape(name)}",

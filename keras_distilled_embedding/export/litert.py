@@ -29,6 +29,7 @@ from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import matrix_bytes
 from keras_distilled_embedding.targets import is_embedding
 
 DEFAULT_SIGNATURE = "serving_default"
@@ -128,16 +129,14 @@ def export_litert(
     _check_packages(quantization)
     from keras_distilled_embedding.export import flatbuffer  # needs LiteRT's
 
-    sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
-    originals = {
-        name: Signature(part, **sizes) for name, part in models.items()
-    }
+    sizes = batch_size, sequence_length
+    originals = {name: Signature(part, *sizes) for name, part in models.items()}
 
     tables = _graph_tables(models.values(), quantization)
     parts = [part for table in tables.values() for part in table.tables]
     stored = {f"stored_table_{i}": part for i, part in enumerate(parts)}
     copies = keras_internals.copy_models(list(models.values()), tables)
-    content = convert(dict(zip(models, copies)), tables=stored, **sizes)
+    content = convert(dict(zip(models, copies)), *sizes, tables=stored)
     file = flatbuffer.LiteRTFile(content)
     counts = _count_copies(file, models.values(), tables)
     content = flatbuffer.store_tables(file, stored, quantization is not None)
@@ -251,8 +250,9 @@ def _weights_bytes(
     """Bytes of the models' weights as they are stored, each counted once."""
     total = sum(table.stored_bytes for table in tables.values())
     for weight in _other_weights(models, tables):
+        size = math.prod(weight.shape)
         in_8_bits = quantization is not None and len(weight.shape) > 1
-        total += math.prod(weight.shape) * (1 if in_8_bits else 4)
+        total += matrix_bytes(size) if in_8_bits else 4 * size
     return total
 
 
@@ -316,10 +316,10 @@ def _check_packages(quantization: str | None) -> None:
 
 def convert(
     signatures: Mapping[str, keras.Model],
-    *,
-    tables: Mapping[str, StoredTable] | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
+    *,
+    tables: Mapping[str, StoredTable] | None = None,
     optimizations: Sequence[Any] = (),
 ) -> bytes:
     """The LiteRT file that TensorFlow's converter makes, as bytes.

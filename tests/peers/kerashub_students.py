@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
 from typing import Any
 
 import keras
 import keras_hub
+import sentencepiece
 from absl.testing import parameterized
 from keras import ops
 
 import keras_distilled_embedding as kde
 from tests.architectures import ARCHITECTURES
+from tests.architectures import LENGTH
 from tests.architectures import Architecture
 from tests.peers.adapt import FOLDER
 
@@ -44,11 +47,49 @@ class Students:
 
 def backbone_options(architecture: Architecture) -> dict[str, Any]:
     """Arguments of its backbone."""
-    backbone = architecture.make()
-    backbone = getattr(backbone, "backbone", backbone)
-    config = backbone.get_config()
-    config = {k: v for k, v in config.items() if k not in ("name", "trainable", "dtype")}
+    model = architecture.make()
+    config = getattr(model, "backbone", model).get_config()
+    for key in ("name", "trainable", "dtype"):
+        config.pop(key)
     return config
+
+
+SPECIAL_TOKENS = [
+    *("<pad>", "<s>", "</s>", "<unk>", "<bos>", "<eos>", "<|endoftext|>"),
+    *("<start_of_turn>", "<end_of_turn>"),
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+]
+# A kind of task, of tokenizer and of table each: all would take an hour.
+TASKS = ("BERT", "GPT-2", "Llama", "Gemma 2", "T5")
+TEXTS = ["the quick fox", "a fox at the airport", "quick", "at the fox"]
+
+
+def tokenizer(cls: type[keras.layers.Layer]) -> keras.layers.Layer:
+    """A small tokenizer of a class of KerasHub."""
+    words = sorted({word for text in TEXTS for word in text.split()})
+    letters = sorted(set("".join(words)))
+    if issubclass(cls, keras_hub.tokenizers.WordPieceTokenizer):
+        return cls(vocabulary=SPECIAL_TOKENS + words)
+    if issubclass(cls, keras_hub.tokenizers.BytePairTokenizer):
+        tokens = [*SPECIAL_TOKENS, *letters, "\u0120", "th", "the", "fo"]
+        return cls(
+            vocabulary={token: index for index, token in enumerate(tokens)},
+            merges=["t h", "th e", "f o"],
+        )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        vocab_size=len(SPECIAL_TOKENS) + len(letters) + 4,
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        user_defined_symbols=SPECIAL_TOKENS[4:],
+        minloglevel=2,
+    )
+    return cls(proto=model.getvalue())
 
 
 class KerasHubTest(load_test_case()):
@@ -80,4 +121,38 @@ class KerasHubTest(load_test_case()):
             init_kwargs=options,
             input_data=batch,
             expected_output_shape=shapes,
+        )
+
+    @parameterized.named_parameters(
+        (a.name, a) for a in ARCHITECTURES if a.name in TASKS
+    )
+    def test_task(self, architecture):
+        cls = getattr(keras_hub.models, architecture.task)
+        data, settings = TEXTS, {"sequence_length": LENGTH}
+        if "Seq2Seq" in architecture.task:
+            data = {"encoder_text": TEXTS, "decoder_text": TEXTS[::-1]}
+            settings = {
+                f"{part}_sequence_length": LENGTH
+                for part in ("encoder", "decoder")
+            }
+        if "MaskedLM" in architecture.task:
+            # The same masks each time.
+            settings |= {
+                "mask_selection_rate": 1.0,
+                "mask_token_rate": 1.0,
+                "random_token_rate": 0.0,
+                "mask_selection_length": LENGTH,
+            }
+        tokens = tokenizer(cls.preprocessor_cls.tokenizer_cls)
+        size = tokens.vocabulary_size()
+        options = backbone_options(architecture) | {"vocabulary_size": size}
+        backbone = getattr(keras_hub.models, architecture.backbone)(**options)
+        self.run_task_test(
+            cls=Students(cls),
+            init_kwargs={
+                "backbone": backbone,
+                "preprocessor": cls.preprocessor_cls(tokens, **settings),
+            },
+            train_data=(data,),
+            expected_output_shape=(len(TEXTS), LENGTH, size),
         )

@@ -251,7 +251,10 @@ class Targets:
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(errors),
             ):
-                status = main(["inspect", str(path)])
+                try:
+                    status = main(["inspect", str(path)])
+                except SystemExit as error:
+                    status = error.code
             lines = errors.getvalue().strip().splitlines()
             if status == 2 and any("error: " in line for line in lines):
                 return "refused"

@@ -53,9 +53,9 @@ def _count(vocabulary: list[str], data_dir: str | None) -> np.ndarray:
     )
     sentences = load_corpus("multi30k", data_dir).train.source
     counts = np.zeros(len(vocabulary), "int64")
-    for batch in tf.data.Dataset.from_tensor_slices(sentences).batch(1_000):
-        ids = tokenizer(batch).flat_values.numpy()
-        counts += np.bincount(ids, minlength=len(vocabulary))
+    batches = tf.data.Dataset.from_tensor_slices(sentences).batch(1_000)
+    for ids in batches.map(tokenizer):
+        counts += np.bincount(ids.flat_values, minlength=len(vocabulary))
     for token in ("[CLS]", "[SEP]"):
         counts[vocabulary.index(token)] += len(sentences)
     return counts

@@ -244,14 +244,17 @@ class Targets:
             except ValueError as error:
                 return "refused" if str(error) else "refused without a word"
         elif target == "command line":
-            from keras_distilled_embedding.cli import main
+            from keras_distilled_embedding_cli import main
 
             errors = io.StringIO()
             with (
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(errors),
             ):
-                status = main(["inspect", str(path)])
+                try:
+                    status = main(["inspect", str(path)])
+                except SystemExit as error:
+                    status = error.code
             lines = errors.getvalue().strip().splitlines()
             if status == 2 and any("error: " in line for line in lines):
                 return "refused"

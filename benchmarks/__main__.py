@@ -86,13 +86,13 @@ def _report(
     earlier = harness.read_results(name, folder)
     if not earlier and options.command == "report":
         earlier = harness.read_results(name, harness.RESULTS / name)
-    results = figure.collect(options, earlier)
+    results = dict(figure.collect(options, earlier))
     if not results:
         raise SystemExit(f"No rows yet: python -m benchmarks run {name}")
     if options.command == "run":
-        results = {"command": command, **results}
+        results["command"] = command
         harness.write_json(folder / "results.json", results)
-    command = results.get("command", "")
+    command = results.pop("command", "")
     if not command.startswith("python -m benchmarks run"):
         command = f"python -m benchmarks run {name}"  # of earlier results
     title, _, introduction = inspect.getdoc(figure).partition("\n\n")
@@ -103,7 +103,7 @@ def _report(
         parts += ["## Machines and versions", "- " + "\n- ".join(machines)]
     text = "\n\n".join(parts) + "\n"
     harness.write_text(folder / "report.md", text)
-    harness.show(text)
+    print(text)
 
 
 def _print_list() -> None:

@@ -296,10 +296,7 @@ class _Planner:
             )
         )
         prices = [
-            {
-                rank: self._bytes(target, rank, quantization)
-                for rank in _useful_ranks(limit, quantization)
-            }
+            self._prices(target, limit, quantization)
             for target, limit in limits.items()
         ]
         shares = [
@@ -311,6 +308,18 @@ class _Planner:
         skipped = 1 - self._request.components(1)
         ranks = allocate_ranks(shares, prices, max_bytes, skipped)
         return dict(zip(limits, ranks))
+
+    def _prices(
+        self, target: Target, limit: int, quantization: str | None
+    ) -> dict[int, int]:
+        """Bytes of the ranks that no larger one undercuts, ascending."""
+        prices: dict[int, int] = {}
+        least = self._bytes(target, limit, quantization) + 1
+        for rank in range(limit, 0, -1):
+            price = self._bytes(target, rank, quantization)
+            if price < least:
+                prices[rank] = least = price
+        return dict(reversed(prices.items()))
 
     def _useful_rank(self, target: Target, quantization: str | None) -> int:
         """The largest rank whose factors are smaller than the table.
@@ -451,14 +460,6 @@ def allocate_ranks(
             taken[index] += 1
             spent += cost
     return [options[step] for options, step in zip(ranks, taken)]
-
-
-def _useful_ranks(largest: int, quantization: str | None) -> list[int]:
-    """The largest rank for each distinct storage size."""
-    block = 1
-    if quantization is not None:
-        block = FORMATS[quantization].stored_columns(1)
-    return [*range(block, largest, block), largest]
 
 
 def _rank_for_error(table: Table, request: SizeRequest) -> int:

@@ -7,7 +7,6 @@ that the factors minimize.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,11 +25,10 @@ from keras_distilled_embedding.targets import Target
 from keras_distilled_embedding.targets import heads_of
 from keras_distilled_embedding.targets import named_tables
 
-# Texts are given to the preprocessor so many at a time.
-TEXTS_AT_A_TIME = 8
+_TEXTS_AT_A_TIME = 8  # that the preprocessor is given
 # A table that both looks up and projects is wanted for its entries, too: the
 # share of the plain metric beside that of the hidden states.
-PLAIN_SHARE = 0.1
+_PLAIN_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,7 +105,7 @@ def collect_statistics(
     calibration_data: Any,
     verbose: int,
 ) -> dict[Target, TableStatistics]:
-    """The same for some tables of a model, by table."""
+    """Collects what `calibrate` does, for some tables, by table."""
     collectors = {target: _Collector(target) for target in targets}
     batches = _batches(calibration_data)
     num_batches(batches, "calibration_data")
@@ -143,13 +141,6 @@ def weighted_tables(
 
     Rows count by their tokens, one more for each so that none is worthless;
     columns by the second moment of what the table projects.
-
-    Args:
-        target: The layer.
-        statistics: Of the layer, or `None` for equal weights.
-
-    Raises:
-        ValueError: If a table or its weights are not finite.
     """
     arrays = target.tables()
     if statistics is None:
@@ -165,8 +156,8 @@ def weighted_tables(
         ]
     if rows is not None and columns is not None:
         size = len(columns)
-        columns = (1.0 - PLAIN_SHARE) * columns * (size / np.trace(columns))
-        columns += PLAIN_SHARE * np.eye(size)
+        columns = (1.0 - _PLAIN_SHARE) * columns * (size / np.trace(columns))
+        columns += _PLAIN_SHARE * np.eye(size)
     return [_checked(target, arrays[0], rows, columns)]
 
 
@@ -180,11 +171,7 @@ def _checked(target: Target, values: np.ndarray, *weights: Any) -> Table:
 
 
 def _batches(data: Any) -> Any:
-    """The data as batches: texts are put together.
-
-    Raises:
-        ValueError: If it is one batch rather than several.
-    """
+    """The data as batches: texts are put together, one batch is refused."""
     if isinstance(data, dict) or hasattr(data, "shape"):
         raise ValueError(
             "`calibration_data` must be an iterable of batches. Put a single "
@@ -194,8 +181,8 @@ def _batches(data: Any) -> Any:
         data = [data]
     if isinstance(data, list | tuple) and data and isinstance(data[0], str):
         return [
-            list(data[start : start + TEXTS_AT_A_TIME])
-            for start in range(0, len(data), TEXTS_AT_A_TIME)
+            list(data[start : start + _TEXTS_AT_A_TIME])
+            for start in range(0, len(data), _TEXTS_AT_A_TIME)
         ]
     return data
 
@@ -219,31 +206,24 @@ def _preprocessed(model: keras.Model, batch: Any) -> Any:
 
 
 class _Collector:
-    """Adds up what one layer is called with.
-
-    Attributes:
-        sample_weight: Of the batch that runs.
-    """
+    """Adds up what one layer is called with."""
 
     def __init__(self, target: Target) -> None:
-        self.sample_weight: Any = None
+        self.sample_weight: Any = None  # of the batch that runs
         self._target = target
         self._counts: Any = None
         self._moment: Any = None
         self._weight = 0.0
 
-    @property
-    def watch(self) -> Callable[..., None]:
-        """What is told of the layer's calls."""
-
-        def keep(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> None:
-            reverse = kwargs.get("reverse", args[0] if args else False)
-            if self._target.is_dense or reverse:
-                self._add_states(inputs)
-            else:
-                self._add_tokens(inputs)
-
-        return keep
+    def watch(
+        self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Is told of each call of the layer."""
+        reverse = kwargs.get("reverse", args[0] if args else False)
+        if self._target.is_dense or reverse:
+            self._add_states(inputs)
+        else:
+            self._add_tokens(inputs)
 
     def _add_tokens(self, inputs: Any) -> None:
         if hasattr(inputs, "to_tensor"):  # TensorFlow's ragged tensors
@@ -287,12 +267,12 @@ class _Collector:
         Layers are called with other shapes, too: segments, positions.
         """
         given = self.sample_weight
-        if given is not None and not isinstance(given, dict | list | tuple):
+        if isinstance(given, dict | list | tuple):
+            given = None
+        if given is not None:
             shape = tuple(ops.shape(given))
             if shape != tuple(ops.shape(values))[: len(shape)]:
                 given = None
-        else:
-            given = None
         weights = weights_of_tokens(ops.cast(values, "float32"), given, inputs)
         return None if weights is None else ops.convert_to_numpy(weights)
 

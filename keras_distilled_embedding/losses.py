@@ -10,12 +10,8 @@ from keras import ops
 
 from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_integer
-from keras_distilled_embedding.layers.distilled_embedding import (
-    DistilledEmbedding,
-)
-from keras_distilled_embedding.layers.vocabulary_projection import (
-    VocabularyProjection,
-)
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.layers import VocabularyProjection
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
@@ -100,15 +96,9 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         self.ignore_class = ignore_class
 
     def bind(self, model: keras.Model) -> None:
-        """Finds the layer again, after this loss was loaded with a model.
+        """Finds the layer in `model`, after this loss was loaded with it.
 
         `load_model` does it; Keras's own loader does not.
-
-        Args:
-            model: A model that has the layer.
-
-        Raises:
-            ValueError: If it has no such layer, or several.
         """
         if not isinstance(self.projection, str):
             return
@@ -150,7 +140,7 @@ class ChunkedCrossEntropy(keras.losses.Loss):
             features = ops.concatenate(
                 [features, ops.ones_like(features[:, :1])], axis=-1
             )
-        losses = chunked_cross_entropy(
+        losses = _chunked_cross_entropy(
             ops.reshape(labels, (-1,)),
             ops.reshape(states, (-1, states.shape[-1])),
             features,
@@ -224,40 +214,28 @@ def without_projection(model: keras.Model) -> keras.Model:
     return trunk
 
 
-def chunked_cross_entropy(
+def _chunked_cross_entropy(
     labels: Any,
     states: Any,
     features: Any,
-    bias: Any = None,
+    bias: Any,
     *,
     chunk_size: int,
-    soft_cap: float | None = None,
-    label_smoothing: float = 0.0,
+    soft_cap: float | None,
+    label_smoothing: float,
 ) -> Any:
-    """The loss of each token, `logits = states features^T + bias`.
+    """The float32 losses of `n` labels, `logits = states features^T + bias`.
 
-    What needs every logit goes in chunks: `log sum_v exp(logit_v)`, less
-    `label_smoothing mean_v logit_v`. A label's own logit needs only its row
-    of the features.
-
-    Args:
-        labels: Integers `(n,)`.
-        states: Floats `(n, k)`.
-        features: Floats `(V, k)`.
-        bias: Floats `(V,)`, or `None`.
-        chunk_size: How many tokens' logits exist at once.
-        soft_cap: See `DistilledEmbedding`'s `logit_soft_cap`.
-        label_smoothing: See `ChunkedCrossEntropy`.
-
-    Returns:
-        float32 losses `(n,)`.
+    The states are `(n, k)`, the features `(V, k)`, the bias `(V,)`. What needs
+    every logit goes in chunks: `log sum_v exp(logit_v)`, less
+    `label_smoothing mean_v logit_v`. A label's own logit needs only its row of
+    the features.
     """
     size = ops.shape(labels)[0]
     chunks = (size + chunk_size - 1) // chunk_size
     share = 1.0 - label_smoothing  # of the label
 
     def padded(values: Any) -> Any:
-        """So that it divides into chunks."""
         shape = (chunks * chunk_size - size, *values.shape[1:])
         return ops.concatenate([values, ops.zeros(shape, values.dtype)])
 

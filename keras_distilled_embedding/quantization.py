@@ -24,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+# Rows that are rounded at a time for a file.
+_ROWS_AT_A_TIME = 16_384
 # Shares of the largest number of a block that are tried as its scale: a
 # smaller one clips that number and rounds the others more finely.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
@@ -73,29 +75,34 @@ class Format:
         shifts = np.arange(per_byte, dtype="uint8") * np.uint8(self.bits)
         return np.bitwise_or.reduce(numbers << shifts, axis=1)
 
-    def round(self, values: Any) -> tuple[Any, Any]:
+    def round(
+        self, values: Any, largest: float | None = None
+    ) -> tuple[Any, Any]:
         """Rounds a matrix.
 
         Args:
             values: Float32 tensor `(rows, columns)`.
+            largest: The largest magnitude of the whole matrix, where `values`
+                are some of its rows.
 
         Returns:
             Whole numbers, float32 `(rows, stored_columns)`, and the scales
             that they are multiplied with: `(1, 1)`, or one a block.
         """
         if self.block is None:
-            return self._round_with_one_scale(values)
+            if largest is None:
+                largest = ops.max(ops.abs(values))
+            return self._round_with_one_scale(values, largest)
         return self._round_in_blocks(values)
 
-    def _round_with_one_scale(self, values: Any) -> tuple[Any, Any]:
-        largest = float(2 ** (self.bits - 1) - 1)
-        scale = ops.divide(ops.max(ops.abs(values)), largest)
+    def _round_with_one_scale(
+        self, values: Any, largest: Any
+    ) -> tuple[Any, Any]:
+        top = float(2 ** (self.bits - 1) - 1)
+        scale = ops.divide(ops.cast(largest, "float32"), top)
         scale = ops.where(ops.greater(scale, 0.0), scale, 1.0)
         integers = ops.round(ops.divide(values, scale))
-        return (
-            ops.clip(integers, -largest, largest),
-            ops.reshape(scale, (1, 1)),
-        )
+        return ops.clip(integers, -top, top), ops.reshape(scale, (1, 1))
 
     def _round_in_blocks(self, values: Any) -> tuple[Any, Any]:
         largest, size = float(2 ** (self.bits - 1) - 1), self.block or 1
@@ -130,6 +137,16 @@ class Format:
         return ops.reshape(best, (rows, stored)), ops.squeeze(scales, axis=-1)
 
 
+# Matrices of fewer numbers stay floats in a file of integers, as TensorFlow's
+# converter has it: rounding them loses much and saves next to nothing.
+SMALLEST_ROUNDED = 1024
+
+
+def matrix_bytes(size: int) -> int:
+    """Bytes of a matrix beside the tables, such as a basis, in such a file."""
+    return size if size >= SMALLEST_ROUNDED else 4 * size
+
+
 FORMATS = {
     found.name: found
     for found in (Format("int8", bits=8), Format("int4", bits=4, block=32))
@@ -157,11 +174,11 @@ class RoundedTable(NamedTuple):
     """A factorized table as integers: `(scales * integers) basis + offset`.
 
     Args:
-        integers: Whole numbers, float32 `(input_dim, k)`, with `k` the rank
-            filled up to the format's columns.
-        scales: Float32, as `Format.round` returns them.
-        basis: `B`, float32 `(k, output_dim)`.
-        offset: `o`, float32 `(output_dim,)`.
+        integers: int8 array `(input_dim, k)`, with `k` the rank filled up to
+            the format's columns.
+        scales: Float32 array, as `Format.round` returns them.
+        basis: `B`, float32 tensor `(k, output_dim)`.
+        offset: `o`, float32 tensor `(output_dim,)`.
     """
 
     integers: Any
@@ -183,18 +200,27 @@ def round_factors(
         quantization: Name of a format.
 
     Returns:
-        A `RoundedTable` of tensors.
+        A `RoundedTable`.
     """
     kind = FORMATS[quantization]
-    coordinates, center, back = _coordinates(features, basis, kind)
-    integers, scales = kind.round(coordinates)
+    center, forth, back = _coordinates(features, basis, kind)
+    rows, rank = features.shape
+    integers = np.empty((rows, kind.stored_columns(rank)), "int8")
+    scales = []
+    for start in range(0, rows, _ROWS_AT_A_TIME):
+        chunk = slice(start, start + _ROWS_AT_A_TIME)
+        coordinates = ops.matmul(ops.subtract(features[chunk], center), forth)
+        # One scale for all: the coordinates of int8 lie between -1 and 1.
+        rounded, of_chunk = kind.round(coordinates, largest=1.0)
+        integers[chunk] = ops.convert_to_numpy(rounded)
+        scales.append(ops.convert_to_numpy(of_chunk))
     new_offset = ops.matmul(center, basis)[0]
     if offset is not None:
         new_offset = ops.add(new_offset, offset)
-    padding = integers.shape[1] - back.shape[0]
+    padding = integers.shape[1] - rank
     return RoundedTable(
         integers,
-        scales,
+        scales[0] if kind.block is None else np.concatenate(scales),
         ops.pad(ops.matmul(back, basis), [[0, padding], [0, 0]]),
         new_offset,
     )
@@ -228,10 +254,10 @@ def round_codes(features: Any, basis: Any, quantization: str) -> Any:
         Float32 `(input_dim, rank)`.
     """
     kind = FORMATS[quantization]
-    coordinates, center, back = _coordinates(
-        ops.stop_gradient(features), ops.stop_gradient(basis), kind
-    )
-    rounded = dequantize(*kind.round(coordinates))
+    fixed = ops.stop_gradient(features)
+    center, forth, back = _coordinates(fixed, ops.stop_gradient(basis), kind)
+    coordinates = ops.matmul(ops.subtract(fixed, center), forth)
+    rounded = dequantize(*kind.round(coordinates, largest=1.0))
     rounded = rounded[:, : coordinates.shape[1]]
     rounded = ops.add(ops.matmul(rounded, back), center)
     change = ops.stop_gradient(ops.subtract(rounded, features))
@@ -254,7 +280,7 @@ def dequantize(integers: Any, scales: Any) -> Any:
 def _coordinates(
     features: Any, basis: Any, kind: Format
 ) -> tuple[Any, Any, Any]:
-    """Returns `C = (F - 1 m) T`, the center `m`, and the inverse of `T`."""
+    """Returns `m`, `T` and the inverse of `T`, for `C = (F - 1 m) T`."""
     if kind.block is None:
         low = ops.min(features, axis=0, keepdims=True)
         high = ops.max(features, axis=0, keepdims=True)
@@ -281,11 +307,11 @@ def _coordinates(
         )
         forth = ops.transpose(triangle)
         back = ops.solve(forth, ops.eye(triangle.shape[0], dtype="float32"))
-    coordinates = ops.matmul(ops.subtract(features, center), forth)
-    if kind.block is not None:
-        # Of RMS 1: two bytes hold the scales of neither tiny nor huge numbers.
-        unit = ops.sqrt(ops.mean(ops.square(coordinates)))
-        unit = ops.where(ops.greater(unit, 0.0), unit, ops.ones_like(unit))
-        coordinates = ops.divide(coordinates, unit)
-        back = ops.multiply(back, unit)
-    return coordinates, center, back
+        # Of an RMS near 1: two bytes hold the scales of neither tiny nor huge
+        # numbers.
+        squares = ops.matmul(
+            ops.var(features, axis=0), ops.mean(ops.square(forth), axis=1)
+        )
+        unit = ops.where(ops.greater(squares, 0.0), ops.sqrt(squares), 1.0)
+        forth, back = ops.divide(forth, unit), ops.multiply(back, unit)
+    return center, forth, back

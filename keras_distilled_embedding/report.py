@@ -31,35 +31,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class CompressedTable:
-    """One row of a `CompressionReport`.
-
-    Args:
-        layer: Name of the layer.
-        shape: `(input_dim, output_dim)` of the table.
-        rank: Rank of the factors.
-        parameters_before: Parameters of the table (of both, if untied).
-        parameters_after: Parameters of the factors.
-        bytes_before: Bytes of the table, in the layer's variable dtype.
-        bytes_after: Bytes of the factors as they are stored: with a
-            quantization, in a file of `export_litert`.
-        ratio: How many times fewer bytes than in float32 the table takes as
-            it is stored.
-        error: The share of the table's energy that the factors lose, rounding
-            included, `||E - E~||^2 / ||E||^2` (over both, if untied), or
-            `None` where there is no original to compare with.
-        quantization: `"int8"`, `"int4"`, or `None` for floats.
-    """
+    """One row of a `CompressionReport`; an untied layer counts both tables."""
 
     layer: str
     shape: tuple[int, int]
     rank: int
     parameters_before: int
     parameters_after: int
-    bytes_before: int
-    bytes_after: int
-    ratio: float
-    error: float | None = None
-    quantization: str | None = None
+    bytes_before: int  # in the layer's variable dtype
+    bytes_after: int  # as stored: if quantized, in a file of `export_litert`
+    ratio: float  # how many times fewer bytes than in float32
+    # The share of the table's energy that the factors lose, rounding included,
+    # `||E - E~||^2 / ||E||^2`, or `None` without an original to compare with.
+    error: float | None
+    quantization: str | None  # `None` for floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +76,7 @@ class CompressionReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain, JSON-serialisable Python values."""
+        """Returns the report as plain values that can be written as JSON."""
         return {
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "model_parameters": self.model_parameters,
@@ -130,7 +115,7 @@ class CompressionReport:
                 "" if row.error is None else f"{row.error:.3f}",
                 row.quantization or "floats",
             )
-        return render(table)
+        return _render(table)
 
     def plot(self, path: str | os.PathLike | None = None) -> Figure:
         """Draws the bytes of each table, and of the rest, before and after.
@@ -138,9 +123,6 @@ class CompressionReport:
         Args:
             path: Where to save the picture, if anywhere: a name that ends in
                 `.png`, `.svg` or another of Matplotlib's.
-
-        Returns:
-            The `matplotlib.figure.Figure`.
 
         Raises:
             ImportError: If Matplotlib is missing.
@@ -180,24 +162,14 @@ class CompressionReport:
 
 @dataclasses.dataclass(frozen=True)
 class InspectedTable:
-    """One table of a model.
-
-    Args:
-        layer: Name of the layer.
-        kind: Name of its class.
-        shape: `(input_dim, output_dim)`.
-        parameters: As stored; of both tables, if untied.
-        bytes: As stored.
-        rank: Of the factors, if it has been factorized; else the rank that
-            the compression takes, `None` where none gives it.
-        factorized: Whether it is stored as factors.
-    """
+    """One table of an `Inspection`; an untied layer counts both tables."""
 
     layer: str
-    kind: str
+    kind: str  # name of the layer's class
     shape: tuple[int, int]
     parameters: int
     bytes: int
+    # Of the factors, or else what the compression takes, if it can be reached.
     rank: int | None
     factorized: bool
 
@@ -223,7 +195,7 @@ class Inspection:
     tables: tuple[InspectedTable, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The inspection as plain, JSON-serialisable Python values."""
+        """Returns the inspection as plain values, as for JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -250,7 +222,7 @@ class Inspection:
                 f"{row.bytes / self.bytes:.1%}",
                 rank,
             )
-        return render(table)
+        return _render(table)
 
 
 def compression_report(
@@ -263,9 +235,6 @@ def compression_report(
             `compress`, loaded, or built with them.
         original: The model that was compressed. If it is given, the report
             tells how much of its tables the factors lose, as they are now.
-
-    Returns:
-        A `CompressionReport`: printable, with `to_dict()` and `plot()`.
 
     Raises:
         TypeError: If `model` or `original` is not a Keras model.
@@ -301,10 +270,8 @@ def compression_report(
     originals = {} if original is None else dict(named_tables(original))
     rows = []
     for key, layer in layers.items():
-        error = None
-        if original is not None:
-            error = _lost(layer, originals.get(key))
-        rows.append(_report_row(layer, error))
+        lost = None if original is None else _lost(layer, originals.get(key))
+        rows.append(_report_row(layer, lost))
     factors = [weight for layer in layers.values() for weight in layer.weights]
     return CompressionReport(
         rows=tuple(rows),
@@ -321,9 +288,6 @@ def inspect_model(model: keras.Model, compression: float = 8.0) -> Inspection:
     Args:
         model: A built model.
         compression: Float above 1, what the ranks of float factors are for.
-
-    Returns:
-        An `Inspection`.
 
     Raises:
         TypeError: If `model` is not a Keras model.
@@ -396,7 +360,7 @@ def _report_row(
         rank=layer.rank,
         parameters_before=target.parameters,
         parameters_after=layer.count_params(),
-        bytes_before=target.parameters * dtype_bytes(layer.variable_dtype),
+        bytes_before=target.parameters * _dtype_bytes(layer.variable_dtype),
         bytes_after=_stored_bytes(target),
         ratio=layer.compression_ratio,
         error=error,
@@ -414,27 +378,24 @@ def _stored_bytes(target: Target) -> int:
 
 
 def _bytes_of(weights: Iterable[keras.Variable]) -> int:
-    return sum(weight_bytes(weight) for weight in weights)
+    return sum(
+        int(np.prod(weight.shape)) * _dtype_bytes(weight.dtype)
+        for weight in weights
+    )
 
 
-def weight_bytes(weight: keras.Variable) -> int:
-    """Bytes of a variable's numbers."""
-    return int(np.prod(weight.shape)) * dtype_bytes(weight.dtype)
-
-
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of one number."""
+def _dtype_bytes(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
-def render(table: Any, width: int = 110) -> str:
-    """A table as plain text: no terminal's colours, no notebook's HTML."""
+def _render(table: Any) -> str:
+    """A table as plain text: no terminal's colors, no notebook's HTML."""
     from rich.console import Console
 
     text = io.StringIO()
     Console(
         file=text,
-        width=width,
+        width=110,
         color_system=None,
         force_terminal=False,
         force_jupyter=False,

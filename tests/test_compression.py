@@ -224,8 +224,9 @@ class Noisy(keras.layers.Layer):
 
 def state_of(model):
     """Everything that a training reads or changes."""
-    variables = {v.path: to_numpy(v) for v in model.variables}
-    variables |= {v.path: to_numpy(v) for v in model.optimizer.variables}
+    variables = {v.path: to_numpy(v).copy() for v in model.variables}
+    optimizer = model.optimizer.variables
+    variables |= {v.path: to_numpy(v).copy() for v in optimizer}
     flags = {
         layer.path: (layer.trainable, vars(layer).get("call"))
         for layer in keras_internals.iterate_layers(model)

@@ -356,7 +356,7 @@ class Twins(Subclassed):
 
 def test_a_name_that_two_layers_have():
     models, _ = make_pair(Subclassed, Twins)
-    with pytest.raises(ValueError, match="2 layers named 'hidden'"):
+    with pytest.raises(ValueError, match="name 'hidden'. Received: 2 layers"):
         Distiller(*models, features())
 
 

@@ -266,7 +266,8 @@ def test_dictionaries_of_inputs_and_outputs():
         for seed, embedding in enumerate((make_table(), make_factors()), 1)
     ]
     losses = {"zeta": task_loss(), "alpha": task_loss()}
-    distiller = make_distiller(models, LogitsDistillation(), loss=losses)
+    distillation = LogitsDistillation(outputs="logits")
+    distiller = make_distiller(models, distillation, loss=losses)
     inputs = {
         "ids": make_data()[0],
         "other": np.ones((BATCH, 1), "float32"),

@@ -192,7 +192,7 @@ def test_several_outputs(container, weighted):
     weights = np.random.default_rng(6).uniform(size=(2, BATCH))
     distiller = make_distiller(
         models,
-        [EmbeddingDistillation(), LogitsDistillation(1.5)],
+        [EmbeddingDistillation(), LogitsDistillation(1.5, outputs="logits")],
         loss=arrange([task_loss(), task_loss()]),
         loss_weights=arrange([2.0, 0.25]),
         run_eagerly=True,

@@ -116,13 +116,12 @@ def measure_error(
         )
         logits_error = _share(lost @ root, table.values @ root)
     if method in EXACT:
-        centered = table.values - table.values.mean(axis=0)
-        for key, matrix in (("svd", table.values), ("affine", centered)):
+        values = table.values.astype("float64")
+        centered = values - values.mean(axis=0)
+        for key, matrix in (("svd", values), ("affine", centered)):
             energies = np.linalg.svd(matrix, compute_uv=False) ** 2
-            tail = energies[made.details["rank"] :].sum(dtype="float64")
-            row[key] = float(
-                tail / np.square(table.values).sum(dtype="float64")
-            )
+            left = energies[made.details["rank"] :].sum()
+            row[key] = float(left / np.square(values).sum())
     return {
         **row,
         "num_bytes": made.num_bytes,

@@ -1,7 +1,9 @@
 """A language model and its table: perplexity of the table, of its factors.
 
-Every student is trained for as long as the control, which is the teacher
-itself, trained on without distillation; Δ is against the control.
+KerasHub's GPT-2 with a tied table, trained by Adam with a cosine to zero,
+without dropout; one run each. Every student is trained for as long as the
+control, which is the teacher itself, trained on without distillation; Δ is
+against the control.
 
 - `ReLU`: the package's factors, rows weighted by how often their tokens occur.
 - `weighted SVD`: a truncated SVD with the same weights; `plain SVD`: without.
@@ -22,6 +24,7 @@ evaluating.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -75,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Trains the teacher and the chosen rows."""
     setting = QUICK if options.quick else FULL
-    task = LanguageModelTask(setting, options.store.folder, options.seed)
+    name = "language_model_quick" if options.quick else "language_model"
+    task = LanguageModelTask(setting, options.task_dir / name, options.seed)
     task.corpus  # noqa: B018 - gathered outside of what is timed
     options.store.finish(
         f"teacher {options.seed}", partial(measure_teacher, task), wait=True
@@ -90,7 +94,7 @@ def measure_teacher(task: LanguageModelTask) -> dict:
     """Trains and evaluates the teacher."""
     teacher, history = task.train_teacher()
     return {
-        "name": "teacher",
+        "row": "teacher",
         "seed": task.seed,
         "settings": asdict(task.setting),
         "text": task.corpus.about,
@@ -105,7 +109,7 @@ def measure(name: str, task: LanguageModelTask) -> dict:
     method, size, changes = ROWS[name]
     student = make_student(task, method, size)
     recipe = replace(task.setting.student, **changes)
-    return {"name": name, **measure_student(task, student, recipe)}
+    return {"row": name, **measure_student(task, student, recipe)}
 
 
 # The report
@@ -114,14 +118,10 @@ def measure(name: str, task: LanguageModelTask) -> dict:
 def collect(options: argparse.Namespace, earlier: dict) -> dict:
     """Returns the rows in the order of `ROWS`."""
     order = ["teacher", *ROWS]
-    done = [
-        {**row, "row": row["name"]}
-        for row in options.store.read_all()
-        if "stored" in row
-    ]
+    done = [row for row in options.store.read_all() if "stored" in row]
     if not done:
         return earlier
-    done.sort(key=lambda row: order.index(row["name"]))
+    done.sort(key=lambda row: order.index(row["row"]))
     return {
         "settings": done[0].pop("settings"),
         "text": done[0].pop("text"),
@@ -146,20 +146,8 @@ def report(results: dict, folder: Path) -> Iterator[str]:
     best = "which is missing"
     if control is not None:
         best = f"`{control['row']}`, the better of its rates in validation"
-    teacher = settings["teacher"]
-    yield f"Seed {rows[0]['seed']}, one run each."
-    yield (
-        f"KerasHub's GPT-2, {settings['num_layers']} layers of width "
-        f"{settings['hidden_dim']}, a tied table of "
-        f"{settings['vocabulary']:,} x {settings['hidden_dim']}; "
-        f"{rows[0]['parameters']:,} parameters in all. The teacher is trained "
-        f"for {teacher['epochs']} epochs, Adam at a peak of "
-        f"{teacher['peak_learning_rate']:g} and a cosine to zero; everything "
-        f"else for {teacher['epochs'] // 2} more, at a peak of "
-        f"{FULL.student.peak_learning_rate:g} but for the controls, in batches "
-        f"of {settings['batch']} x {settings['length']} tokens, without "
-        "dropout."
-    )
+    yield f"{rows[0]['parameters']:,} parameters in all. Settings:"
+    yield f"```json\n{json.dumps(settings, indent=1)}\n```"
     yield harness.markdown_table([*_row_cells(rows, control)])
     yield f"The control is {best}."
     _plot(rows, control or rows[0], folder / "quality.png")

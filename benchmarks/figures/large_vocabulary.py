@@ -96,11 +96,7 @@ def collect(options: argparse.Namespace, earlier: dict) -> dict:
 def report(results: dict, folder: Path) -> Iterator[str]:
     """Writes what was measured on each backend, and the claims."""
     sizes = next(iter(results["runs"].values()))["sizes"]
-    yield (
-        f"A table of {sizes['vocabulary']:,} x {sizes['width']:,} at rank "
-        f"{sizes['rank']}, {sizes['tokens']:,} tokens a batch, in chunks of "
-        f"{sizes['chunk']}. Memory above that of the model and the batch."
-    )
+    yield ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     yield harness.markdown_table(
         [
             {

@@ -1,8 +1,18 @@
 """On device: bytes, speed and BLEU of a full table and of factors.
 
-Two models: one that is little more than a table of 32,000 x 512, where the
-table's own cost is seen, and a translation model, encoded and decoded token by
-token. Everything runs through LiteRT on this machine's processor.
+Two models through LiteRT on this machine's processor. One is little more than
+its table: a look-up, a dense layer and the tied projection, with random
+weights, so that its error is of rounding alone, against Keras. The other one
+translates Multi30k (`test_2016_flickr`), encoded once, decoded token by token
+with a key/value cache by `examples/nmt/runner.py`, greedily; one teacher, its
+students distilled by the recipe of the figure `translation`.
+
+"File / weights" is the file's bytes over those of the weights, each counted
+once: an entry of a table in 4, 1 or half a byte, of another matrix in 4 or 1,
+any other number in 4. A truncated SVD of the same rank is the same file but
+for its numbers. Times are medians of rounds in which all rows take turns, in
+milliseconds, a sentence's of the first 100; peak memory is of a process that
+translates 20.
 """
 
 from __future__ import annotations
@@ -14,6 +24,7 @@ import sys
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,8 +35,9 @@ from ai_edge_litert.interpreter import Interpreter
 
 import examples.nmt
 from benchmarks import harness
-from benchmarks.figures import translation
 from benchmarks.figures.translation import TEACHER
+from benchmarks.figures.translation import Row as Student
+from benchmarks.figures.translation import measure
 from benchmarks.methods.ours import OURS
 from benchmarks.tasks import litert
 from benchmarks.tasks.students import make_student
@@ -87,14 +99,16 @@ def run(options: argparse.Namespace) -> None:
     sizes = QUICK_SIZES if options.quick else SIZES
     task = ready_task(name, options.task_dir, data_dir=options.data_dir)
     for name, row in ROWS.items():
+        if options.quick:  # of a small table less can be saved
+            row = replace(row, size=min(row.size, 4.0))
         store.finish(
             f"table {name}", partial(measure_table, name, row, sizes, store)
         )
-        student = translation.Row(row.method, row.size)
+        student = Student(row.method, row.size)
         if row.method != TEACHER:
             store.finish(
                 student.key(task),
-                partial(translation.measure, student, task, store),
+                partial(measure, student, task, store),
             )
         store.finish(
             f"translation {name}",
@@ -110,20 +124,24 @@ def run(options: argparse.Namespace) -> None:
 # A model that is little more than its table
 
 
-def table_model(row: Row, sizes: tuple[int, int]) -> keras.Model:
-    """ids -> embedding -> dense -> tied projection, random weights."""
+def table_model(
+    row: Row, sizes: tuple[int, int], projection: bool = False
+) -> keras.Model:
+    """ids -> embedding -> dense -> tied projection, random weights.
+
+    Args:
+        row: The row.
+        sizes: Of the table.
+        projection: Whether it is the projection alone, of one position.
+    """
     keras.utils.set_random_seed(0)
-    ids = keras.Input((None,), dtype="int32", name="ids")
     embedding = _embedding(row, sizes)
-    hidden = keras.layers.Dense(sizes[1], name="hidden")(embedding(ids))
-    return keras.Model(ids, embedding(hidden, reverse=True))
-
-
-def projection_model(row: Row, sizes: tuple[int, int]) -> keras.Model:
-    """The projection alone, of one position."""
-    keras.utils.set_random_seed(0)
-    hidden = keras.Input((1, sizes[1]), name="hidden")
-    return keras.Model(hidden, _embedding(row, sizes)(hidden, reverse=True))
+    if projection:
+        hidden = inputs = keras.Input((1, sizes[1]), name="hidden")
+    else:
+        inputs = keras.Input((None,), dtype="int32", name="ids")
+        hidden = keras.layers.Dense(sizes[1])(embedding(inputs))
+    return keras.Model(inputs, embedding(hidden, reverse=True))
 
 
 def _embedding(row: Row, sizes: tuple[int, int]) -> keras.layers.Layer:
@@ -145,7 +163,7 @@ def measure_table(
         4 * sizes[0] * sizes[1] / table_bytes if table_bytes else None
     )
     path = store.path(f"projection {name}", ".tflite")
-    litert.export(projection_model(row, sizes), path, row.quantization)
+    litert.export(table_model(row, sizes, True), path, row.quantization)
     return {**result, "sizes": list(sizes)}
 
 
@@ -200,7 +218,7 @@ def measure_translation(
     name: str, row: Row, task: Task, store: harness.Rows
 ) -> dict:
     """Bytes, BLEU and peak memory of a row's file."""
-    key = translation.Row(row.method, row.size).key(task)
+    key = Student(row.method, row.size).key(task)
     if row.method == TEACHER:
         model = task.teacher()
     else:
@@ -208,9 +226,6 @@ def measure_translation(
         model.load_weights(store.path(key, ".weights.h5"))
     path = store.path(f"translation {name}", ".tflite")
     result = litert.export_translator(model, task, path, row.quantization)
-    result["bytes_over_parameters"] = result["bytes"] / (
-        model.count_params() * (1 if row.quantization else 4)
-    )
     translations = litert.translate_test(path, task)
     result["bleu"] = score(translations, task.texts["test"]["target"])
     if row.quantization is None:
@@ -289,13 +304,13 @@ BARS = {
 }
 
 
-def claims(table: dict, translated: dict) -> list[dict]:
+def claims(table: dict, translation: dict) -> list[dict]:
     """What is promised, what was measured, and whether it holds."""
-    rows, files = table["rows"], translated["rows"]
+    rows, files = table["rows"], translation["rows"]
     floating, int8, int4 = (n for n in ROWS if n.startswith("ours 8x"))
     sentence = {
         name: times["sentence, 1 threads"]
-        for name, times in translated["times"].items()
+        for name, times in translation["times"].items()
     }
     full = min(ms for name, ms in sentence.items() if name.startswith("full"))
 
@@ -326,48 +341,18 @@ def claims(table: dict, translated: dict) -> list[dict]:
 
 def report(results: dict, folder: Path) -> Iterator[str]:
     """Writes the claims and a table for each model."""
-    table, translated = results.get("table"), results.get("translation")
-    yield (
-        "LiteRT on this machine's processor; times are medians of rounds in "
-        "which all rows take turns, in milliseconds."
-    )
-    if table and translated:
-        int8 = translated["rows"]["ours 8x, int8"]["bytes_over_parameters"]
+    if len(results) == 2:
         yield "## What is promised"
-        yield harness.markdown_table(claims(table, translated))
-        yield (
-            '"File / weights" is the file\'s bytes over those of the weights, '
-            "each counted once: an entry of a table in 4, 1 or half a byte, "
-            "of another matrix in 4 or 1, any other number in 4. Were every "
-            "weight of the translation model one byte, biases too, its int8 "
-            f"file would be {int8:.3f} times as large. A truncated SVD of the "
-            "same rank is the same file but for its numbers."
-        )
-    if table:
-        sizes = next(iter(table["rows"].values())).get("sizes", SIZES)
-        yield (
-            f"## A table of {sizes[0]:,} x {sizes[1]}, a dense layer, the "
-            "tied projection"
-        )
-        yield "Random weights: the error is of rounding alone, against Keras."
+        yield harness.markdown_table(claims(**results))
+    for kind, found in results.items():
+        if kind == "translation":
+            yield f"## Translation, BLEU {signature()}"
+        else:
+            rows = next(iter(found["rows"].values()))
+            height, width = rows.get("sizes", SIZES)
+            yield f"## A table of {height:,} x {width}"
         yield harness.markdown_table(
-            [_cells(name, table, "table") for name in table["rows"]]
-        )
-    if translated:
-        yield "## Translation, Multi30k, test_2016_flickr"
-        yield (
-            "Encoded once, decoded token by token with a key/value cache by "
-            "`examples/nmt/runner.py`, greedily; one teacher, its students "
-            "distilled by the recipe of the figure `translation`, that of int4 "
-            "with its codes rounded. BLEU of the test "
-            f"({signature()}); times of the first 100 sentences; peak memory "
-            "of a process that translates 20."
-        )
-        yield harness.markdown_table(
-            [
-                _cells(name, translated, "translation")
-                for name in translated["rows"]
-            ]
+            [_cells(name, found, kind) for name in found["rows"]]
         )
 
 

@@ -116,7 +116,7 @@ def measure(row: str, seed: int, task: Task, teacher_bleu: float) -> dict:
     return {
         **found,
         "teacher_bleu": teacher_bleu,
-        "name": row,
+        "row": row,
         "seed": seed,
         "test_bleu": _bleu(task, stored["float32"]),
     }
@@ -132,13 +132,9 @@ def _bleu(task: Task, evaluated: dict) -> float:
 
 def collect(options: argparse.Namespace, earlier: dict) -> dict:
     """Returns the rows, and those of earlier teachers."""
-    done = [
-        {**row, "row": row["name"]}
-        for row in options.store.read_all()
-        if "recipe" in row
-    ]
+    done = [row for row in options.store.read_all() if "recipe" in row]
     names = list(ALL)
-    done.sort(key=lambda row: (names.index(row["name"]), row["seed"]))
+    done.sort(key=lambda row: (names.index(row["row"]), row["seed"]))
     teachers = {row["teacher_bleu"] for row in done}
     kept = [
         row

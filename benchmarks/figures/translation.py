@@ -7,7 +7,8 @@ bootstrap compare with; ± is half of a 95 % confidence interval. `int8` and
 `int4` say how table or factors are stored: rounded in Keras as a file would
 hold them, or, where the size of a file is given, measured with that LiteRT
 file. Milliseconds a sentence: that file on one thread. `before`: validation
-nats before the fine-tuning.
+nats before the fine-tuning. At each size ours is compared with every other
+method, each in its form of lowest validation loss that has so few bytes.
 
 Tokenizing the task needs TensorFlow (`--prepare` does nothing else); training
 and translating run on any backend, from the arrays that it wrote.
@@ -148,16 +149,16 @@ def all_rows() -> list[Row]:
 def chosen_rows(options: argparse.Namespace) -> list[Row]:
     """The rows that are asked for; a row takes a quarter of an hour."""
     named = options.methods or options.task != "multi30k"
+    rows = all_rows() if named else key_rows()
+    methods = options.methods or [row.method for row in rows]
+    sizes = options.sizes or [row.size for row in rows]
+    losses = options.losses or LOSSES
     return [
         row
-        for row in (all_rows() if named else key_rows())
-        if (options.methods is None or row.method in options.methods)
-        and (
-            options.sizes is None
-            or row.size in options.sizes
-            or _one_size(row.method)
-        )
-        and (options.losses is None or row.loss in options.losses)
+        for row in rows
+        if row.method in methods
+        and (row.size in sizes or _one_size(row.method))
+        and row.loss in losses
     ]
 
 
@@ -295,7 +296,7 @@ def scored(entries: list[dict], task: Task) -> list[dict]:
     scores = paired_scores([e["translations"] for e in entries], references)
     for entry, score in zip(entries, scores):
         entry |= {
-            "bleu": score.bleu,
+            "bleu": score.score,
             "bleu_ci": score.ci,
             "p_value": score.p_value,
             "chrf": chrf(entry["translations"], references),
@@ -368,10 +369,6 @@ def report(results: dict, folder: Path) -> Iterator[str]:
         yield from _task_section(task, own, folder)
     for name, found in results["duels"].items():
         yield f"## Ours against each other method: {name}"
-        yield (
-            "At each size the form of lowest validation loss of each method "
-            "that has so few bytes. p: paired bootstrap of the two."
-        )
         if found:
             yield harness.markdown_table([*map(_duel_cells, found)])
 
@@ -380,6 +377,7 @@ def _task_section(
     task: str, entries: list[dict], folder: Path
 ) -> Iterator[str]:
     control = {e["seed"]: e["bleu"] for e in entries if label(e) == CONTROL}
+    yield f"## {task}"
     bounds = [0.0, *SIZES, float("inf")]
     for low, high in pairwise(bounds):
         inside = [
@@ -387,13 +385,9 @@ def _task_section(
             for e in entries
             if TOLERANCE * low <= e["ratio"] < TOLERANCE * high
         ]
-        if low:
+        if low and inside:
             inside.sort(key=lambda e: -e["bleu"])
-        yield (
-            f"### {task}, {low:g} times fewer bytes, or more"
-            if low
-            else (f"## {task}")
-        )
+            yield f"### {task}, {low:g} times fewer bytes, or more"
         if inside:
             yield harness.markdown_table(
                 [_entry_cells(e, control) for e in inside]

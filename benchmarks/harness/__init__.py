@@ -17,7 +17,6 @@ from benchmarks.harness.rows import merged
 from benchmarks.harness.tables import claim
 from benchmarks.harness.tables import formatted
 from benchmarks.harness.tables import markdown_table
-from benchmarks.harness.tables import show
 
 __all__ = [
     "RESULTS",
@@ -34,7 +33,6 @@ __all__ = [
     "read_results",
     "reset_peak",
     "resident_mb",
-    "show",
     "time_in_turns",
     "write_json",
     "write_text",

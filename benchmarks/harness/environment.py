@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
@@ -64,16 +65,11 @@ def _with_version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The architecture, and on Linux the model."""
-    architecture = platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return architecture
-    models = [line for line in lines if line.startswith("model name")]
-    if not models:
-        return architecture
-    return f"{models[0].split(':')[1].strip()} ({architecture})"
+    """The model where Linux tells it, and the architecture."""
+    path, architecture = Path("/proc/cpuinfo"), platform.machine()
+    text = path.read_text() if path.exists() else ""
+    models = re.findall(r"model name\s*: (.*)", text)
+    return f"{models[0]} ({architecture})" if models else architecture
 
 
 def _memory_gib() -> float:

@@ -6,8 +6,6 @@ import ctypes
 import gc
 import multiprocessing
 import random
-import resource
-import sys
 import time
 from collections.abc import Callable
 from collections.abc import Hashable
@@ -73,13 +71,9 @@ def in_new_process(function: Callable, *arguments: Any) -> Any:
 
 
 def peak_mb() -> float:
-    """The most resident megabytes that this process has had."""
+    """The most resident megabytes that this process has had; Linux only."""
     # `ru_maxrss` would do, were it not inherited from the parent process.
-    try:
-        return _status_mb("VmHWM")
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 1e6 if sys.platform == "darwin" else peak * 1_024 / 1e6
+    return _status_mb("VmHWM")
 
 
 def resident_mb() -> float:
@@ -87,19 +81,12 @@ def resident_mb() -> float:
     return _status_mb("VmRSS")
 
 
-def reset_peak() -> bool:
-    """Restarts the peak from what is in use now, where Linux can."""
+def reset_peak() -> None:
+    """Restarts the peak from what is in use now."""
     gc.collect()
-    try:
-        # What XLA's compiler has freed, the C library still keeps.
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return False
-    try:  # proc(5)
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+    # What XLA's compiler has freed, the C library still keeps.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5)
 
 
 def _status_mb(name: str) -> float:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.markdown import Markdown
-
 _SIGNS = {"≤": operator.le, "≥": operator.ge, "<": operator.lt}
 
 
@@ -48,12 +45,3 @@ def claim(
         "bar": f"{sign} {bar:g}",
         "holds": "yes" if _SIGNS[sign](measured, bar) else "NO",
     }
-
-
-def show(text: str) -> None:
-    """Prints a report: rendered on a terminal, as it is into a file."""
-    console = Console()
-    if console.is_terminal:
-        console.print(Markdown(text))
-    else:
-        print(text)

@@ -7,17 +7,11 @@ import importlib
 import pkgutil
 
 from benchmarks.methods.base import METHODS
-from benchmarks.methods.base import Approximation
-from benchmarks.methods.base import Method
 from benchmarks.methods.base import Table
-from benchmarks.methods.rival import ArrayTable
 from benchmarks.methods.rival import Rival
 
 __all__ = [
     "METHODS",
-    "Approximation",
-    "ArrayTable",
-    "Method",
     "Rival",
     "Table",
 ]

@@ -152,10 +152,3 @@ class ArrayTable(keras.layers.Layer):
         if reverse:
             return ops.matmul(inputs, ops.transpose(self.embeddings))
         return ops.take(self.embeddings, inputs, axis=0)
-
-    def compute_output_spec(
-        self, inputs: Any, reverse: bool = False
-    ) -> keras.KerasTensor:
-        shape = inputs.shape[:-1] if reverse else inputs.shape
-        columns = self.input_dim if reverse else self.output_dim
-        return keras.KerasTensor((*shape, columns), self.compute_dtype)

@@ -54,7 +54,6 @@ def export(
     return {
         "bytes": report.bytes,
         "overhead": report.overhead,
-        "tables": report.tables,
         "table_bytes": sum(report.table_bytes.values()),
         "error": fidelity and fidelity.relative_rms_error,
     }

@@ -91,19 +91,12 @@ def measure_student(
 def evaluate_stored(task: Any, model: keras.Model) -> dict[str, dict]:
     """Evaluates a trained model in every form that its table is stored in.
 
-    In the one that it was trained in, or as floats and rounded afterwards: a
-    full table to all formats, what is smaller to int8.
+    That is the one that it was trained in, or floats, and int8 afterwards.
     """
     layer, trained = table_layer(model), model.get_weights()
     quantization = getattr(layer, "quantization", None)
-    if quantization:
-        forms = [quantization]
-    elif hasattr(layer, "quantization"):
-        forms = ["float32", "int8"]
-    else:
-        forms = ["float32", "int8", "int4"]
     stored = {}
-    for form in forms:
+    for form in [quantization] if quantization else ["float32", "int8"]:
         rounded = None if form == "float32" else form
         if rounded and not quantization:
             store_as(layer, rounded)

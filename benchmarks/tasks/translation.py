@@ -150,7 +150,7 @@ def _prepare(name: str, folder: Path, data_dir: str | None) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"The task '{name}' is not prepared, which needs TensorFlow: run "
-            "`python -m benchmarks run translation --stages prepare` where "
+            "`python -m benchmarks run translation --prepare` where "
             f"it is installed, and copy {folder} here. {error}"
         ) from error
     setting = SETTINGS[name]

@@ -89,7 +89,7 @@ class Recipe(Schedule):
     """How a student is distilled; beside the schedule, the losses' weights.
 
     The defaults are what brought a compressed translation model back best
-    (`python -m benchmarks.recipe`).
+    (`python -m benchmarks run recipe`).
 
     Args:
         student_loss_weight: Share of the task's loss, in [0, 1]; the rest is

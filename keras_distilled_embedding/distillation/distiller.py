@@ -142,8 +142,16 @@ class Distiller(keras.Model):
 
     @property
     def distillation_loss_names(self) -> list[str]:
-        """The name of each distillation loss in the logs."""
-        return _loss_names(self.distillation_losses)
+        """The names in the logs, as `embedding_distillation_loss`."""
+        names: list[str] = []
+        for loss in self.distillation_losses:
+            stem = re.sub(r"(?<!^)(?=[A-Z])", "_", type(loss).__name__).lower()
+            name, count = f"{stem}_loss", 1
+            while name in names:
+                count += 1
+                name = f"{stem}_{count}_loss"
+            names.append(name)
+        return names
 
     @property
     def student_loss_weight(self) -> float:
@@ -206,17 +214,9 @@ class Distiller(keras.Model):
     ) -> keras.callbacks.History:
         """Trains the student, as `keras.Model.fit`.
 
-        Args:
-            x: As in `keras.Model.fit`, or a `TeacherCache`, from which the
-                student learns without its teacher being run.
-            *args: As in `keras.Model.fit`.
-            validation_data: As in `keras.Model.fit`, or a `TeacherCache`.
-            callbacks: As in `keras.Model.fit`.
-            **kwargs: As in `keras.Model.fit`.
-
-        Raises:
-            ValueError: If the cache is of another teacher, or if a loss needs
-                more of the teacher than the cache holds.
+        `x` and `validation_data` may be a `TeacherCache`, from which the
+        student learns without its teacher being run. A cache of another
+        teacher, or with less than a loss needs, raises a `ValueError`.
         """
         if isinstance(x, TeacherCache):
             if not isinstance(callbacks, keras.callbacks.CallbackList):
@@ -239,13 +239,7 @@ class Distiller(keras.Model):
         )
 
     def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Computes losses and metrics, as `keras.Model.evaluate`.
-
-        Args:
-            x: As in `keras.Model.evaluate`, or a `TeacherCache`.
-            *args: As in `keras.Model.evaluate`.
-            **kwargs: As in `keras.Model.evaluate`.
-        """
+        """As `keras.Model.evaluate`; `x` may be a `TeacherCache`."""
         return super().evaluate(self._readable(x), *args, **kwargs)
 
     def _readable(self, data: Any) -> Any:
@@ -356,19 +350,6 @@ class Distiller(keras.Model):
         return cls(**config)
 
 
-def _loss_names(losses: Sequence[DistillationLoss]) -> list[str]:
-    """`EmbeddingDistillation` is `embedding_distillation_loss` in the logs."""
-    names: list[str] = []
-    for loss in losses:
-        stem = re.sub(r"(?<!^)(?=[A-Z])", "_", type(loss).__name__).lower()
-        name, count = f"{stem}_loss", 1
-        while name in names:
-            count += 1
-            name = f"{stem}_{count}_loss"
-        names.append(name)
-    return names
-
-
 def _check_models(teacher: keras.Model, student: keras.Model) -> None:
     for name, model in (("teacher", teacher), ("student", student)):
         check_built_model(name, model)
@@ -383,9 +364,8 @@ def _check_models(teacher: keras.Model, student: keras.Model) -> None:
 
 
 def _check_student_loss_weight(weight: Any) -> None:
-    if not isinstance(weight, numbers.Real) or not (
-        0.0 <= float(weight) <= 1.0
-    ):
+    is_number = isinstance(weight, numbers.Real)
+    if not is_number or not 0.0 <= float(weight) <= 1.0:
         raise ValueError(
             "`student_loss_weight` must be a number from 0 to 1. "
             f"Received: student_loss_weight={weight!r}"
@@ -408,10 +388,10 @@ def _check_losses(
                 f"Received: {loss!r}"
             )
     values: list[Any] = [1.0] * len(losses)
-    if weights is not None:
-        values = (
-            list(weights) if isinstance(weights, list | tuple) else [weights]
-        )
+    if isinstance(weights, list | tuple):
+        values = list(weights)
+    elif weights is not None:
+        values = [weights]
     if len(values) != len(losses) or not losses:
         raise ValueError(
             "`distillation_loss_weights` must hold one number for each of at "

@@ -79,13 +79,7 @@ class EmbeddingDistillation(DistillationLoss):
     def validate_model_compatibility(
         self, teacher: keras.Model, student: keras.Model
     ) -> None:
-        """Raises an error if the tables cannot be paired or weighted.
-
-        Raises:
-            ValueError: If the student has no `DistilledEmbedding`, if the
-                teacher has no float table of that name and shape, or if
-                `row_weights` does not fit the tables.
-        """
+        """Raises a `ValueError` if tables cannot be paired or weighted."""
         layers = [layer for _, layer in paired_tables(teacher, student)]
         names = {layer.name for layer in layers}
         unknown = set(self._row_weights) - names - {None}
@@ -189,18 +183,10 @@ def _mean_one(weights: Any) -> np.ndarray:
 def paired_tables(
     teacher: keras.Model, student: keras.Model
 ) -> Iterator[tuple[keras.layers.Layer, DistilledEmbedding]]:
-    """Pairs the factorized tables of the student with the teacher's tables.
+    """Yields the teacher's layer and the student's, of each factorized table.
 
-    Args:
-        teacher: A model with embedding layers.
-        student: A model in which some of them are `DistilledEmbedding` layers
-            of the same name, as in the models that `compress` returns.
-
-    Yields:
-        The teacher's layer and the student's.
-
-    Raises:
-        ValueError: As `EmbeddingDistillation.validate_model_compatibility`.
+    Raises a `ValueError` if the student has none, or if the teacher has no
+    float table of one's name and shape.
     """
     tables = dict(named_tables(teacher))
     found = False

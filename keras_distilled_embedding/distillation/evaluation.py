@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -33,15 +31,6 @@ class LossEvaluator:
     """Computes distillation losses from one run of teacher and student.
 
     It is not a layer: the models belong to the distiller.
-
-    Args:
-        teacher: A built model.
-        student: A built model.
-        losses: Any `keras.distillation.DistillationLoss` objects.
-
-    Raises:
-        ValueError: If a loss does not accept the models, or if a layer that
-            it names does not exist or is not the only one of its name.
     """
 
     def __init__(
@@ -74,14 +63,7 @@ class LossEvaluator:
     ) -> list[Any]:
         """Computes each loss for the batch that the student was run on.
 
-        Args:
-            inputs: The inputs of the batch. The teacher runs if a loss needs
-                its outputs.
-            teacher_outputs: If given, they are taken instead of its run.
-            sample_weight: Weights of samples or tokens, or `None`.
-
-        Returns:
-            A scalar tensor for each loss.
+        The teacher runs if a loss needs its outputs and they are not given.
         """
         needed = any(map(needs_teacher_outputs, self._losses))
         if needed and teacher_outputs is None:
@@ -130,15 +112,8 @@ def _layer_name(loss: DistillationLoss, argument: str) -> str | None:
 class _ModelRun:
     """Runs a model, of any class, and keeps the outputs of some layers.
 
-    Args:
-        model: A built model.
-        layer_names: Names of the layers, at any depth. `None` among them
-            stands for the model itself.
-        argument: Name of the argument that holds the model, for errors.
-
-    Attributes:
-        outputs: What the layers returned in the last run, by name. The
-            model's outputs are under `None`.
+    The name `None` stands for the model itself. `outputs` has what the layers
+    returned in the last run, by name; `argument` is the model's name in errors.
     """
 
     def __init__(
@@ -158,8 +133,18 @@ class _ModelRun:
 
     def __call__(self, inputs: Any, training: bool | None) -> Any:
         """Returns the model's outputs."""
-        with self._watching() as calls:
+        calls: dict[str, list[Any]] = {name: [] for name in self._layers}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda outputs, *_, **__: calls[name].append(outputs)
+
+        try:
+            for name, layer in self._layers.items():
+                keras_internals.watch_calls(layer, keep(name))
             outputs = self._model(inputs, training=training)
+        finally:
+            for layer in self._layers.values():
+                keras_internals.stop_watching(layer)
         self.outputs = {None: outputs}
         for name, results in calls.items():
             if len(results) != 1:
@@ -170,21 +155,6 @@ class _ModelRun:
                 )
             self.outputs[name] = results[0]
         return outputs
-
-    @contextmanager
-    def _watching(self) -> Iterator[dict[str, list[Any]]]:
-        calls: dict[str, list[Any]] = {name: [] for name in self._layers}
-
-        def keep(name: str) -> Callable[..., None]:
-            return lambda outputs, *_, **__: calls[name].append(outputs)
-
-        try:
-            for name, layer in self._layers.items():
-                keras_internals.watch_calls(layer, keep(name))
-            yield calls
-        finally:
-            for layer in self._layers.values():
-                keras_internals.stop_watching(layer)
 
 
 def _weighted_keras_loss(

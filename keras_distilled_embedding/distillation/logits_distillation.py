@@ -24,15 +24,10 @@ _SMALLEST_PROBABILITY = 1e-30
 
 @dataclass(frozen=True)
 class TopPredictions:
-    """A teacher's most likely classes, as `cache_teacher` stores them.
+    """A teacher's most likely classes, as `cache_teacher` stores them."""
 
-    Args:
-        log_probabilities: Floats `(..., k)`, at the temperature of the loss.
-        classes: Integers `(..., k)`.
-    """
-
-    log_probabilities: Any
-    classes: Any
+    log_probabilities: Any  # floats `(..., k)`, at the loss's temperature
+    classes: Any  # integers `(..., k)`
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
@@ -105,14 +100,7 @@ class LogitsDistillation(DistillationLoss):
     def validate_model_compatibility(
         self, teacher: keras.Model, student: keras.Model
     ) -> None:
-        """Raises an error if the models' predictions cannot be compared.
-
-        Raises:
-            ValueError: If the last dimensions of the outputs differ, if one
-                model predicts classes and the other units each by itself, or
-                if there are several outputs and it is not clear whether all
-                of them are predictions.
-        """
+        """Raises a `ValueError` if the predictions cannot be compared."""
         sizes = []
         for model in (teacher, student):
             outputs = getattr(model, "outputs", None)
@@ -138,12 +126,7 @@ class LogitsDistillation(DistillationLoss):
     def _kinds(
         self, model: keras.Model | None, sizes: Sequence[int]
     ) -> list[str | None]:
-        """What each output of a model is.
-
-        Args:
-            model: The model, or `None` if it is not known.
-            sizes: The last dimension of each output.
-        """
+        """What each output of a model, of these last dimensions, is."""
         if isinstance(self.outputs, str):
             return [self.outputs] * len(sizes)
         if self.outputs is not None:
@@ -171,16 +154,7 @@ class LogitsDistillation(DistillationLoss):
         return kinds
 
     def check_cache(self, top_k: int, temperature: float) -> None:
-        """Raises an error if a `TeacherCache` does not fit this loss.
-
-        Args:
-            top_k: That of the cache.
-            temperature: That of the cache.
-
-        Raises:
-            ValueError: If the temperatures differ, or if the cache holds fewer
-                classes than this loss distinguishes.
-        """
+        """Raises a `ValueError` if a `TeacherCache` does not fit this loss."""
         if self.temperature != temperature:
             raise ValueError(
                 "`temperature` of a `LogitsDistillation` must be the cache's "
@@ -256,22 +230,17 @@ class LogitsDistillation(DistillationLoss):
 
 
 def as_logits(outputs: Any, kind: str | None) -> Any:
-    """Outputs of a model as float32 logits.
-
-    Args:
-        outputs: Floats of any shape.
-        kind: One of `OUTPUT_KINDS`.
-    """
+    """Outputs of a model, of one of `OUTPUT_KINDS`, as float32 logits."""
     outputs = ops.cast(outputs, "float32")
     if kind == "softmax":
-        return ops.log(ops.maximum(outputs, _SMALLEST_PROBABILITY))
+        return _log(outputs)
     if kind == "sigmoid":
-        odds = [
-            ops.log(ops.maximum(p, _SMALLEST_PROBABILITY))
-            for p in (outputs, 1.0 - outputs)
-        ]
-        return odds[0] - odds[1]
+        return _log(outputs) - _log(1.0 - outputs)
     return outputs
+
+
+def _log(probabilities: Any) -> Any:
+    return ops.log(ops.maximum(probabilities, _SMALLEST_PROBABILITY))
 
 
 def _binary_divergences(teacher_logits: Any, student_logits: Any) -> Any:

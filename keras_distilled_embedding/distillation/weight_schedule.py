@@ -63,13 +63,10 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
                 "for each distillation loss, such as [0.3]. Received: "
                 f"distillation_loss_weights={distillation_loss_weights!r}"
             )
-        for schedule in (
-            student_loss_weight,
-            *(distillation_loss_weights or []),
-        ):
-            if not isinstance(schedule, numbers.Real | None) and (
-                not callable(schedule)
-            ):
+        schedules = [student_loss_weight, *(distillation_loss_weights or [])]
+        for schedule in schedules:
+            is_number = isinstance(schedule, numbers.Real | None)
+            if not is_number and not callable(schedule):
                 raise TypeError(
                     "The schedule of a weight must be a number or a function "
                     "of the step, such as a "
@@ -80,12 +77,7 @@ class DistillationWeightSchedule(keras.callbacks.Callback):
         self._distillation_schedules = distillation_loss_weights
 
     def set_model(self, model: keras.Model) -> None:
-        """Sets the model that `fit` trains.
-
-        Raises:
-            TypeError: If it is not a `Distiller`.
-            ValueError: If it has another number of distillation losses.
-        """
+        """Sets the model that `fit` trains, which must be a `Distiller`."""
         super().set_model(model)
         if not isinstance(model, Distiller):
             raise TypeError(

@@ -25,11 +25,14 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
 from keras_distilled_embedding.export.graph_table import StoredTable
+from keras_distilled_embedding.quantization import SMALLEST_ROUNDED
 
 _OPERATORS = schema.BuiltinOperator
 _TYPES = schema.TensorType
 _INTEGERS = {8: _TYPES.INT8, 4: _TYPES.INT4, 2: _TYPES.INT2}
 _READ_ROWS = (_OPERATORS.GATHER, _OPERATORS.SLICE, _OPERATORS.STRIDED_SLICE)
+# Rows that are compared to tell whether a matrix is made of a table.
+_SAMPLE = 1_000
 # Bytes from which a matrix is worth storing in 8 bits.
 _LARGE = 4_096
 
@@ -72,13 +75,13 @@ class LiteRTFile:
                 if i not in named:
                     tensor.name = b""
 
-    def count_matrices(self, shape: tuple[int, int]) -> int:
-        """How many float matrices of a shape, or its reverse, it holds."""
+    def count_copies(self, table: np.ndarray) -> int:
+        """How many float matrices of the file are a table, or made of it."""
         return len(
             {
                 graph.tensors[i].buffer
                 for graph, i, matrix in self._float_matrices()
-                if matrix.shape in (shape, shape[::-1])
+                if _is_made_of(matrix, table) or _is_made_of(matrix.T, table)
             }
         )
 
@@ -278,15 +281,22 @@ def store_tables(
 
 
 def _quantize_the_rest(content: bytes, products: Iterable[str]) -> bytes:
-    """Dynamic-range int8 of all matrices but those of the named products."""
+    """Dynamic-range int8 of the other matrices, if they are not small."""
     from ai_edge_quantizer import qtyping
     from ai_edge_quantizer import quantizer
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
     work = quantizer.Quantizer(content)
     operators = qtyping.TFLOperationName
+    dynamic_range = qtyping.OpQuantizationConfig(
+        weight_tensor_config=qtyping.TensorQuantizationConfig(
+            num_bits=8, granularity=qtyping.QuantGranularity.CHANNELWISE
+        ),
+        compute_precision=qtyping.ComputePrecision.INTEGER,
+        min_weight_elements=SMALLEST_ROUNDED,
+    )
     for operator in (operators.FULLY_CONNECTED, operators.BATCH_MATMUL):
-        work.add_dynamic_config(".*", operator, num_bits=8)
+        work.update_quantization_recipe(".*", operator, dynamic_range)
     for name in products:
         work.update_quantization_recipe(
             f"^{re.escape(name)}",
@@ -317,3 +327,23 @@ def _one_scale_or_one_a_row(scales: np.ndarray) -> Any:
     quantization.zeroPoint = np.zeros(scales.size, "int64")
     quantization.quantizedDimension = 0
     return quantization
+
+
+def _is_made_of(matrix: np.ndarray, table: np.ndarray) -> bool:
+    """Whether it is a table multiplied by a factor a row, or a column.
+
+    As the converter multiplies a copy of a table with the constants that
+    stand before and after a product with it.
+    """
+    if matrix.shape != table.shape:
+        return False
+    rows = np.linspace(0, len(table) - 1, min(len(table), _SAMPLE)).astype(int)
+    matrix, table = matrix[rows], table[rows]
+    zeros = table == 0
+    if zeros.all() or not np.array_equal(zeros, matrix == 0):
+        return np.array_equal(matrix, table)
+    factors = np.ma.masked_array(matrix, zeros) / np.where(zeros, 1, table)
+    return any(
+        size > 1 and np.ptp(factors, axis).max() <= 1e-3 * abs(factors).max()
+        for axis, size in enumerate(table.shape)
+    )

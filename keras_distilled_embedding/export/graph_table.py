@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -15,6 +16,7 @@ from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import SMALLEST_ROUNDED
 from keras_distilled_embedding.quantization import dequantize
 from keras_distilled_embedding.quantization import round_factors
 from keras_distilled_embedding.quantization import round_table
@@ -23,6 +25,9 @@ from keras_distilled_embedding.sizes import table_bytes
 
 # Of the mean norm of rows: a row of a smaller norm is one of zeros.
 _ZERO_ROW = 1e-4
+# Rows whose norms are looked at for that.
+_FIRST_ROWS = 1_000
+_ROWS_AT_A_TIME = 16_384
 
 
 class GraphTable(keras.layers.Layer):
@@ -61,6 +66,12 @@ class GraphTable(keras.layers.Layer):
     def stored_bytes(self) -> int:
         """Bytes of its codes, scales, bases and offsets in a file."""
         return sum(table.stored_bytes for table in self.tables)
+
+    @property
+    def embeddings(self) -> Any:
+        """The table, for layers that read it; computed in the file."""
+        table = self.tables[0]
+        return table.look_up(ops.arange(table.rows, dtype="int32"))
 
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         if not reverse:
@@ -125,41 +136,56 @@ class StoredTable(keras.layers.Layer):
         is_rounded: bool,
     ) -> None:
         super().__init__(name=name, dtype="float32")
-        self.format = FORMATS.get(quantization)
+        self.format = None if quantization is None else FORMATS[quantization]
         self.rows, self.rank = codes.shape
         self.width = (codes if basis is None else basis).shape[1]
         self._use_bias = offset is not None
-        self.scales = self.graph_codes = None
+        self.scales = np.ones((1, 1), "float32")
+        self.graph_codes: Any = None
         self._first_row_is_zero = False
-        if self.format is None:
+        if quantization is None:
             self.codes = to_numpy(codes)
         elif basis is None:
-            self._set_integers(*round_table(codes, quantization))
+            integers, scales = map(to_numpy, round_table(codes, quantization))
+            self.codes, self.scales = integers.astype("int8"), scales
         else:
-            given = codes, basis, offset
-            integers, scales, basis, offset = round_factors(
-                *given, quantization
+            first = codes[:_FIRST_ROWS], basis, offset
+            integers, self.scales, basis, offset = round_factors(
+                codes, basis, offset, quantization
             )
-            self._set_integers(integers, scales)
-            codes = dequantize(integers, scales)
+            self.codes = integers
             if is_rounded:
-                given = codes, basis, offset
-            self._first_row_is_zero = _first_row_is_zero(*given)
+                first = self._values(slice(_FIRST_ROWS)), basis, offset
+            self._first_row_is_zero = _first_row_is_zero(*first)
         self.basis = self._look_up_basis = self._weight("basis", basis)
         self.offset = self._look_up_offset = self._weight("offset", offset)
-        if self.scales is not None and basis is not None:
+        if (
+            self.format is not None
+            and basis is not None
+            and math.prod(basis.shape) >= SMALLEST_ROUNDED
+        ):
             # The file's basis is rounded, too. Most of that error is the same
             # in every row, and the offset can make up for it.
             rounded = _round_to_int8(basis)
-            mean = ops.mean(codes, axis=0, keepdims=True)
+            mean = self._mean_of_values()[np.newaxis]
             offset = offset + ops.matmul(mean, basis - rounded)[0]
             self._look_up_basis = self._weight("look_up_basis", rounded)
             self._look_up_offset = self._weight("look_up_offset", offset)
         self.built = True
 
-    def _set_integers(self, integers: Any, scales: Any) -> None:
-        self.codes = to_numpy(integers).astype("int8")
-        self.scales = to_numpy(scales)
+    def _values(self, rows: slice) -> np.ndarray:
+        """What the integers of some rows stand for."""
+        scales = self.scales if len(self.scales) == 1 else self.scales[rows]
+        return to_numpy(dequantize(self.codes[rows], scales))
+
+    def _mean_of_values(self) -> np.ndarray:
+        """Of each column, with few rows as floats at a time."""
+        starts = range(0, self.rows, _ROWS_AT_A_TIME)
+        total = sum(
+            self._values(slice(start, start + _ROWS_AT_A_TIME)).sum(axis=0)
+            for start in starts
+        )
+        return np.asarray(total / self.rows, "float32")
 
     def _weight(self, name: str, value: Any) -> keras.Variable | None:
         if value is None:
@@ -201,13 +227,13 @@ class StoredTable(keras.layers.Layer):
         if self._first_row_is_zero:
             keep = ops.cast(ops.not_equal(flat, 0), "float32")
             rows = ops.multiply(rows, ops.expand_dims(keep, -1))
-        return ops.reshape(rows, (*ops.shape(ids), self.width))
+        return ops.reshape(rows, (*_sizes(ids), self.width))
 
     def project(self, hidden: Any) -> Any:
         """Products with all rows of the table, `(..., rows)`."""
         import tensorflow as tf
 
-        shape = (*ops.shape(hidden)[:-1], self.rows)
+        shape = (*_sizes(hidden)[:-1], self.rows)
         hidden = ops.reshape(ops.cast(hidden, "float32"), (-1, self.width))
         states = hidden
         if self.basis is not None:
@@ -245,6 +271,14 @@ def _factors(
     return found
 
 
+def _sizes(tensor: Any) -> tuple[Any, ...]:
+    """Its sizes, of which one that is not known need not be computed."""
+    sizes = tuple(tensor.shape)
+    if sizes.count(None) > 1:
+        return ops.shape(tensor)
+    return tuple(-1 if size is None else size for size in sizes)
+
+
 def _affine(codes: Any, basis: Any, offset: Any) -> Any:
     rows = ops.matmul(codes, basis)
     return rows if offset is None else ops.add(rows, offset)
@@ -256,7 +290,7 @@ def _first_row_is_zero(codes: Any, basis: Any, offset: Any) -> bool:
     As that of padding often is: sums over padded sequences must not add up
     its rounding error.
     """
-    norms = ops.norm(_affine(codes[:1_000], basis, offset), axis=1)
+    norms = ops.norm(_affine(codes, basis, offset), axis=1)
     return bool(norms[0] < _ZERO_ROW * ops.mean(norms))
 
 

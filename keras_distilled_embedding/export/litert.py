@@ -24,10 +24,12 @@ from keras_distilled_embedding.export.graph_table import StoredTable
 from keras_distilled_embedding.export.report import ExportReport
 from keras_distilled_embedding.export.report import measure_fidelity
 from keras_distilled_embedding.export.signatures import Signature
+from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
 from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import matrix_bytes
 from keras_distilled_embedding.targets import is_embedding
 
 DEFAULT_SIGNATURE = "serving_default"
@@ -94,10 +96,8 @@ def export_litert(
             of different ones; if a model has no symbolic inputs or is of
             another dtype; if a signature is not part of `model`; or if the
             model needs operators that LiteRT does not have.
-        FileNotFoundError: If the folder of `filepath` does not exist.
-        IsADirectoryError: If `filepath` is a folder.
-        PermissionError: If its folder cannot be written to.
-        OSError: If the disk is full.
+        OSError: If the file cannot be written: the folder does not exist, is
+            protected or full, or `filepath` is a folder itself.
         ImportError: If TensorFlow or a package of LiteRT is missing.
         RuntimeError: If the file would hold a table more than once.
 
@@ -129,16 +129,14 @@ def export_litert(
     _check_packages(quantization)
     from keras_distilled_embedding.export import flatbuffer  # needs LiteRT's
 
-    sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
-    originals = {
-        name: Signature(part, **sizes) for name, part in models.items()
-    }
+    sizes = batch_size, sequence_length
+    originals = {name: Signature(part, *sizes) for name, part in models.items()}
 
     tables = _graph_tables(models.values(), quantization)
     parts = [part for table in tables.values() for part in table.tables]
     stored = {f"stored_table_{i}": part for i, part in enumerate(parts)}
     copies = keras_internals.copy_models(list(models.values()), tables)
-    content = convert(dict(zip(models, copies)), tables=stored, **sizes)
+    content = convert(dict(zip(models, copies)), *sizes, tables=stored)
     file = flatbuffer.LiteRTFile(content)
     counts = _count_copies(file, models.values(), tables)
     content = flatbuffer.store_tables(file, stored, quantization is not None)
@@ -196,12 +194,13 @@ def _graph_tables(
 
 def _layers(models: Iterable[keras.Model]) -> list[keras.layers.Layer]:
     """All layers of some models, each once."""
-    layers = {
-        id(layer): layer
-        for model in models
-        for layer in keras_internals.iterate_layers(model)
-    }
-    return list(layers.values())
+    return list(
+        dict.fromkeys(
+            layer
+            for model in models
+            for layer in keras_internals.iterate_layers(model)
+        )
+    )
 
 
 def _count_copies(
@@ -213,32 +212,22 @@ def _count_copies(
         file: The `LiteRTFile` of the converted models, still without the
             tables in `tables`.
         models: The models that it was made of.
-        tables: What stands for their embeddings. An embedding with a `call`
-            of its own is not replaced, and left to the converter.
+        tables: What stands for their embeddings, and will be stored once. An
+            embedding with a `call` of its own is left to the converter.
 
     Raises:
         RuntimeError: If a table is held more than once.
     """
-    shapes = [tuple(w.shape) for w in _other_weights(models, tables)]
-    counts: dict[str, int] = {}
+    counts = {table.name: 1 for table in tables.values()}
     for layer in _layers(models):
-        if layer not in tables and not isinstance(
-            layer, keras.layers.Embedding
-        ):
-            continue
-        shape = (layer.input_dim, layer.output_dim)
-        # The converter may have multiplied a copy with something, so any
-        # matrix of the shape is one, unless it is another weight.
-        others = sum(other in (shape, shape[::-1]) for other in shapes)
-        count = 1 + max(0, file.count_matrices(shape) - others)
-        # The largest number, of layers of one name in nested models.
-        counts[layer.name] = max(count, counts.get(layer.name, 0))
+        if isinstance(layer, keras.layers.Embedding) and layer not in tables:
+            counts[layer.name] = file.count_copies(to_numpy(layer.embeddings))
     repeated = {name: count for name, count in counts.items() if count > 1}
     if repeated:
         raise RuntimeError(
-            "The file would hold tables more than once, so nothing was "
+            "The converter stored tables more than once, so nothing was "
             "written. Use `keras.layers.ReversibleEmbedding` instead of a "
-            "subclass with a `call` of its own. "
+            "subclass of `Embedding` with a `call` of its own. "
             f"Copies by layer: {repeated}"
         )
     return counts
@@ -261,8 +250,9 @@ def _weights_bytes(
     """Bytes of the models' weights as they are stored, each counted once."""
     total = sum(table.stored_bytes for table in tables.values())
     for weight in _other_weights(models, tables):
+        size = math.prod(weight.shape)
         in_8_bits = quantization is not None and len(weight.shape) > 1
-        total += math.prod(weight.shape) * (1 if in_8_bits else 4)
+        total += matrix_bytes(size) if in_8_bits else 4 * size
     return total
 
 
@@ -326,10 +316,10 @@ def _check_packages(quantization: str | None) -> None:
 
 def convert(
     signatures: Mapping[str, keras.Model],
-    *,
-    tables: Mapping[str, StoredTable] | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
+    *,
+    tables: Mapping[str, StoredTable] | None = None,
     optimizations: Sequence[Any] = (),
 ) -> bytes:
     """The LiteRT file that TensorFlow's converter makes, as bytes.
@@ -382,8 +372,8 @@ def convert(
         except Exception as error:
             raise ValueError(
                 "`model` cannot be converted with LiteRT's built-in operators "
-                "alone. A fixed `batch_size` may help, which recurrent layers "
-                "need, or a fixed `sequence_length`. "
+                "alone. A `sequence_length` may help, or a `batch_size` if it "
+                "has recurrent layers. "
                 f"The converter says: {str(error)[:500]}"
             ) from error
 

@@ -170,6 +170,7 @@ def _random_batches(signature: Signature) -> list[dict[str, np.ndarray]]:
                 size or (_LENGTH if axis else _BATCH_SIZE)
                 for axis, size in enumerate(tensor.shape)
             ]
+            values: np.ndarray
             if "mask" in name or tensor.dtype == "bool":
                 values = np.ones(shape)
             elif len(shape) < 2:  # a position, or one id an example

@@ -100,11 +100,15 @@ class Signature:
         if isinstance(batch, Mapping) and not (
             nested and set(batch) == set(self._structure)
         ):
-            arrays = {self._names.get(key, key): batch[key] for key in batch}
+            arrays = {
+                self._names.get(str(key), str(key)): value
+                for key, value in batch.items()
+            }
         else:
-            arrays = dict(enumerate(keras.tree.flatten(batch)))
-            if len(arrays) == len(self.inputs):
-                arrays = dict(zip(self.inputs, arrays.values()))
+            flat = keras.tree.flatten(batch)
+            arrays = {f"input {i}": value for i, value in enumerate(flat)}
+            if len(flat) == len(self.inputs):
+                arrays = dict(zip(self.inputs, flat))
         if set(arrays) != set(self.inputs):
             raise ValueError(
                 "A batch must have the inputs of the model, named "

@@ -31,7 +31,6 @@ from keras_distilled_embedding.keras_internals.models import last_activations
 from keras_distilled_embedding.keras_internals.models import (
     make_variables_current,
 )
-from keras_distilled_embedding.keras_internals.models import named_inputs
 from keras_distilled_embedding.keras_internals.models import set_mask
 from keras_distilled_embedding.keras_internals.models import stop_watching
 from keras_distilled_embedding.keras_internals.models import watch_calls
@@ -62,7 +61,6 @@ __all__ = [
     "keras_mask",
     "last_activations",
     "make_variables_current",
-    "named_inputs",
     "read_archive",
     "refuse_incomplete_configs",
     "set_mask",

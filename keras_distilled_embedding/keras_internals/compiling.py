@@ -12,10 +12,7 @@ from keras_distilled_embedding.keras_internals.models import own_variables
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
-    """The arguments a model was compiled with; empty if it was not.
-
-    They include the sampler of a KerasHub task.
-    """
+    """Returns the arguments a model was compiled with; empty if it was not."""
     if not model.compiled or not hasattr(model, "_compile_config"):
         return {}
     arguments = dict(model._compile_config.config)
@@ -33,10 +30,6 @@ def without_compiling(
     """Returns a configuration that makes a model without compiling it.
 
     KerasHub's tasks compile themselves, unless they are told not to.
-
-    Args:
-        kind: The class that the configuration is for.
-        config: What `get_config` returns.
     """
     return {**config, "compile": False} if _compiles(kind) else dict(config)
 
@@ -56,20 +49,14 @@ def compile_alike(copy: keras.Model, model: keras.Model) -> None:
 
     def renew(value: Any) -> Any:
         # Losses have no state, and some have no complete configuration.
-        if isinstance(value, keras.losses.Loss):
+        is_loss = isinstance(value, keras.losses.Loss)
+        if is_loss or not hasattr(value, "from_config"):
             return value
-        if isinstance(value, list | tuple):
-            items = [renew(item) for item in value]
-            return tuple(items) if isinstance(value, tuple) else items
-        if isinstance(value, dict):
-            return {key: renew(item) for key, item in value.items()}
-        if hasattr(value, "get_config") and hasattr(value, "from_config"):
-            return type(value).from_config(value.get_config())
-        return value
+        return type(value).from_config(value.get_config())
 
     arguments = compile_arguments(model)
     if arguments:
-        copy.compile(**renew(arguments))
+        copy.compile(**keras.tree.map_structure(renew, arguments))
         exclude_from_weight_decay(copy, weight_decay_exclusions(model))
     elif _compiles(type(copy)):
         copy.optimizer = None  # code expects one of such a model
@@ -78,12 +65,9 @@ def compile_alike(copy: keras.Model, model: keras.Model) -> None:
 def weight_decay_exclusions(model: keras.Model) -> dict[str, Any] | None:
     """Returns what a model's optimizer excludes from weight decay.
 
-    The configuration of an optimizer does not record this.
-
-    Returns:
-        The `pattern` of excluded names, or `None`, and the names of `layers`
-        with the names of their excluded variables. Plain values that can be
-        written as JSON; `None` if nothing is excluded.
+    The configuration of an optimizer does not record this. These are plain
+    values: the `pattern` of excluded names, and the excluded variables' names
+    by the names of their `layers`.
     """
     optimizer = _inner_optimizer(model)
     excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
@@ -102,13 +86,10 @@ def weight_decay_exclusions(model: keras.Model) -> dict[str, Any] | None:
 def exclude_from_weight_decay(
     model: keras.Model, exclusions: Mapping[str, Any] | None
 ) -> None:
-    """Excludes from weight decay what another model's optimizer excludes.
+    """Excludes from weight decay what `weight_decay_exclusions` returned.
 
-    A layer whose table was excluded and is replaced is excluded as a whole.
-
-    Args:
-        model: A compiled model whose optimizer is not built.
-        exclusions: As `weight_decay_exclusions` returns them.
+    A layer whose table was excluded and is replaced is excluded as a whole. The
+    optimizer of the model must not be built yet.
     """
     if exclusions is None:
         return

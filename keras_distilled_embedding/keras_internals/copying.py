@@ -14,25 +14,14 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distilled_embedding.keras_internals import layer_tree
 from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals import scopes
 from keras_distilled_embedding.keras_internals.compiling import (
     without_compiling,
 )
-from keras_distilled_embedding.keras_internals.layer_tree import LayerTree
-from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
-from keras_distilled_embedding.keras_internals.layer_tree import (
-    not_as_configured,
-)
-from keras_distilled_embedding.keras_internals.layer_tree import own_policy
 from keras_distilled_embedding.keras_internals.models import own_variables
-from keras_distilled_embedding.keras_internals.own_objects import (
-    hand_over_own_objects,
-)
 from keras_distilled_embedding.keras_internals.reads import refuse_reads
-from keras_distilled_embedding.keras_internals.scopes import read_configs
-from keras_distilled_embedding.keras_internals.scopes import (
-    without_initial_values,
-)
 
 
 @private_keras.note_untested_keras()
@@ -53,9 +42,6 @@ def copy_models(
         replacements: The replacement of each layer to replace. It is called
             with the arguments of the layer that it replaces.
 
-    Returns:
-        The copies, in the order of `models`.
-
     Raises:
         ValueError: If a layer cannot be made from its configuration, or if a
             copy would still use a layer that is replaced, or a variable of the
@@ -63,9 +49,9 @@ def copy_models(
     """
     copier = _Copier(replacements)
     with (
-        hand_over_own_objects(),
-        read_configs(),
-        without_initial_values(),
+        scopes.hand_over_own_objects(),
+        scopes.read_configs(),
+        scopes.without_initial_values(),
     ):
         # First the layers with layers inside, which others may share.
         for model in models:
@@ -86,13 +72,12 @@ class _Copier:
         self._originals: dict[int, keras.layers.Layer] = {}
         self._operations: dict[int, Any] = {}  # those that are not layers
         self._variables: dict[int, tuple[keras.layers.Layer, int]] = {}
-        self._replaced = {self._number(layer) for layer in replacements}
-        self._rebuilder = Rebuilder(
-            {self._number(old): new for old, new in replacements.items()}
-        )
+        self._replaced = {
+            self._number(old): new for old, new in replacements.items()
+        }
+        self._rebuilder = layer_tree.Rebuilder(self._replaced)
         # In a graph, replacements are called at once.
-        for old, new in replacements.items():
-            self._rebuilder.layers[self._number(old)] = new
+        self._rebuilder.layers.update(self._replaced)
 
     def _number(self, layer: keras.layers.Layer) -> int:
         if id(layer) not in self._originals:
@@ -135,7 +120,9 @@ class _Copier:
                 "copied: `from_config(get_config())` must make it again, but "
                 f"raises: {error}"
             ) from error
-        self._rebuilder.match(LayerTree.of(layer, self._numbers), copy)
+        self._rebuilder.match(
+            layer_tree.LayerTree.of(layer, self._numbers), copy
+        )
         for inner in layer._flatten_layers():
             # A layer may make other layers only when it is called.
             made = self._rebuilder.layers.get(self._numbers[id(inner)])
@@ -173,7 +160,7 @@ class _Copier:
     def _copy_argument(self, value: Any, operation: str) -> Any:
         """Returns the argument of a call, for a variable that of the copy."""
         layer, index = self._variables.get(id(value), (None, 0))
-        if layer is None and keras.ops.is_tensor(value):
+        if layer is None and ops.is_tensor(value):
             layer = self._replaced_layer_with_values(value)
         if layer is None:
             return value
@@ -222,7 +209,6 @@ class _Copier:
 
 
 def _from_config(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """Makes a layer again from its configuration."""
     kind = type(layer)
     try:
         return kind.from_config(without_compiling(kind, layer.get_config()))
@@ -237,7 +223,7 @@ def _from_config(layer: keras.layers.Layer) -> keras.layers.Layer:
 
 def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     """Copies what a layer itself holds, without the layers inside it."""
-    policy = own_policy(old)
+    policy = layer_tree.own_policy(old)
     if policy is not None:
         new._dtype_policy = policy
     # `new.trainable = ...` would also set the layers inside.
@@ -247,7 +233,7 @@ def _copy_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         return
     variables, copies = own_variables(old), own_variables(new)
     if [v.shape for v in variables] != [v.shape for v in copies]:
-        raise not_as_configured(
+        raise layer_tree.not_as_configured(
             new,
             f"has weights of shapes {[tuple(v.shape) for v in copies]}, not "
             f"{[tuple(v.shape) for v in variables]}",

@@ -13,9 +13,9 @@ from typing import Any
 
 import keras
 
+from keras_distilled_embedding.keras_internals import private_keras
+from keras_distilled_embedding.keras_internals import scopes
 from keras_distilled_embedding.keras_internals.models import own_variables
-from keras_distilled_embedding.keras_internals.scopes import is_from_keras
-from keras_distilled_embedding.keras_internals.scopes import is_own_class
 from keras_distilled_embedding.keras_internals.swapping import swap_layers
 
 
@@ -26,41 +26,24 @@ class LayerTree:
     A configuration records how to make a model. It does not record which of
     the layers made are shared, which were replaced since, or the shapes that
     the parts of a subclassed model were built with.
-
-    Args:
-        number: The number of the layer. Trees with the same number describe
-            the same layer.
-        name: The name of the layer.
-        kind: The name of its class.
-        build_config: The argument of `build_from_config`, or `None`.
-        trainable: Its own flag.
-        variables_trainable: The flags of its own variables.
-        dtype_policy: Its policy, which a configuration may omit or merge into
-            a map; `None` if it is a map.
-        settings: Attributes that its configuration may omit, by name.
-        children: The trees of the layers inside.
     """
 
-    number: int
+    number: int  # trees with the same number describe the same layer
     name: str
-    kind: str
+    kind: str  # the name of its class
     build_config: dict[str, Any] | None
-    trainable: bool
-    variables_trainable: tuple[bool, ...]
+    trainable: bool  # its own flag
+    variables_trainable: tuple[bool, ...]  # the flags of its own variables
+    # A configuration may omit it or merge it into a map; `None` if it is a map.
     dtype_policy: Any
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # attributes that its configuration may omit
     children: tuple[LayerTree, ...]
 
     @classmethod
     def of(
         cls, layer: keras.layers.Layer, numbers: dict[int, int]
     ) -> LayerTree:
-        """Returns the tree of a layer or model.
-
-        Args:
-            layer: The root.
-            numbers: The numbers of layers by their `id`. New ones are added.
-        """
+        """Returns the tree of a layer, and adds to `numbers`, by `id`."""
         return cls(
             number=numbers.setdefault(id(layer), len(numbers)),
             name=layer.name,
@@ -94,25 +77,18 @@ class LayerTree:
 class Rebuilder:
     """Turns new layers into what `LayerTree`s describe.
 
-    Args:
-        replacements: The replacements of layers, by the layers' numbers.
+    `replacements` are by the numbers of the layers that they replace.
     """
 
-    def __init__(
-        self, replacements: Mapping[int, keras.layers.Layer] | None = None
-    ) -> None:
+    def __init__(self, replacements: Mapping[int, keras.layers.Layer]) -> None:
         self.layers: dict[int, keras.layers.Layer] = {}  # by number
-        self._replacements = dict(replacements or {})
+        self._replacements = replacements
         self._matched: set[tuple[int, int]] = set()
         self._to_swap: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
         self._variables_left_behind: list[weakref.ref] = []
 
     def match(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
-        """Finds the layers of a tree in a new layer, and builds them.
-
-        Raises:
-            ValueError: If the layer's parts are not those of the tree.
-        """
+        """Finds the layers of a tree in a new layer, and builds them."""
         if (tree.number, id(layer)) in self._matched:
             return
         self._matched.add((tree.number, id(layer)))
@@ -131,7 +107,7 @@ class Rebuilder:
                 object.__setattr__(layer, name, value)
         if known is not layer:
             self._to_swap.append((layer, known))
-        built_by_parts = is_default(layer.build)
+        built_by_parts = private_keras.python_utils.is_default(layer.build)
         if tree.build_config and not layer.built and not built_by_parts:
             layer.build_from_config(tree.build_config)
         if replacement is not None:
@@ -154,9 +130,6 @@ class Rebuilder:
             layer._build_shapes_dict = tree.build_config.get(
                 "shapes_dict", dict(tree.build_config)
             )
-        self._set_flags(tree, layer)
-
-    def _set_flags(self, tree: LayerTree, layer: keras.layers.Layer) -> None:
         # `layer.trainable = ...` would also set the layers inside.
         layer._trainable = tree.trainable
         variables = own_variables(layer)
@@ -169,11 +142,7 @@ class Rebuilder:
         swap_layers(roots, self._to_swap)
 
     def check_swapped(self, roots: Sequence[keras.layers.Layer]) -> None:
-        """Refuses to continue if a layer that was swapped out is still used.
-
-        Raises:
-            ValueError: Naming the layer.
-        """
+        """Refuses to continue if a layer that was swapped out is still used."""
         strays = [weakref.ref(stray) for stray, _ in self._to_swap]
         self._variables_left_behind = [
             weakref.ref(variable)
@@ -240,11 +209,9 @@ def _settings(layer: keras.layers.Layer) -> dict[str, Any]:
     class does not define `get_config`, Keras records defaults instead.
     """
     kind = type(layer)
-    is_default_config = is_own_class(kind) and is_from_keras(kind.get_config)
-    is_preprocessor = (
-        kind.__module__.startswith("keras_hub") and not layer.weights
-    )
-    if not is_default_config and not is_preprocessor:
+    is_default_config = scopes.has_default_config(kind)
+    is_hub = kind.__module__.startswith("keras_hub")
+    if not is_default_config and (not is_hub or layer.weights):
         return {}
     return {
         name: value
@@ -252,8 +219,3 @@ def _settings(layer: keras.layers.Layer) -> dict[str, Any]:
         if type(value) in (bool, int, float, str)
         and name not in _attributes_of_keras()
     }
-
-
-def is_default(method: Any) -> bool:
-    """Whether a method is Keras's own default, which does nothing."""
-    return getattr(method, "_is_default", False)

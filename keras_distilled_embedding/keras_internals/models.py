@@ -30,18 +30,10 @@ def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
 def find_layer(
     model: keras.Model, name: str, argument: str
 ) -> keras.layers.Layer:
-    """Returns the layer with a name, at any depth.
+    """Returns the layer with a name, at any depth, or raises a `ValueError`.
 
     As with `get_layer`, a layer directly in the model comes before layers
-    inside other layers.
-
-    Args:
-        model: The model.
-        name: The layer's name.
-        argument: The name of the model in errors.
-
-    Raises:
-        ValueError: If no layer, or more than one, has this name.
+    inside other layers. `argument` is the name of the model in errors.
     """
     for layers in (model.layers, iterate_layers(model)):
         found = [layer for layer in layers if layer.name == name]
@@ -59,39 +51,15 @@ def find_layer(
 
 
 def input_structure(model: keras.Model) -> Any:
-    """Returns the symbolic inputs of a Functional or Sequential model.
-
-    They are a tensor, or a list or dictionary of tensors, as in a call.
-    """
-    # A Sequential model has no `input` before its first call.
-    return (
-        model.input
-        if isinstance(model, private_keras.Functional)
-        else model.inputs[0]
-    )
-
-
-def named_inputs(model: keras.Model) -> dict[str, keras.KerasTensor]:
-    """Returns the symbolic inputs by name, in the order Keras flattens them.
-
-    The names are the keys of a dictionary of inputs, or else the tensors' own.
-    """
-    inputs = input_structure(model)
-    tensors = keras.tree.flatten(inputs)
-    if isinstance(inputs, dict):
-        return dict(zip(sorted(inputs), tensors))
-    return {tensor.name: tensor for tensor in tensors}
+    """Returns the symbolic inputs of a model, nested as in a call."""
+    if isinstance(model, keras.Sequential):
+        # It has no `input` before its first call.
+        return model.inputs[0]
+    return model.input
 
 
 def before_last_layer(model: keras.Model) -> tuple[Any, Any]:
-    """Returns the input of a model's last layer, and that layer.
-
-    Returns:
-        The symbolic tensor, and the layer or operation.
-
-    Raises:
-        ValueError: If the model has no symbolic inputs, or several outputs.
-    """
+    """Returns the input of a symbolic model's last layer, and that layer."""
     check_symbolic(model)
     if len(model.outputs) != 1:
         raise ValueError(
@@ -104,34 +72,27 @@ def before_last_layer(model: keras.Model) -> tuple[Any, Any]:
 
 
 def last_activations(model: keras.Model) -> list[str | None] | None:
-    """Returns how each output of a model is activated last.
+    """Returns the name of the last activation of each output of a model.
 
-    Returns:
-        For each output the name of an activation, `"linear"` for a layer
-        without one, or `None` for what is not known to have one; `None` for a
-        model without symbolic outputs.
+    It is `None` for an operation that is not known to have one. A model without
+    symbolic outputs gives `None`.
     """
     outputs = getattr(model, "outputs", None)
-    if not outputs:
-        return None
-    return [_last_activation(output) for output in outputs]
+    return [_last_activation(output) for output in outputs] if outputs else None
 
 
 def _last_activation(output: Any) -> str | None:
     history = output._keras_history
     operation = history.operation
-    if isinstance(operation, keras.Model) and getattr(
-        operation, "outputs", None
-    ):
-        return _last_activation(operation.outputs[history.tensor_index])
+    outputs = getattr(operation, "outputs", None)
+    if isinstance(operation, keras.Model) and outputs:
+        return _last_activation(outputs[history.tensor_index])
     if isinstance(operation, keras.layers.Softmax):
         return "softmax"
-    if isinstance(operation, keras.layers.Activation | keras.layers.Dense):
-        return operation.activation.__name__
-    activation = getattr(operation, "activation", None)
-    reverse = history.operation._inbound_nodes[history.node_index].arguments
-    if "reverse" in reverse.kwargs:  # an embedding, which projects
+    call = operation._inbound_nodes[history.node_index].arguments
+    if "reverse" in call.kwargs:  # an embedding, which projects
         return "linear"
+    activation = getattr(operation, "activation", None)
     return getattr(activation, "__name__", None)
 
 
@@ -165,12 +126,10 @@ def make_variables_current(model: keras.Model) -> None:
 
 
 def watch_calls(layer: keras.layers.Layer, keep: Callable[..., object]) -> None:
-    """Reports each call of `layer` to a function, until `stop_watching`.
+    """Calls `keep` after each call of a layer, until `stop_watching`.
 
-    Args:
-        layer: The layer.
-        keep: Called as `keep(outputs, *args, **kwargs)`, with the arguments
-            of the layer's `call`.
+    `keep` is called as `keep(outputs, *args, **kwargs)`, with the arguments of
+    the layer's `call`.
     """
     call = layer.call
 
@@ -189,12 +148,7 @@ def stop_watching(layer: keras.layers.Layer) -> None:
 
 
 def check_symbolic(model: Any) -> None:
-    """Refuses a model that is not built or has no symbolic inputs.
-
-    Raises:
-        TypeError: If `model` is not a Keras model.
-        ValueError: If it is not built, or has no symbolic inputs.
-    """
+    """Refuses a model that is not built or has no symbolic inputs."""
     check_built_model("model", model)
     if not isinstance(model, private_keras.Functional | keras.Sequential):
         raise ValueError(

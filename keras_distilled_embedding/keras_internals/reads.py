@@ -19,20 +19,11 @@ from keras_distilled_embedding.keras_internals.scopes import patched
 def refuse_reads(
     model: keras.Model, variables: Iterable[keras.Variable]
 ) -> None:
-    """Refuses a model that reads variables which are not its own.
+    """Refuses a model that reads some of `variables` which are not its own.
 
-    A function that a layer calls may refer to any variable, for example that
-    of the model of which this one is a copy. The model is traced to find out:
-    nothing is computed and nothing is changed. A model that cannot be traced
-    is not refused.
-
-    Args:
-        model: A built model.
-        variables: The variables that it must not read, if they are not its
-            own.
-
-    Raises:
-        ValueError: Naming the layer that reads one, and the variable.
+    A function that a layer calls may refer to variables of the model of which
+    this one is a copy. The model is traced to find out, which computes nothing.
+    A model that cannot be traced is not refused.
     """
     layers = [model, *iterate_layers(model)]
     if not any(

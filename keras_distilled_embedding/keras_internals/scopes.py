@@ -12,7 +12,10 @@ from typing import Any
 
 import keras
 
-_INCOMPLETE_CONFIGS = contextvars.ContextVar("incomplete", default=False)
+from keras_distilled_embedding.keras_internals import private_keras
+
+# Whether `read_configs` is entered.
+incomplete_configs_allowed = contextvars.ContextVar("allowed", default=False)
 
 
 @contextlib.contextmanager
@@ -31,7 +34,7 @@ def read_configs() -> Iterator[None]:
     @functools.wraps(layer_config)
     def get_config(self: keras.layers.Layer) -> dict[str, Any]:
         config = layer_config(self)
-        if is_own_class(type(self)) and is_from_keras(type(self).get_config):
+        if has_default_config(type(self)):
             parameters = inspect.signature(type(self).__init__).parameters
             kinds = {parameter.kind for parameter in parameters.values()}
             if inspect.Parameter.VAR_KEYWORD not in kinds:
@@ -41,7 +44,7 @@ def read_configs() -> Iterator[None]:
     def get_map_config(self: Any) -> dict[str, Any]:
         return map_config(copy.deepcopy(self))
 
-    token = _INCOMPLETE_CONFIGS.set(True)
+    token = incomplete_configs_allowed.set(True)
     try:
         with (
             patched(layer, get_config=get_config),
@@ -49,12 +52,73 @@ def read_configs() -> Iterator[None]:
         ):
             yield
     finally:
-        _INCOMPLETE_CONFIGS.reset(token)
+        incomplete_configs_allowed.reset(token)
 
 
-def are_incomplete_configs_allowed() -> bool:
-    """Whether `read_configs` is entered."""
-    return _INCOMPLETE_CONFIGS.get()
+@contextlib.contextmanager
+def hand_over_own_objects() -> Iterator[None]:
+    """Makes configurations refer to the very functions and classes in use.
+
+    Keras records a function or a class by its name, which must be registered,
+    and a lambda by its code, which loses the names that its module defines. A
+    copy in the same process can use the object itself. Here each object gets a
+    unique name by which Keras finds it.
+    """
+    objects: dict[str, Any] = {}
+    registration = private_keras.object_registration
+    serialization = private_keras.serialization_lib
+    get_registered_name = registration.get_registered_name
+    serialize = serialization.serialize_keras_object
+
+    def unique_name(item: Any) -> str:
+        for name, known in objects.items():
+            if known is item:
+                return name
+        name = f"{getattr(item, '__name__', 'function')}#{len(objects)}"
+        objects[name] = item
+        # All of them: a scope hides the one around it.
+        scopes.enter_context(keras.saving.CustomObjectScope(objects))
+        return name
+
+    def name_of(item: Any) -> str:
+        if _is_own_function(item):
+            return unique_name(item)
+        name = get_registered_name(item)
+        if not is_own_class(item):
+            return name
+        is_registered = keras.saving.get_registered_object(name) is item
+        return name if is_registered else unique_name(item)
+
+    def serialize_by_name(item: Any) -> Any:
+        if not _is_own_function(item):
+            return serialize(item)
+        name = unique_name(item)
+        return {
+            "module": None,
+            "class_name": "function",
+            "config": name,
+            "registered_name": name,
+        }
+
+    def load_function(code: Any, *_: Any, **__: Any) -> Any:
+        return objects[code[0] if isinstance(code, list | tuple) else code]
+
+    def dump_function(item: Any) -> tuple[str, None, None]:
+        return unique_name(item), None, None
+
+    with (
+        patched(registration, get_registered_name=name_of),
+        patched(serialization, serialize_keras_object=serialize_by_name),
+        # The code of lambdas, which Keras does not load in safe mode.
+        patched(
+            private_keras.python_utils,
+            func_dump=dump_function,
+            func_load=load_function,
+        ),
+        private_keras.SafeModeScope(False),
+        contextlib.ExitStack() as scopes,
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -89,6 +153,21 @@ def without_initial_values() -> Iterator[None]:
 
     with patched(keras.layers.Layer, add_weight=add_zeros):
         yield
+
+
+def _is_own_function(item: Any) -> bool:
+    """Whether an object is a function of the user's own, of any kind."""
+    return (
+        callable(item)
+        and not isinstance(item, type)
+        and not hasattr(item, "get_config")
+        and not is_from_keras(item)
+    )
+
+
+def has_default_config(kind: Any) -> bool:
+    """Whether a class of the user's own does not define `get_config`."""
+    return is_own_class(kind) and is_from_keras(kind.get_config)
 
 
 def is_own_class(item: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 import zipfile
@@ -12,31 +13,18 @@ from typing import Any
 import keras
 
 from keras_distilled_embedding.keras_internals import private_keras
-from keras_distilled_embedding.keras_internals.layer_tree import is_default
-from keras_distilled_embedding.keras_internals.own_objects import (
-    hand_over_own_objects,
-)
+from keras_distilled_embedding.keras_internals import scopes
 from keras_distilled_embedding.keras_internals.private_keras import saving_lib
-from keras_distilled_embedding.keras_internals.scopes import (
-    are_incomplete_configs_allowed,
-)
-from keras_distilled_embedding.keras_internals.scopes import read_configs
-from keras_distilled_embedding.keras_internals.scopes import (
-    without_initial_values,
-)
 
 
 @private_keras.note_untested_keras()
 def write_archive(model: keras.Model, saved: Any, file: IO[bytes]) -> None:
-    """Writes a file in Keras's own format.
+    """Writes a model's weights and assets in Keras's own format.
 
-    Args:
-        model: The model whose weights and assets are written.
-        saved: The object whose configuration is written. Its class must be
-            registered with Keras; `from_config` must return the model.
-        file: A file open for writing in binary mode.
+    The configuration in the file is that of `saved`, an object of a registered
+    class, whose `from_config` must return the model.
     """
-    with private_keras.ObjectSharingScope(), read_configs():
+    with private_keras.ObjectSharingScope(), scopes.read_configs():
         config = json.dumps(keras.saving.serialize_keras_object(saved))
     metadata = json.dumps({"keras_version": keras.__version__})
     with zipfile.ZipFile(file, "w") as archive:
@@ -60,7 +48,7 @@ def read_archive(
     file: IO[bytes], custom_objects: Mapping[str, Any] | None
 ) -> keras.Model:
     """Loads a file in Keras's own format, in Keras's safe mode."""
-    with without_initial_values(), warnings.catch_warnings():
+    with scopes.without_initial_values(), warnings.catch_warnings():
         # `Rebuilder` builds the layers that Keras warns that it cannot build.
         warnings.filterwarnings("ignore", "`build..` was called on layer")
         return saving_lib.load_model(file, custom_objects, safe_mode=True)
@@ -71,14 +59,10 @@ def refuse_incomplete_configs(
 ) -> None:
     """Makes layers refuse to save a configuration that omits a replacement.
 
-    The configuration of a Functional model records the layers that replaced
-    others; that of a class with its own constructor does not, so what Keras
-    saves would load with the original layers.
-
-    Args:
-        model: A model whose layers are changed in place.
-        kind: The class of the layers that replaced others.
-        remedy: What to do instead: a sentence that ends the error.
+    The configuration of a Functional model records the layers of class `kind`
+    that replaced others; that of a class with its own constructor does not, so
+    what Keras saves would load with the original layers. The error ends with
+    the sentence `remedy`.
     """
     owners = {id(owner): owner for owner in model._flatten_layers()}
     incomplete = set()
@@ -112,7 +96,7 @@ def _names_in_config(
         for item in value:
             visit(item)
 
-    with read_configs(), hand_over_own_objects():
+    with scopes.read_configs(), scopes.hand_over_own_objects():
         try:
             visit(keras.saving.serialize_keras_object(owner))
         except Exception:  # Keras cannot save such a layer, whatever is in it
@@ -128,13 +112,13 @@ def _refuse_config(layer: keras.layers.Layer, remedy: str) -> None:
             f"load as another model. {remedy}"
         )
 
+    # This also copies the mark by which Keras knows its own `get_config`.
+    @functools.wraps(type(layer).get_config)
     def get_config() -> dict[str, Any]:
-        if are_incomplete_configs_allowed():
+        if scopes.incomplete_configs_allowed.get():
             return type(layer).get_config(layer)
         return refuse()
 
-    # By this Keras knows that a class does not define `get_config`.
-    get_config._is_default = is_default(type(layer).get_config)
     # `object.__setattr__` bypasses Keras, which would track the attribute.
     object.__setattr__(layer, "get_config", get_config)
     for name in ("save", "save_to_preset"):  # before they open a file

@@ -17,14 +17,10 @@ def swap_layers(
     roots: Sequence[keras.layers.Layer],
     swaps: Sequence[tuple[keras.layers.Layer, keras.layers.Layer]],
 ) -> None:
-    """Replaces layers wherever models keep them, in place.
+    """Replaces layers `old` by `new`, wherever models keep them, in place.
 
     Layers are found in the graphs of Functional models, in the attributes of
     layers, and in lists, tuples, sets and dictionaries in those attributes.
-
-    Args:
-        roots: The models.
-        swaps: Pairs `(old, new)`. `new` takes over the calls of `old`.
     """
     if not swaps:
         return
@@ -82,31 +78,31 @@ def _is_wrapped(value: Any) -> bool:
 
 
 def _swap_in(value: Any, by_id: Mapping[int, Any]) -> Any:
-    """Returns what replaces an attribute's value, or a part of the value.
-
-    A container that can be changed is changed in place, since others may hold
-    it, too.
-    """
+    """Returns what replaces a value, or changes a container in place."""
     if id(value) in by_id:
         return by_id[id(value)]
-    if not isinstance(value, list | tuple | dict | set):
+    if isinstance(value, dict):
+        items = list(itertools.chain(*value.items()))
+    elif isinstance(value, list | tuple | set):
+        items = list(value)
+    else:
         return value
-    is_dict = isinstance(value, dict)
-    items = list(itertools.chain(*value.items())) if is_dict else list(value)
-    swapped = [_swap_in(item, by_id) for item in items]
+    swapped: Any = [_swap_in(item, by_id) for item in items]
     if all(new is old for new, old in zip(swapped, items)):
         return value
-    if is_dict:
+    if isinstance(value, dict):
         swapped = dict(zip(swapped[::2], swapped[1::2]))
     if _is_wrapped(value):
         return swapped
     # Built-in methods: those of Keras's containers track what is added.
     if isinstance(value, list):
         list.__setitem__(value, slice(None), swapped)
-    elif isinstance(value, dict | set):
-        builtin = dict if is_dict else set
-        builtin.clear(value)
-        builtin.update(value, swapped)
+    elif isinstance(value, dict):
+        dict.clear(value)
+        dict.update(value, swapped)
+    elif isinstance(value, set):
+        set.clear(value)
+        set.update(value, swapped)
     elif hasattr(value, "_fields"):  # a named tuple
         value = type(value)(*swapped)
     else:

@@ -29,12 +29,8 @@ _READ_ERRORS = OSError, EOFError, zipfile.BadZipFile, LookupError, ValueError
 def split_inputs(x: Any) -> tuple[Any, list[TopPredictions] | None]:
     """Separates the inputs of a batch from the teacher's predictions.
 
-    Args:
-        x: The inputs of a batch, of a `TeacherCache` or of other data.
-
-    Returns:
-        The student's inputs, and the predictions for each output of the
-        teacher, or `None` if the batch has none.
+    There is a prediction for each output of the teacher, or `None` instead of
+    them for a batch that is not from a `TeacherCache`.
     """
     keys = {storage.INPUTS, storage.TEACHER_OUTPUTS}
     if not isinstance(x, dict) or set(x) != keys:
@@ -212,10 +208,6 @@ class TeacherCache(keras.utils.PyDataset):
         ).prefetch(2)
 
     def check(self, teacher: keras.Model) -> None:
-        """Raises a `ValueError` if the cache is of another teacher.
-
-        Args:
-            teacher: A built model, which is recognized by its weights.
-        """
+        """Raises a `ValueError` if the cache is of another teacher."""
         fingerprint = storage.fingerprint_of(teacher)
         self._manifest.check(self.directory, teacher=fingerprint)

@@ -117,14 +117,10 @@ def fingerprint_of(teacher: keras.Model) -> str:
 
 
 def flatten(value: Any, leaves: list[np.ndarray]) -> Any:
-    """Moves the arrays of a nested value to a list.
+    """Appends the arrays of a nested value to a list; returns its structure.
 
-    Args:
-        value: Dictionaries, lists and tuples of arrays and `None`.
-        leaves: List to which the arrays are appended.
-
-    Returns:
-        The structure, as JSON. An integer stands for the array of that index.
+    The structure is JSON, in which an integer stands for the array of that
+    index.
     """
     if value is None:
         return None

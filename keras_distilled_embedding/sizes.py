@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import numbers
 from typing import Any
 
@@ -136,7 +137,7 @@ def rank_for_compression(
     )
     if rank == 0:
         raise ValueError(
-            f"`compression` must be at most {ratio(1):.2f} for a "
+            f"`compression` must be at most {_rounded_down(ratio(1))} for a "
             f"table of shape ({input_dim}, {output_dim}) in "
             f"{quantization or 'floats'}, what rank 1 gives. "
             f"Received: compression={compression!r}"
@@ -182,16 +183,17 @@ def rank_for_speedup(
             return rank
         return FORMATS[quantization].stored_columns(rank)
 
-    affordable = input_dim * output_dim / (input_dim + output_dim) / min_speedup
+    exact = input_dim * output_dim / (input_dim + output_dim)
     rank = bisect.bisect_right(
-        range(1, output_dim + 1), affordable, key=columns
+        range(1, output_dim + 1), exact / min_speedup, key=columns
     )
     if rank == 0:
-        most = affordable * min_speedup / columns(1)
+        most = exact / columns(1)
         raise ValueError(
-            f"`min_speedup` must be at most {most:.2f} for a table of shape "
-            f"({input_dim}, {output_dim}) in {quantization or 'floats'}, what "
-            f"the smallest factors give. Received: min_speedup={min_speedup!r}"
+            f"`min_speedup` must be at most {_rounded_down(most)} for a table "
+            f"of shape ({input_dim}, {output_dim}) in "
+            f"{quantization or 'floats'}, what the smallest factors give. "
+            f"Received: min_speedup={min_speedup!r}"
         )
     return rank
 
@@ -268,6 +270,11 @@ def check_speedup(min_speedup: Any) -> None:
             "`min_speedup` must be a number of at least 1. "
             f"Received: min_speedup={min_speedup!r}"
         )
+
+
+def _rounded_down(limit: float) -> str:
+    """A limit with two decimals, which is allowed itself."""
+    return f"{math.floor(100 * limit) / 100:.2f}"
 
 
 def _is_number(value: Any) -> bool:

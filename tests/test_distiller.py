@@ -419,3 +419,25 @@ def test_a_compressed_model_is_a_student():
     after = evaluate(distiller, ids)
     assert after["loss"] < before["loss"]
     assert after["task_loss"] == 0.0
+
+
+def test_a_student_that_still_uses_the_teachers_table():
+    """Through a function that refers to it, where no layer shares it."""
+
+    def tied(table):
+        ids = keras.Input((5,), dtype="int32")
+        embedding = keras.layers.Embedding(20, 8, name="tokens")
+        states = keras.layers.Dense(8)(embedding(ids))
+        table = embedding if table is None else table
+        logits = keras.layers.Lambda(
+            lambda x: ops.matmul(x, ops.transpose(table.embeddings)),
+            output_shape=(5, 20),
+        )(states)
+        return keras.Model(ids, logits), embedding
+
+    teacher, table = tied(None)
+    student, _ = tied(table)
+    with pytest.raises(ValueError, match="'tokens.*/embeddings' of another"):
+        Distiller(teacher, student, [LogitsDistillation()])
+    own, _ = tied(None)
+    Distiller(teacher, own, [LogitsDistillation()])

@@ -626,7 +626,7 @@ def test_strings_and_preprocessing_in_the_model(path):
     ("batch", "received"),
     [
         ({"idz": make_ids(1, 2)}, "'idz'"),
-        ([make_ids(1, 2), make_ids(1, 2)], r"\[0, 1\]"),
+        ([make_ids(1, 2), make_ids(1, 2)], r"\['input 0', 'input 1'\]"),
     ],
 )
 def test_fidelity_inputs_that_are_not_the_models(batch, received, path):

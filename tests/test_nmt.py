@@ -390,7 +390,7 @@ def test_a_recipe_decides_the_losses(model, text, vocabulary, weights):
         hidden_weight=weights[2],
     )
     batches = BATCHING.batches(text[:100], vocabulary)
-    history = train.distil(
+    history = train.distill(
         model, student, batches, batches, recipe, jit_compile=False, verbose=0
     ).history
     names = ("logits", "embedding", "feature")
@@ -402,7 +402,7 @@ def test_a_recipe_without_distillation_is_training(model, text, vocabulary):
     student = kde.compress(model, 2.0, verbose=0, quantization=None)
     recipe = train.Recipe(epochs=1, student_loss_weight=1.0)
     batches = BATCHING.batches(text[:100], vocabulary)
-    history = train.distil(
+    history = train.distill(
         model, student, batches, batches, recipe, jit_compile=False, verbose=0
     ).history
     assert set(history) == {"loss", "nll", "val_loss", "val_nll"}

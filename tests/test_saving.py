@@ -632,7 +632,7 @@ def test_what_is_excluded_from_weight_decay(table, policy, path):
     assert not getattr(model.optimizer, "built", False)
 
 
-# Keras's own word of a lambda that it serialises.
+# Keras's own word of a lambda that it serializes.
 @pytest.mark.filterwarnings("ignore:The object being serialized includes a")
 def test_a_lambda_as_loss_is_left_out(path):
     model = factorized(make_sequential())
@@ -663,7 +663,7 @@ def test_a_loss_that_is_not_registered_is_given(path):
     assert train(loaded) == train(model)
 
 
-# Keras's own word of a lambda that it serialises.
+# Keras's own word of a lambda that it serializes.
 @pytest.mark.filterwarnings("ignore:The object being serialized includes a")
 def test_a_python_lambda_is_refused(path):
     ids = keras.Input((None,), dtype="int32")
@@ -953,7 +953,7 @@ def test_weights_that_are_not(saved, path):
         assert_refused(path)
 
 
-# Keras's own word of a lambda that it serialises.
+# Keras's own word of a lambda that it serializes.
 @pytest.mark.filterwarnings("ignore:The object being serialized includes a")
 def test_a_lambda_in_a_file_of_keras_is_not_run(path):
     model = keras.Sequential(

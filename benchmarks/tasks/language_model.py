@@ -41,7 +41,7 @@ from examples.nmt.tokens import EOS_ID
 from examples.nmt.tokens import UNK_ID
 from examples.nmt.train import Recipe
 from examples.nmt.train import Schedule
-from examples.nmt.train import distil
+from examples.nmt.train import distill
 from examples.nmt.train import fit
 
 PACKAGES = ("numpy", "keras")
@@ -341,7 +341,7 @@ class LanguageModelTask:
         keras.utils.set_random_seed(self.seed + 1)
         if recipe.student_loss_weight == 1.0:
             return self._fit(fit, student, recipe)
-        return self._fit(partial(distil, self.teacher()), student, recipe)
+        return self._fit(partial(distill, self.teacher()), student, recipe)
 
     def _fit(
         self, train: Callable, model: keras.Model, schedule: Schedule

@@ -31,7 +31,7 @@ from examples.nmt.tokens import EOS_ID
 from examples.nmt.tokens import PAD_ID
 from examples.nmt.train import Recipe
 from examples.nmt.train import Schedule
-from examples.nmt.train import distil
+from examples.nmt.train import distill
 from examples.nmt.train import fit
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ class Task:
             return fit(student, batches, **options)
         if cached:
             batches = self._predictions(batches, seed + DATA_SEED)
-        return distil(self.teacher(), student, batches, **options)
+        return distill(self.teacher(), student, batches, **options)
 
     def _predictions(self, batches: PairBatches, seed: int) -> kde.TeacherCache:
         """Training batches with what the teacher predicts of them."""

@@ -16,7 +16,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m examples.nmt",
         description=(
             "Trains a small English-German Transformer, makes its table 8x "
-            "smaller, distils it, exports it to LiteRT, and prints what was "
+            "smaller, distills it, exports it to LiteRT, and prints what was "
             "gained and lost. Run again, it goes on where it stopped."
         ),
     )

@@ -153,7 +153,7 @@ class Vocabulary:
     Tokenising runs inside the `tf.data` graph (tensorflow-text).
 
     Args:
-        proto: Serialised SentencePiece model, as bytes.
+        proto: Serialized SentencePiece model, as bytes.
     """
 
     def __init__(self, proto: bytes) -> None:

@@ -21,7 +21,7 @@ def build_transformer(
     seed: int = 0,
     embedding: keras.layers.Layer | None = None,
 ) -> keras.Model:
-    """Builds an encoder-decoder Transformer (pre-layer-normalised).
+    """Builds an encoder-decoder Transformer (pre-layer-normalized).
 
     One table, the layer `"token_embedding"`, embeds the source and the
     target and, transposed, projects to the logits. The layers' names are what

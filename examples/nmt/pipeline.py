@@ -1,4 +1,4 @@
-"""The main job: train, compress, distil, export, translate, compare.
+"""The main job: train, compress, distill, export, translate, compare.
 
 Every stage leaves its result in the work directory and is skipped where it
 is already there, so that an interrupted run goes on where it stopped.
@@ -41,7 +41,7 @@ from .model import decoder
 from .model import encoder
 from .train import Recipe
 from .train import Schedule
-from .train import distil
+from .train import distill
 from .train import fit
 from .translate import LiteRTTranslator
 from .translate import Translator
@@ -182,7 +182,7 @@ class Run:
         for stage in (
             self.train_teacher,
             self.compress,
-            self.distil,
+            self.distill,
             self.export,
             self.evaluate,
         ):
@@ -264,12 +264,12 @@ class Run:
 
         return self._model_stage("compressed", compress)
 
-    def distil(self) -> Path:
+    def distill(self) -> Path:
         """Trains the compressed model to translate as its teacher does."""
 
         def train() -> keras.Model:
             student = self.model("compressed")
-            distil(
+            distill(
                 self.model("teacher"),
                 student,
                 **self._training(
@@ -397,7 +397,7 @@ class Run:
     def _training(
         self, name: str, text: ParallelText, schedule: Schedule
     ) -> dict:
-        """Arguments of `train.fit` and `train.distil` for one model."""
+        """Arguments of `train.fit` and `train.distill` for one model."""
         settings = self.settings
         batches = settings.batching.batches
         return dict(

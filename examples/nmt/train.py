@@ -172,7 +172,7 @@ def fit(
     )
 
 
-def distil(
+def distill(
     teacher: keras.Model,
     student: keras.Model,
     training: Batches,

@@ -361,6 +361,7 @@ def _check_models(teacher: keras.Model, student: keras.Model) -> None:
             "student would change the teacher. `compress` copies them. "
             f"Received: shared variables {shared[:5]}"
         )
+    keras_internals.refuse_reads(student, teacher.variables)
 
 
 def _check_student_loss_weight(weight: Any) -> None:

@@ -245,7 +245,7 @@ class StoredTable(keras.layers.Layer):
         logits = tf.linalg.matmul(states, self.graph_codes, transpose_b=True)
         if self.offset is not None:
             shift = ops.matmul(hidden, ops.expand_dims(self.offset, -1))
-            logits = ops.add(logits, shift)
+            logits = ops.add(shift, logits)  # in this order: see the layer
         return ops.reshape(logits, shape)
 
 

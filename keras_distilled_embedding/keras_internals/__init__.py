@@ -34,6 +34,7 @@ from keras_distilled_embedding.keras_internals.models import (
 from keras_distilled_embedding.keras_internals.models import set_mask
 from keras_distilled_embedding.keras_internals.models import stop_watching
 from keras_distilled_embedding.keras_internals.models import watch_calls
+from keras_distilled_embedding.keras_internals.reads import refuse_reads
 from keras_distilled_embedding.keras_internals.scopes import (
     without_initial_values,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "make_variables_current",
     "read_archive",
     "refuse_incomplete_configs",
+    "refuse_reads",
     "set_mask",
     "stop_watching",
     "watch_calls",

@@ -46,10 +46,10 @@ def refuse_reads(
         _trace(model)
     for layer, variable in found:
         raise ValueError(
-            f"Layer '{layer.name}' ({type(layer).__name__}) cannot be copied: "
-            f"a function that it calls uses the variable '{variable.path}' of "
-            "the original model, so the copy would use it, too. Make the "
-            "layer of that variable an attribute of this layer, recorded in "
+            f"Layer '{layer.name}' ({type(layer).__name__}) uses the variable "
+            f"'{variable.path}' of another model, from which it was copied: a "
+            "function that it calls refers to it. Make the layer of that "
+            "variable an attribute of this layer, recorded in "
             "`get_config()`. To project to the vocabulary, call a "
             "`keras.layers.ReversibleEmbedding` with `reverse=True`."
         )

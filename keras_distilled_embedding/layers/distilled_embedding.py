@@ -284,7 +284,9 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         states, features, shift = self.rank_space(inputs)
         logits = ops.matmul(states, ops.transpose(features))
         if shift is not None:
-            logits = ops.add(logits, ops.expand_dims(shift, -1))
+            # The shift first: Keras on TensorFlow takes a second operand of
+            # the logits' last size for a bias, whatever its axis.
+            logits = ops.add(ops.expand_dims(shift, -1), logits)
         if self.logit_soft_cap is not None:
             logits = ops.multiply(
                 ops.tanh(ops.divide(logits, self.logit_soft_cap)),

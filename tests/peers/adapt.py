@@ -22,8 +22,10 @@ _LAYER = [
     # Three factors, where Keras counts one table.
     (r"(expected_num_(non_)?trainable_weights)=1\b", r"\1=3"),
 ]
-_LORA = [
+_EMBEDDING = [
+    *_LAYER,
     (r"\.embeddings\.constraint\b", ".codes.constraint"),
+    (r"\.embeddings\.numpy\(\)", ".embeddings"),
     (r"lora_embeddings_([ab])", r"lora_codes_\1"),
     (r"(non_trainable_weights), 1\)", r"\1, 3)"),
 ]
@@ -46,7 +48,7 @@ _DISTILLER = [
 # contract.
 SOURCES = {
     "keras": {
-        "keras/src/layers/core/embedding_test.py": _LAYER + _LORA,
+        "keras/src/layers/core/embedding_test.py": _EMBEDDING,
         "keras/src/layers/core/reversible_embedding_test.py": [
             *_LAYER,
             (r"=3 if tie_weights else 2,", "=3 if tie_weights else 6,"),

@@ -121,6 +121,9 @@ class KerasHubTest(load_test_case()):
             init_kwargs=options,
             input_data=batch,
             expected_output_shape=shapes,
+            # Mixtral numbers its blocks anew in each model, so that a map of
+            # dtype policies does not find them; KerasHub's test skips it, too.
+            run_quantization_check=architecture.name != "Mixtral",
         )
 
     @parameterized.named_parameters(

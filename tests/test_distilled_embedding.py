@@ -942,7 +942,7 @@ def test_embeddings_of_an_unbuilt_layer():
         (None, {"rank": 13}, ValueError, "rank=13"),
         (None, {"rank": 2.0}, ValueError, "rank=2.0"),
         (None, {"compression": 1.0}, ValueError, "compression=1.0"),
-        (None, {"compression": 100.0}, ValueError, "at most 10.36"),
+        (None, {"compression": 100.0}, ValueError, "at most 10.35"),
         # The rest
         (None, {"rank": 2, "method": "magic"}, ValueError, "method"),
         (None, {"rank": 2, "size": 3}, ValueError, "Unrecognized keyword"),

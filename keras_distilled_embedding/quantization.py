@@ -70,6 +70,8 @@ class Format:
             integers: int8 array `(rows, stored_columns)`.
         """
         per_byte = 8 // self.bits
+        if per_byte == 1:
+            return integers.reshape(-1).view("uint8")
         numbers = integers.reshape(-1, per_byte).view("uint8")
         numbers = numbers & np.uint8(2**self.bits - 1)
         shifts = np.arange(per_byte, dtype="uint8") * np.uint8(self.bits)

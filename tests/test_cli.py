@@ -597,7 +597,7 @@ def test_faults_are_not_hidden(run, monkeypatch):
 
 def test_errors_that_the_model_tells(run):
     shown = run("inspect", "other.keras")
-    assert_bad_use(shown, "inspect", "not a saved model")
+    assert_bad_use(shown, "inspect", "not a file written by")
     shown = run(*COMPRESS[:-1], "x.keras", "--layer", "nothing")
     assert_bad_use(shown, "compress", "'nothing'")
     shown = run("inspect", "own.keras", "--import", "no_such_module")
@@ -743,6 +743,6 @@ def test_processes(files, own, tmp_path):
     loaded = kde.load_model(out, {"own>OwnModel": type(own.model)})
     assert_same_outputs(loaded, student)
 
-    assert_bad_use(exported, "export", "other.keras.*not a saved")
+    assert_bad_use(exported, "export", "other.keras.*not a file written")
     assert failed.read_bytes() == b"precious"
     assert not list(tmp_path.glob("*.tmp"))

@@ -253,8 +253,17 @@ _of_jax = pytest.mark.filterwarnings(
 def test_examples_of_docstrings_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {**_namespace(), **_trained_things(tmp_path)}
-    for block in _python_blocks(inspect.getdoc(_public_objects()[name])):
+    blocks = _python_blocks(inspect.getdoc(_public_objects()[name]))
+    _skip_exports_elsewhere(blocks)
+    for block in blocks:
         exec(inspect.cleandoc(block), namespace)
+
+
+def _skip_exports_elsewhere(blocks):
+    if keras.backend.backend() != "tensorflow" and any(
+        "export_litert(" in block for block in blocks
+    ):
+        pytest.skip("export needs TensorFlow")
 
 
 def _trained_things(folder):
@@ -321,10 +330,11 @@ def test_documents(path, tmp_path, monkeypatch):
     namespace = _namespace()
     blocks = _python_blocks(text)
     assert blocks
-    for block in blocks:
-        exec(block, namespace)
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (path.parent / link).exists(), link
+    _skip_exports_elsewhere(blocks)
+    for block in blocks:
+        exec(block, namespace)
 
 
 def test_readme_is_short():

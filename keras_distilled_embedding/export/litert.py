@@ -99,7 +99,8 @@ def export_litert(
         OSError: If the file cannot be written: the folder does not exist, is
             protected or full, or `filepath` is a folder itself.
         ImportError: If TensorFlow or a package of LiteRT is missing.
-        RuntimeError: If the file would hold a table more than once.
+        RuntimeError: If the file would hold a table more than once, or if
+            Keras runs on another backend than TensorFlow.
 
     Example:
 
@@ -301,6 +302,12 @@ def _check_float32(model: keras.Model) -> None:
 
 def _check_packages(quantization: str | None) -> None:
     """Refuses to start without what the export needs."""
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            "Export needs Keras's TensorFlow backend: save the model, set "
+            "KERAS_BACKEND=tensorflow, and load it in a new process. "
+            f"Received: backend {keras.backend.backend()!r}"
+        )
     packages = ["tensorflow", "ai_edge_litert.schema_py_generated"]
     if quantization is not None:
         packages.append("ai_edge_quantizer.quantizer")

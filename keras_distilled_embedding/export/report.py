@@ -14,6 +14,8 @@ from keras_distilled_embedding.export.signatures import Signature
 
 # Random inputs, where none are given.
 _BATCHES, _BATCH_SIZE, _LENGTH = 2, 4, 8
+# From so many rows on, logits of more than one example take too much memory.
+_MANY_ROWS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,7 @@ def measure_fidelity(
     Returns:
         A `Fidelity`, or `None` where the model does not take random inputs.
     """
+    import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
 
     given = inputs is not None
@@ -121,11 +124,13 @@ def measure_fidelity(
     interpreter = Interpreter(model_content=content)
     for name, batches in inputs.items():
         runner = interpreter.get_signature_runner(name)
+        # In a graph, which does not transpose a whole table to multiply it.
+        in_keras = tf.function(signatures[name].call)
         for batch in batches:
             try:
                 arrays = signatures[name].by_name(batch)
                 found = runner(**arrays)
-                expected = signatures[name].call(arrays)
+                expected = in_keras(arrays)
             except Exception:
                 if given:
                     raise
@@ -162,12 +167,13 @@ def _random_batches(signature: Signature) -> list[dict[str, np.ndarray]]:
     ]
     if any(tensor.dtype == "string" for tensor in signature.inputs.values()):
         return []
+    batch_size = 1 if max(rows, default=0) > _MANY_ROWS else _BATCH_SIZE
     batches = []
     for _ in range(_BATCHES):
         batch = {}
         for name, tensor in signature.inputs.items():
             shape = [
-                size or (_LENGTH if axis else _BATCH_SIZE)
+                size or (_LENGTH if axis else batch_size)
                 for axis, size in enumerate(tensor.shape)
             ]
             values: np.ndarray

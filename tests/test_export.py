@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import subprocess
 import sys
 import types
 
@@ -851,3 +852,58 @@ def test_missing_package_names_the_extra(path, monkeypatch, no_work):
         match=r'`ai_edge_litert.*pip install "keras-distilled-emb.*\[litert\]"',
     ):
         export(make_model(), path)
+
+
+# Large vocabularies
+
+EXPORT_LARGE = """
+import resource, sys, time
+import keras
+from keras_distilled_embedding import export_litert, layers
+
+rows, width, rank = map(int, sys.argv[1:4])
+tokens = layers.DistilledEmbedding(rows, width, rank, name="tokens")
+ids = keras.Input((8,), dtype="int32", name="ids")
+states = keras.Input((1, width), name="states")
+body = keras.layers.Dense(width, "tanh")
+model = keras.Model(ids, tokens(body(tokens(ids)), reverse=True))
+signatures = {
+    "all": model,
+    "look_up": keras.Model(ids, tokens(ids)),
+    "project": keras.Model(states, tokens(states, reverse=True)),
+}
+floats = 4 * model.count_params()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.process_time()
+export_litert(
+    model,
+    sys.argv[4],
+    quantization="int8",
+    signatures=signatures,
+    verbose=False,
+)
+seconds = time.process_time() - start
+added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print("RESULT", 1024 * added / floats, seconds)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(262_144, 640, 320), (1_000_000, 64, 64)])
+def test_memory_of_a_large_vocabulary(shape, tmp_path):
+    """Grows with the file, not with what TensorFlow makes of constants."""
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            EXPORT_LARGE,
+            *map(str, shape),
+            str(tmp_path / "model.tflite"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    added, seconds = map(float, process.stdout.split("RESULT")[1].split())
+    assert added < 2.5  # times the model's floats
+    assert seconds < 90

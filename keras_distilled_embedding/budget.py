@@ -6,25 +6,24 @@ import dataclasses
 import itertools
 import numbers
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
 import numpy as np
-from keras import ops
 
 from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding.factorization import Spectrum
 from keras_distilled_embedding.factorization import Table
-from keras_distilled_embedding.factorization import closed_form
+from keras_distilled_embedding.factorization import can_round
+from keras_distilled_embedding.factorization import expected_error
 from keras_distilled_embedding.factorization import get_activation
 from keras_distilled_embedding.factorization import is_linear
-from keras_distilled_embedding.factorization import lost_energy
 from keras_distilled_embedding.factorization import spectrum_of
-from keras_distilled_embedding.quantization import FORMATS
-from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.quantization import QUANTIZATIONS
+from keras_distilled_embedding.quantization import Format
+from keras_distilled_embedding.quantization import formats_of
 from keras_distilled_embedding.sizes import check_compression
 from keras_distilled_embedding.sizes import check_rank
 from keras_distilled_embedding.sizes import check_speedup
@@ -46,12 +45,13 @@ class Plan(NamedTuple):
 
     Args:
         ranks: The rank of each table that is to be factorized.
-        quantization: Name of a storage format, or `None` for floats; of all
-            tables.
+        kind: The storage format of all tables, or `None` for floats.
+        reason: Why this plan, in one line.
     """
 
     ranks: dict[Target, int]
-    quantization: str | None
+    kind: Format | None
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,29 +84,34 @@ class SizeRequest:
             _SIZE_CHECKS[name](size)
         if self.min_speedup is not None:
             check_speedup(self.min_speedup)
-        if self.quantization not in (None, AUTO, *FORMATS):
+        if self.quantization not in (None, AUTO, *QUANTIZATIONS):
             raise ValueError(
-                f"`quantization` must be None or one of {(AUTO, *FORMATS)}. "
+                "`quantization` must be None or one of "
+                f"{(AUTO, *QUANTIZATIONS)}. "
                 f"Received: quantization={self.quantization!r}"
             )
         get_activation(self.activation)
 
     @property
-    def candidates(self) -> tuple[str | None, ...]:
-        """The storage formats to choose from, the one of fewest bytes last.
+    def candidates(self) -> list[Format | None]:
+        """The storage formats to choose from.
 
         With a rank alone nothing is saved by rounding, so floats stay.
         """
-        if self.quantization != AUTO:
-            return (self.quantization,)
-        if self.rank is not None:
-            return (None,)
-        return tuple(
-            sorted(
-                (None, *FORMATS),
-                key=lambda name: -factor_bytes(1, 1000, 1, name),
-            )
+        if self.quantization is None:
+            return [None]
+        if self.quantization == AUTO and self.rank is not None:
+            return [None]
+        names = (
+            QUANTIZATIONS if self.quantization == AUTO else (self.quantization,)
         )
+        floats = [None] if self.quantization == AUTO else []
+        return floats + [
+            kind
+            for name in names
+            for kind in formats_of(name)
+            if can_round(kind, self.uses_relu, self.use_bias)
+        ]
 
     @property
     def uses_relu(self) -> bool:
@@ -152,19 +157,17 @@ def plan(tables: Tables, request: SizeRequest, optional: bool) -> Plan:
     """
     planner = _Planner(tables, request, optional)
     plans, refusals = [], []
-    for quantization in request.candidates:
+    for kind in request.candidates:
         try:
-            plans.append(Plan(planner.ranks(quantization), quantization))
+            plans.append(Plan(planner.ranks(kind), kind))
         except ValueError as error:
             refusals.append(error)
     if not plans:
-        raise refusals[-1]  # of the format that reaches furthest
-    if len(plans) == 1:
-        return plans[0]
+        raise refusals[-1]
     most = max(len(found.ranks) for found in plans)
     plans = [found for found in plans if len(found.ranks) == most]
-    if request.max_error is not None:
-        return min(plans, key=planner.bytes_of)
+    if request.max_error is not None and len(plans) > 1:
+        plans = [min(plans, key=planner.bytes_of)]
     return planner.least_loss(plans)
 
 
@@ -178,89 +181,126 @@ class _Planner:
         self._request = request
         self._optional = optional
 
-    def ranks(self, quantization: str | None) -> dict[Target, int]:
+    def ranks(self, kind: Format | None) -> dict[Target, int]:
         """The rank of each table that can be factorized as requested.
 
         Raises:
             ValueError: If none can be, or one that is not optional.
         """
         if self._request.max_bytes is not None:
-            return self._ranks_for_bytes(quantization, self._request.max_bytes)
+            return self._ranks_for_bytes(kind, self._request.max_bytes)
         if self._request.rank is not None:
             rank_of = self._requested_rank
         elif self._request.max_error is not None:
             rank_of = self._rank_for_error
         else:
             rank_of = self._rank_for_compression
-        return self._for_each(lambda target: rank_of(target, quantization))
+        return self._for_each(lambda target: rank_of(target, kind))
 
     def bytes_of(self, plan: Plan) -> int:
         """Bytes of the factors of all tables."""
         return sum(
-            self._bytes(target, rank, plan.quantization)
+            self._bytes(target, rank, plan.kind)
             for target, rank in plan.ranks.items()
         )
 
-    def least_loss(self, plans: Iterable[Plan]) -> Plan:
+    def least_loss(self, plans: list[Plan]) -> Plan:
         """The plan that is expected to lose the least of the tables' energy.
 
         Rounding only adds to what a rank loses: plans that lose more by their
         ranks alone are not tried.
         """
-        best, least = None, np.inf
-        for bound, plan in sorted(
-            ((self._loss(plan, rounded=False), plan) for plan in plans),
-            key=lambda pair: pair[0],
-        ):
-            if bound >= least:
-                break
-            loss = bound
-            if plan.quantization is not None:
+        if len(plans) == 1:
+            return plans[0]
+        bounds = [self._loss(plan, rounded=False) for plan in plans]
+        losses: dict[str, float] = {}
+        best, least = plans[0], np.inf
+        for index in np.argsort(bounds, kind="stable"):
+            plan, loss = plans[index], bounds[index]
+            if loss < least and plan.kind is not None:
                 loss = self._loss(plan, rounded=True)
+            name = _name(plan.kind)
+            losses[name] = min(loss, losses.get(name, np.inf))
             if loss < least:
                 best, least = plan, loss
-        assert best is not None
-        return best
+        if len(losses) == 1:
+            return best
+        return best._replace(reason=self._reason(best, losses))
+
+    def _reason(self, best: Plan, losses: Mapping[str, float]) -> str:
+        """Why this plan, in one line."""
+        count = sum(target.num_tables for target in best.ranks)
+        chosen = _name(best.kind)
+        ranks = ", ".join(map(str, best.ranks.values()))
+        others = ", ".join(
+            f"{name} {loss / count:.2g}"
+            for name, loss in sorted(losses.items(), key=lambda item: item[1])
+            if name != chosen
+        )
+        of_what = "logits'" if self._knows_logits else "tables'"
+        return (
+            f"{chosen} at rank {ranks} is expected to lose "
+            f"{losses[chosen] / count:.2g} of the {of_what} energy; at the "
+            f"same size, others lose at least: {others}"
+        )
+
+    @property
+    def _knows_logits(self) -> bool:
+        return any(
+            table.metric is not None
+            for tables in self._tables.values()
+            for table in tables
+        )
 
     def _loss(self, plan: Plan, rounded: bool) -> float:
         return sum(
-            expected_loss(table, rank, self._request, plan.quantization)
+            self._expected_loss(table, rank, plan.kind)
             if rounded
             else self._spectrum(table).error(self._request.components(rank))
             for target, rank in plan.ranks.items()
             for table in self._tables[target]
         )
 
-    def _requested_rank(self, target: Target, quantization: str | None) -> int:
+    def _expected_loss(
+        self, table: Table, rank: int, kind: Format | None
+    ) -> float:
+        """The share of the energy that the factors are expected to lose."""
+        if kind is None:
+            spectrum = self._spectrum(table)
+            return spectrum.error(self._request.components(rank))
+        request = self._request
+        return expected_error(
+            table, rank, kind, request.uses_relu, request.use_bias
+        )
+
+    def _requested_rank(self, target: Target, kind: Format | None) -> int:
         rank = check_rank(
             self._request.rank,
             *target.shape,
-            quantization,
+            kind,
             self._request.use_bias,
         )
-        fast = self._fast_rank(rank, target, quantization)
+        fast = self._fast_rank(rank, target, kind)
         if fast < rank:
             raise ValueError(
                 f"`rank` must be at most {fast} for `min_speedup`. Received: "
                 f"rank={rank}, min_speedup={self._request.min_speedup}, "
-                f"quantization={quantization!r}"
+                f"quantization={kind and kind.name!r}"
             )
         return rank
 
-    def _rank_for_compression(
-        self, target: Target, quantization: str | None
-    ) -> int:
+    def _rank_for_compression(self, target: Target, kind: Format | None) -> int:
         rank = rank_for_compression(
             *target.shape,
             self._request.compression or DEFAULT_COMPRESSION,
-            quantization,
+            kind,
             self._request.use_bias,
         )
-        return self._fast_rank(rank, target, quantization)
+        return self._fast_rank(rank, target, kind)
 
-    def _rank_for_error(self, target: Target, quantization: str | None) -> int:
+    def _rank_for_error(self, target: Target, kind: Format | None) -> int:
         """The smallest rank that loses no more, rounding included."""
-        limit = self._useful_rank(target, quantization)
+        limit = self._useful_rank(target, kind)
         max_error = self._request.max_error or 0.0
         rank = max(
             _rank_for_error(table, self._request)
@@ -268,9 +308,8 @@ class _Planner:
         )
 
         def loses_more(rank: int) -> bool:
-            return quantization is not None and any(
-                expected_loss(table, rank, self._request, quantization)
-                > max_error
+            return kind is not None and any(
+                self._expected_loss(table, rank, kind) > max_error
                 for table in self._tables[target]
             )
 
@@ -280,22 +319,22 @@ class _Planner:
         if rank > limit:
             raise ValueError(
                 "`max_error` is too small: factors that lose so little in "
-                f"{quantization or 'floats'} are no smaller than the table, "
+                f"{_name(kind)} are no smaller than the table, "
                 f"of shape {target.shape}. "
                 f"Received: max_error={max_error}"
             )
-        return self._fast_rank(rank, target, quantization)
+        return self._fast_rank(rank, target, kind)
 
     def _ranks_for_bytes(
-        self, quantization: str | None, max_bytes: int
+        self, kind: Format | None, max_bytes: int
     ) -> dict[Target, int]:
         limits = self._for_each(
             lambda target: self._fast_rank(
-                self._useful_rank(target, quantization), target, quantization
+                self._useful_rank(target, kind), target, kind
             )
         )
         prices = [
-            self._prices(target, limit, quantization)
+            self._prices(target, limit, kind)
             for target, limit in limits.items()
         ]
         shares = [
@@ -309,18 +348,18 @@ class _Planner:
         return dict(zip(limits, ranks))
 
     def _prices(
-        self, target: Target, limit: int, quantization: str | None
+        self, target: Target, limit: int, kind: Format | None
     ) -> dict[int, int]:
         """Bytes of the ranks that no larger one undercuts, ascending."""
         prices: dict[int, int] = {}
-        least = self._bytes(target, limit, quantization) + 1
+        least = self._bytes(target, limit, kind) + 1
         for rank in range(limit, 0, -1):
-            price = self._bytes(target, rank, quantization)
+            price = self._bytes(target, rank, kind)
             if price < least:
                 prices[rank] = least = price
         return dict(reversed(prices.items()))
 
-    def _useful_rank(self, target: Target, quantization: str | None) -> int:
+    def _useful_rank(self, target: Target, kind: Format | None) -> int:
         """The largest rank whose factors are smaller than the table.
 
         Raises:
@@ -329,7 +368,7 @@ class _Planner:
         rank = largest_rank(
             *target.shape,
             table_bytes(*target.shape) - 1,
-            quantization,
+            kind,
             self._request.use_bias,
         )
         if rank == 0:
@@ -339,22 +378,16 @@ class _Planner:
             )
         return rank
 
-    def _fast_rank(
-        self, rank: int, target: Target, quantization: str | None
-    ) -> int:
+    def _fast_rank(self, rank: int, target: Target, kind: Format | None) -> int:
         """The rank, or what `min_speedup` allows at most."""
         if self._request.min_speedup is None:
             return rank
-        fast = rank_for_speedup(
-            *target.shape, self._request.min_speedup, quantization
-        )
+        fast = rank_for_speedup(*target.shape, self._request.min_speedup, kind)
         return min(rank, fast)
 
-    def _bytes(
-        self, target: Target, rank: int, quantization: str | None
-    ) -> int:
+    def _bytes(self, target: Target, rank: int, kind: Format | None) -> int:
         return target.num_tables * factor_bytes(
-            rank, *target.shape, quantization, self._request.use_bias
+            rank, *target.shape, kind, self._request.use_bias
         )
 
     def _spectrum(self, table: Table) -> Spectrum:
@@ -381,33 +414,6 @@ class _Planner:
             assert refused is not None
             raise refused
         return ranks
-
-
-def expected_loss(
-    table: Table, rank: int, request: SizeRequest, quantization: str | None
-) -> float:
-    """The share of a table's energy that rounded factors lose.
-
-    Measured with the closed form, in two passes over the table.
-
-    Args:
-        table: The table.
-        rank: Integer.
-        request: Tells the form of the factors.
-        quantization: Name of a storage format, or `None` for floats.
-    """
-    factors = closed_form(table, rank, request.uses_relu, request.use_bias)
-    if quantization is None:
-        return factors.lost.relative
-    codes = ops.convert_to_numpy(
-        round_codes(factors.codes, factors.basis, quantization)
-    )
-    offset = 0.0 if factors.offset is None else factors.offset
-
-    def reconstruct(rows: slice) -> np.ndarray:
-        return codes[rows] @ factors.basis + offset
-
-    return lost_energy(table, reconstruct).relative
 
 
 def allocate_ranks(
@@ -457,6 +463,10 @@ def allocate_ranks(
             taken[index] += 1
             spent += cost
     return [options[step] for options, step in zip(ranks, taken)]
+
+
+def _name(kind: Format | None) -> str:
+    return "floats" if kind is None else kind.name
 
 
 def _rank_for_error(table: Table, request: SizeRequest) -> int:

@@ -88,7 +88,8 @@ def compress(
             each 32 of them, which take the bytes of one) goes where it saves
             most of a table's energy for its bytes.
         max_error: Float in (0, 1), the share of its energy that each table
-            may lose, rounding included. The smallest rank is taken.
+            may lose, rounding included; with `calibration_data`, that of its
+            logits. The smallest rank is taken.
         min_speedup: Float of at least 1, how many times fewer multiplications
             a projection through the factors takes at least than one with the
             table, `r (V + d)` instead of `V d`. It limits the ranks, however
@@ -96,12 +97,13 @@ def compress(
             in int4 multiplies with `r` filled up to a multiple of 32, and so
             is counted.
         quantization: How the factors of all tables are stored: `"int8"`,
-            `"int4"`, or `None` for floats. The new layers compute with their
-            codes rounded so, and are trained as they will be stored. `"auto"`
-            plans rank and bits together: of floats, int8 and int4 it takes
-            what is expected to lose the least of the tables' energy at the
-            given size (with `max_error`, the fewest bytes; with `rank`,
-            floats).
+            `"int4"`, `"int2"`, or `None` for floats. The new layers compute
+            with their codes rounded so, and are trained as they will be
+            stored. `"auto"` plans rank and bits together: of all these it
+            takes what is expected to lose the least of the logits' energy at
+            the given size, or of the tables' without `calibration_data` (with
+            `max_error`, the fewest bytes; with `rank`, floats). Whether each
+            row has a scale of its own is planned, too.
         activation: `f` in `E ~ f(U) W + 1 c`.
         use_bias: Boolean, whether there is an offset `c`.
         method: `"exact"` or `"learned"`, see `factorize`.
@@ -177,15 +179,15 @@ def compress(
             model, targets, calibration_data, verbose
         )
     tables = {t: weighted_tables(t, statistics.get(t)) for t in targets}
-    ranks, quantization = plan(tables, request, optional=layers is None)
+    ranks, kind, reason = plan(tables, request, optional=layers is None)
+    if verbose and reason:
+        print(reason)
+    form: dict[str, Any] = {"activation": activation, "use_bias": use_bias}
+    if kind is not None:
+        form["quantization"] = kind.name
+        form["row_scales"] = kind.has_row_scales
     chosen = {
-        target: target.new_layer(
-            rank,
-            activation=activation,
-            use_bias=use_bias,
-            quantization=quantization,
-        )
-        for target, rank in ranks.items()
+        target: target.new_layer(rank, **form) for target, rank in ranks.items()
     }
     tied = heads_of(model, chosen) if heads == "tie" else []
     replacements = _replacements(chosen, tied)
@@ -196,13 +198,7 @@ def compress(
         if verbose:
             print(f"Factorizing '{target.name}'")
         factors = [
-            factorize_table(
-                table,
-                new.rank,
-                activation=activation,
-                use_bias=use_bias,
-                method=method,
-            )
+            factorize_table(table, new.rank, method=method, **form)
             for table in tables[target]
         ]
         assign_factors(new, *factors)

@@ -3,16 +3,17 @@
 The only description of a format. The layer computes with what it rounds, the
 planner counts its bytes, the exported file holds its integers.
 
-A factorized table `F W + 1 c`, with the features `F = f(U)`, is also
-`C B + 1 o`: the codes in other coordinates `C`, with a basis and an offset
-that lead back. That is exact, and the choice of `C` decides what rounding
-costs:
+The features `F = f(U)` of a factorized table `F W + 1 c` are rounded to
 
-- int8, one scale for the whole table: each column is centered on the middle of
-  its range and divided by half of it, so that all columns use all integers.
-- int4, one scale for 32 numbers of a row: centered on the mean, in an
-  orthonormal basis of what `W` spans, so that an error of the codes is an
-  error of the table of the same size.
+```
+F~ = 1 m + s * (Q + shift)
+```
+
+with whole numbers `Q`, a center `m` of one number a column, and scales `s`: one
+a row, or one a column. The center and the scales of columns cost a file
+nothing, the offset and the basis take them up; a scale a row costs bytes, and
+makes two bits as good as they can be. What is rounded matters as much as how:
+`factorization.rounding` finds the coordinates.
 """
 
 from __future__ import annotations
@@ -26,31 +27,62 @@ from keras import ops
 
 # Rows that are rounded at a time for a file.
 _ROWS_AT_A_TIME = 16_384
-# Shares of the largest number of a block that are tried as its scale: a
-# smaller one clips that number and rounds the others more finely.
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
-_SMALLEST_SCALE = 2.0**-13  # which float16 and bfloat16 hold
+# The steps of a uniform quantizer that loses least of Gaussian numbers of unit
+# variance, by its bits; of 8 bits, the largest of a million numbers fits.
+_STEPS = {2: 0.9957, 4: 0.3352, 8: 0.04}
+# Scales of two bytes are kept above this: float16 and bfloat16 hold it.
+_SMALLEST_SCALE = 2.0**-13
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One way of storing a matrix as integers.
+    """One way of storing a matrix of codes as integers.
 
     Args:
         name: What users call it.
         bits: Bits of an integer.
-        block: How many numbers of a row share one scale of two bytes, or
-            `None` for one float32 scale for the whole matrix.
+        scale_bytes: What LiteRT needs for the scale of a row: 2 where a row
+            is one block, 12 where it is a channel (a float32 and the int64
+            of its zero point). 0: one scale a column.
+        multiple: LiteRT takes rows of multiples of so many integers.
+        shift: How far the levels are from whole numbers, in steps.
+        is_delegated: Whether XNNPACK computes the product, or LiteRT's own
+            loop, about ten times slower.
     """
 
     name: str
     bits: int
-    block: int | None = None
+    scale_bytes: int = 0
+    multiple: int = 1
+    shift: float = 0.0
+    is_delegated: bool = True
+
+    @property
+    def has_row_scales(self) -> bool:
+        """Whether each row has a scale of its own."""
+        return self.scale_bytes > 0
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The smallest and the largest integer."""
+        half = 2 ** (self.bits - 1)
+        # -128 would only make 8 bits lopsided.
+        return -half + (self.bits == 8), half - 1
+
+    @property
+    def step(self) -> float:
+        """The scale that suits Gaussian numbers of unit variance."""
+        return _STEPS[self.bits]
 
     def stored_columns(self, columns: int) -> int:
-        """Columns in the file, where zeros fill up the last block."""
-        block = self.block or 1
-        return -(-columns // block) * block
+        """Columns in the file.
+
+        A shift of the levels by a part of a step is constant for one scale a
+        column, and goes into the offset; with a scale a row it is a column of
+        ones more. Zeros fill up the last `multiple`.
+        """
+        columns += self.has_row_scales and self.shift != 0
+        return -(-columns // self.multiple) * self.multiple
 
     def table_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix of integers with its scales.
@@ -59,9 +91,9 @@ class Format:
             rows: Number of rows.
             columns: Number of columns, before they are filled up.
         """
-        columns = self.stored_columns(columns)
-        scales = 4 if self.block is None else 2 * rows * (columns // self.block)
-        return rows * columns * self.bits // 8 + scales
+        stored = self.stored_columns(columns)
+        scales = rows * self.scale_bytes if self.has_row_scales else 4
+        return rows * stored * self.bits // 8 + scales
 
     def pack(self, integers: np.ndarray) -> np.ndarray:
         """Returns the bytes of integers, the first number in the low bits.
@@ -77,66 +109,116 @@ class Format:
         shifts = np.arange(per_byte, dtype="uint8") * np.uint8(self.bits)
         return np.bitwise_or.reduce(numbers << shifts, axis=1)
 
-    def round(
-        self, values: Any, largest: float | None = None
-    ) -> tuple[Any, Any]:
-        """Rounds a matrix.
+    def grid(self, features: Any) -> tuple[Any, Any]:
+        """The center and the scales that suit features as they are.
 
         Args:
-            values: Float32 tensor `(rows, columns)`.
-            largest: The largest magnitude of the whole matrix, where `values`
-                are some of its rows.
+            features: Float32 tensor `(rows, columns)`.
 
         Returns:
-            Whole numbers, float32 `(rows, stored_columns)`, and the scales
-            that they are multiplied with: `(1, 1)`, or one a block.
+            Center `(columns,)`, and scales `(rows, 1)` or `(1, columns)`.
         """
-        if self.block is None:
-            if largest is None:
-                largest = ops.max(ops.abs(values))
-            return self._round_with_one_scale(values, largest)
-        return self._round_in_blocks(values)
+        if self.bits == 8:
+            low, high = ops.min(features, axis=0), ops.max(features, axis=0)
+            center = ops.multiply(0.5, ops.add(low, high))
+            scales = ops.divide(ops.subtract(high, low), 2 * self.levels[1])
+            return center, ops.expand_dims(self.stored_scales(scales), 0)
+        center = ops.mean(features, axis=0)
+        squares = ops.square(ops.subtract(features, center))
+        axis = 1 if self.has_row_scales else 0
+        variances = ops.mean(squares, axis=axis, keepdims=True)
+        return center, self.stored_scales(
+            ops.multiply(self.step, ops.sqrt(variances))
+        )
 
-    def _round_with_one_scale(
-        self, values: Any, largest: Any
-    ) -> tuple[Any, Any]:
-        top = float(2 ** (self.bits - 1) - 1)
-        scale = ops.divide(ops.cast(largest, "float32"), top)
-        scale = ops.where(ops.greater(scale, 0.0), scale, 1.0)
-        integers = ops.round(ops.divide(values, scale))
-        return ops.clip(integers, -top, top), ops.reshape(scale, (1, 1))
+    def stored_scales(self, scales: Any) -> Any:
+        """Scales as a file holds them: positive, those of two bytes rounded.
 
-    def _round_in_blocks(self, values: Any) -> tuple[Any, Any]:
-        largest, size = float(2 ** (self.bits - 1) - 1), self.block or 1
-        rows, columns = values.shape
-        stored = self.stored_columns(columns)
-        values = ops.pad(values, [[0, 0], [0, stored - columns]])
-        blocks = ops.reshape(values, (rows, stored // size, size))
-        maxima = ops.max(ops.abs(blocks), axis=-1, keepdims=True)
-        best = scales = least = None
-        for clip in _CLIPS:
-            # As the file holds them: float16 with bfloat16's precision.
-            scale = ops.cast(
-                ops.cast(ops.multiply(clip / largest, maxima), "bfloat16"),
-                "float32",
-            )
-            scale = ops.maximum(scale, _SMALLEST_SCALE)
-            integers = ops.clip(
-                ops.round(ops.divide(blocks, scale)), -largest - 1.0, largest
-            )
-            error = ops.sum(
-                ops.square(ops.subtract(ops.multiply(integers, scale), blocks)),
-                axis=-1,
-                keepdims=True,
-            )
-            if best is None:
-                best, scales, least = integers, scale, error
-                continue
-            better = ops.less(error, least)
-            best = ops.where(better, integers, best)
-            scales = ops.where(better, scale, scales)
-            least = ops.where(better, error, least)
-        return ops.reshape(best, (rows, stored)), ops.squeeze(scales, axis=-1)
+        To what float16 and bfloat16 both hold: the file has the one, XNNPACK
+        makes the other of it.
+        """
+        if self.scale_bytes != 2:
+            return ops.maximum(scales, 1e-30)
+        scales = ops.cast(ops.cast(scales, "bfloat16"), "float32")
+        return ops.maximum(scales, _SMALLEST_SCALE)
+
+    def integers(self, features: Any, center: Any, scales: Any) -> Any:
+        """The nearest whole numbers `Q`, float32, as large as `features`."""
+        steps = ops.divide(ops.subtract(features, center), scales)
+        return ops.clip(
+            ops.round(ops.subtract(steps, self.shift)), *self.levels
+        )
+
+    def round(self, features: Any, center: Any, scales: Any) -> Any:
+        """Rounds features, so that they can be trained.
+
+        Backward, rounding is taken for the identity (a straight-through
+        gradient). The scales get the gradient of a quantizer that is learned:
+        of what rounding adds, in steps, and of the last level for numbers that
+        lie beyond it.
+
+        Args:
+            features: `F`, or some of its rows, float32 `(..., columns)`.
+            center: `m`, float32 `(columns,)`.
+            scales: `s`, float32 `(..., 1)` or `(1, columns)`.
+
+        Returns:
+            `F~`, like `features`.
+
+        References:
+        - [Esser et al., 2020](https://arxiv.org/abs/1902.08153)
+        """
+        scales = self.stored_scales(scales)
+        fixed, step = ops.stop_gradient(features), ops.stop_gradient(scales)
+        levels = ops.add(self.integers(fixed, center, step), self.shift)
+        added = ops.subtract(
+            levels, ops.divide(ops.subtract(fixed, center), step)
+        )
+        # Beyond the last level, not what was cut off but the level itself.
+        of_scales = ops.where(ops.greater(ops.abs(added), 0.501), levels, added)
+        rounded = ops.add(ops.multiply(levels, step), center)
+        return ops.add(
+            ops.add(rounded, ops.subtract(features, fixed)),
+            ops.multiply(of_scales, ops.subtract(scales, step)),
+        )
+
+
+# By name and by whether each row has a scale of its own.
+_FORMATS = {
+    (found.name, found.has_row_scales): found
+    for found in (
+        Format("int8", bits=8),
+        Format("int4", bits=4, scale_bytes=2, multiple=32),
+        Format("int4", bits=4, multiple=2),
+        Format("int2", bits=2, scale_bytes=12, multiple=4, shift=0.5),
+        Format("int2", bits=2, multiple=4, shift=0.5, is_delegated=False),
+    )
+}
+QUANTIZATIONS = tuple(dict.fromkeys(name for name, _ in _FORMATS))
+
+
+def formats_of(quantization: str) -> list[Format]:
+    """The formats of that name, that with a scale a row first."""
+    return [found for found in _FORMATS.values() if found.name == quantization]
+
+
+def format_of(quantization: str, row_scales: bool = True) -> Format:
+    """The format of that name, with a scale a row or without, if it can be.
+
+    Args:
+        quantization: Name of a format.
+        row_scales: Whether each row is to have a scale of its own; 8 bits
+            have none.
+    """
+    found = _FORMATS.get((quantization, row_scales))
+    return found or formats_of(quantization)[0]
+
+
+def as_format(quantization: str | Format | None) -> Format | None:
+    """The format of that name, with a scale a row, or the format itself."""
+    if isinstance(quantization, str):
+        return format_of(quantization)
+    return quantization
 
 
 # Matrices of fewer numbers stay floats in a file of integers, as TensorFlow's
@@ -149,12 +231,6 @@ def matrix_bytes(size: int) -> int:
     return size if size >= SMALLEST_ROUNDED else 4 * size
 
 
-FORMATS = {
-    found.name: found
-    for found in (Format("int8", bits=8), Format("int4", bits=4, block=32))
-}
-
-
 def check_quantization(argument: str, value: Any) -> None:
     """Refuses what is neither `None` nor the name of a format.
 
@@ -165,155 +241,94 @@ def check_quantization(argument: str, value: Any) -> None:
     Raises:
         ValueError: If it is something else.
     """
-    if value is not None and value not in FORMATS:
+    if value is not None and value not in QUANTIZATIONS:
         raise ValueError(
-            f"`{argument}` must be None or one of {tuple(FORMATS)}. "
+            f"`{argument}` must be None or one of {QUANTIZATIONS}. "
             f"Received: {argument}={value!r}"
         )
 
 
-class RoundedTable(NamedTuple):
+class StoredFactors(NamedTuple):
     """A factorized table as integers: `(scales * integers) basis + offset`.
 
     Args:
         integers: int8 array `(input_dim, k)`, with `k` the rank filled up to
             the format's columns.
-        scales: Float32 array, as `Format.round` returns them.
-        basis: `B`, float32 tensor `(k, output_dim)`.
-        offset: `o`, float32 tensor `(output_dim,)`.
+        scales: Float32 array `(input_dim, 1)`, or `(1, 1)`.
+        basis: Float32 array `(k, output_dim)`.
+        offset: Float32 array `(output_dim,)`.
     """
 
-    integers: Any
-    scales: Any
-    basis: Any
-    offset: Any
+    integers: np.ndarray
+    scales: np.ndarray
+    basis: np.ndarray
+    offset: np.ndarray
 
 
-def round_factors(
-    features: Any, basis: Any, offset: Any, quantization: str
-) -> RoundedTable:
-    """Rounds a factorized table for a file.
+def stored_factors(
+    features: np.ndarray,
+    center: np.ndarray,
+    scales: np.ndarray,
+    basis: np.ndarray,
+    offset: np.ndarray | None,
+    kind: Format,
+) -> StoredFactors:
+    """The integers of a factorized table, and what they are multiplied with.
 
     Args:
         features: `F`, the codes after their activation, float32
             `(input_dim, rank)`.
+        center: `m`, float32 `(rank,)`.
+        scales: `s`, float32 `(input_dim, 1)` or `(1, rank)`.
         basis: `W`, float32 `(rank, output_dim)`.
         offset: `c`, float32 `(output_dim,)`, or `None` for zeros.
-        quantization: Name of a format.
-
-    Returns:
-        A `RoundedTable`.
+        kind: The format.
     """
-    kind = FORMATS[quantization]
-    center, forth, back = _coordinates(features, basis, kind)
     rows, rank = features.shape
-    integers = np.empty((rows, kind.stored_columns(rank)), "int8")
-    scales = []
+    scales = np.asarray(kind.stored_scales(scales), "float32")
+    stored = np.zeros((kind.stored_columns(rank), basis.shape[1]), "float32")
+    stored[:rank] = basis
+    integers = np.zeros((rows, len(stored)), "int8")
     for start in range(0, rows, _ROWS_AT_A_TIME):
         chunk = slice(start, start + _ROWS_AT_A_TIME)
-        coordinates = ops.matmul(ops.subtract(features[chunk], center), forth)
-        # One scale for all: the coordinates of int8 lie between -1 and 1.
-        rounded, of_chunk = kind.round(coordinates, largest=1.0)
-        integers[chunk] = ops.convert_to_numpy(rounded)
-        scales.append(ops.convert_to_numpy(of_chunk))
-    new_offset = ops.matmul(center, basis)[0]
+        integers[chunk, :rank] = ops.convert_to_numpy(
+            kind.integers(
+                features[chunk],
+                center,
+                scales[chunk] if kind.has_row_scales else scales,
+            )
+        )
+    constant = center
+    if not kind.has_row_scales:
+        stored[:rank] *= scales.T
+        constant = center + kind.shift * scales[0]
+    elif kind.shift:
+        stored[rank] = kind.shift * basis.sum(axis=0)
+        integers[:, rank] = 1
+    new_offset = constant @ basis
     if offset is not None:
-        new_offset = ops.add(new_offset, offset)
-    padding = integers.shape[1] - rank
-    return RoundedTable(
+        new_offset = new_offset + offset
+    return StoredFactors(
         integers,
-        scales[0] if kind.block is None else np.concatenate(scales),
-        ops.pad(ops.matmul(back, basis), [[0, padding], [0, 0]]),
+        scales if kind.has_row_scales else np.ones((1, 1), "float32"),
+        stored,
         new_offset,
     )
 
 
-def round_table(table: Any, quantization: str) -> tuple[Any, Any]:
-    """Rounds a table that is stored as a whole, in its own coordinates.
+def round_to_int8(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds a table that is stored as a whole, with one scale.
 
     Args:
         table: `E`, float32 `(input_dim, output_dim)`.
-        quantization: Name of a format.
 
     Returns:
-        Integers and scales, as those of a `RoundedTable`.
+        Integers, int8 as large as the table, and their scale `(1, 1)`.
     """
-    return FORMATS[quantization].round(table)
-
-
-def round_codes(features: Any, basis: Any, quantization: str) -> Any:
-    """The features that a table has after rounding, in their own coordinates.
-
-    Backward, rounding is taken for the identity (a straight-through
-    gradient), and the basis gets no gradient through its part in the rounding.
-
-    Args:
-        features: As of `round_factors`.
-        basis: As of `round_factors`.
-        quantization: Name of a format.
-
-    Returns:
-        Float32 `(input_dim, rank)`.
-    """
-    kind = FORMATS[quantization]
-    fixed = ops.stop_gradient(features)
-    center, forth, back = _coordinates(fixed, ops.stop_gradient(basis), kind)
-    coordinates = ops.matmul(ops.subtract(fixed, center), forth)
-    rounded = dequantize(*kind.round(coordinates, largest=1.0))
-    rounded = rounded[:, : coordinates.shape[1]]
-    rounded = ops.add(ops.matmul(rounded, back), center)
-    change = ops.stop_gradient(ops.subtract(rounded, features))
-    return ops.add(features, change)
-
-
-def dequantize(integers: Any, scales: Any) -> Any:
-    """Returns the float32 numbers that integers stand for.
-
-    Args:
-        integers: As of a `RoundedTable`.
-        scales: As of a `RoundedTable`.
-    """
-    if tuple(scales.shape) == (1, 1):
-        return ops.multiply(integers, scales)
-    block = integers.shape[1] // scales.shape[1]
-    return ops.multiply(integers, ops.repeat(scales, block, axis=1))
-
-
-def _coordinates(
-    features: Any, basis: Any, kind: Format
-) -> tuple[Any, Any, Any]:
-    """Returns `m`, `T` and the inverse of `T`, for `C = (F - 1 m) T`."""
-    if kind.block is None:
-        low = ops.min(features, axis=0, keepdims=True)
-        high = ops.max(features, axis=0, keepdims=True)
-        center = ops.multiply(0.5, ops.add(low, high))
-        half = ops.multiply(0.5, ops.subtract(high, low))
-        # A constant column has no range.
-        half = ops.where(ops.greater(half, 0.0), half, ops.ones_like(half))[0]
-        forth, back = ops.diag(ops.divide(1.0, half)), ops.diag(half)
-    else:
-        center = ops.mean(features, axis=0, keepdims=True)
-        # W = R^T Q^T, the rows of Q^T orthonormal: F W = (F R^T) Q^T. Zeros
-        # make R square where there are more codes than columns.
-        rank, columns = basis.shape
-        wide = ops.pad(basis, [[0, 0], [0, max(0, rank - columns)]])
-        _, triangle = ops.qr(ops.transpose(wide), mode="reduced")
-        # Where W has not full rank, directions without effect stay as small
-        # numbers, so that the triangle has an inverse.
-        diagonal = ops.diagonal(triangle)
-        tiny = ops.multiply(1e-6, ops.max(ops.abs(triangle)))
-        lost = ops.less_equal(ops.abs(diagonal), tiny)
-        triangle = ops.add(
-            triangle,
-            ops.diag(ops.where(lost, tiny + 1e-30, ops.zeros_like(diagonal))),
-        )
-        forth = ops.transpose(triangle)
-        back = ops.solve(forth, ops.eye(triangle.shape[0], dtype="float32"))
-        # Of an RMS near 1: two bytes hold the scales of neither tiny nor huge
-        # numbers.
-        squares = ops.matmul(
-            ops.var(features, axis=0), ops.mean(ops.square(forth), axis=1)
-        )
-        unit = ops.where(ops.greater(squares, 0.0), ops.sqrt(squares), 1.0)
-        forth, back = ops.divide(forth, unit), ops.multiply(back, unit)
-    return center, forth, back
+    largest = max(float(table.max()), -float(table.min()))
+    scale = np.full((1, 1), largest / 127 or 1.0, "float32")
+    integers = np.empty(table.shape, "int8")
+    for start in range(0, len(table), _ROWS_AT_A_TIME):
+        chunk = slice(start, start + _ROWS_AT_A_TIME)
+        integers[chunk] = np.clip(np.round(table[chunk] / scale), -127, 127)
+    return integers, scale

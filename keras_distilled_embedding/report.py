@@ -373,7 +373,7 @@ def _stored_bytes(target: Target) -> int:
     if layer.quantization is None:
         return _bytes_of(layer.weights)
     return target.num_tables * factor_bytes(
-        layer.rank, *target.shape, layer.quantization, layer.use_bias
+        layer.rank, *target.shape, layer.format, layer.use_bias
     )
 
 

@@ -8,14 +8,15 @@ import numbers
 from typing import Any
 
 from keras_distilled_embedding._utils.arguments import as_integer
-from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import Format
+from keras_distilled_embedding.quantization import as_format
 
 
 def factor_bytes(
     rank: int,
     input_dim: int,
     output_dim: int,
-    quantization: str | None = None,
+    quantization: str | Format | None = None,
     use_bias: bool = True,
 ) -> int:
     """Bytes of a factorized table, as `export_litert` stores it.
@@ -30,13 +31,14 @@ def factor_bytes(
         rank: Integer `r`.
         input_dim: Integer, the number of rows `V`.
         output_dim: Integer, the number of columns `d`.
-        quantization: Name of a storage format, or `None` for float32.
+        quantization: A storage format or its name, or `None` for float32.
         use_bias: Whether there is an offset.
 
     Returns:
-        Floats: `4 (r (V + d) + d)`. int8: `r V + 4 + r d + 4 d`. int4, with
-        `k` the rank filled up to a multiple of 32:
-        `k / 2 V + k / 16 V + k d + 4 d`.
+        Floats: `4 (r (V + d) + d)`. int8: `r V + 4 + r d + 4 d`. int4 with a
+        scale a row, `k` the rank filled up to a multiple of 32:
+        `(k / 2 + 2) V + k d + 4 d`. int2 with a scale a row, `k` the rank and
+        one more, filled up to a multiple of 4: `(k / 4 + 12) V + k d + 4 d`.
 
     Example:
 
@@ -45,11 +47,13 @@ def factor_bytes(
     >>> factor_bytes(47, 30522, 384, "int8")
     1454122
     >>> factor_bytes(47, 30522, 384, "int4")
-    1124904
+    1063860
+    >>> factor_bytes(47, 30522, 384, "int2")
+    752496
     """
-    if quantization is None:
+    kind = as_format(quantization)
+    if kind is None:
         return 4 * (rank * (input_dim + output_dim) + output_dim * use_bias)
-    kind = FORMATS[quantization]
     basis = kind.stored_columns(rank) * output_dim
     return kind.table_bytes(input_dim, rank) + basis + 4 * output_dim
 
@@ -63,7 +67,7 @@ def largest_rank(
     input_dim: int,
     output_dim: int,
     max_bytes: float,
-    quantization: str | None = None,
+    quantization: str | Format | None = None,
     use_bias: bool = True,
 ) -> int:
     """The largest rank whose factors take no more bytes; 0 if there is none.
@@ -72,7 +76,7 @@ def largest_rank(
         input_dim: Integer, the number of rows `V`.
         output_dim: Integer, the number of columns `d`.
         max_bytes: Number, the most that they may take.
-        quantization: Name of a storage format, or `None` for float32.
+        quantization: A storage format or its name, or `None` for float32.
         use_bias: Whether there is an offset.
 
     Example:
@@ -95,7 +99,7 @@ def rank_for_compression(
     input_dim: int,
     output_dim: int,
     compression: float,
-    quantization: str | None = None,
+    quantization: str | Format | None = None,
     use_bias: bool = True,
 ) -> int:
     """The largest rank that makes a table so many times smaller.
@@ -105,7 +109,7 @@ def rank_for_compression(
         output_dim: Positive integer, the number of columns `d`.
         compression: Float above 1, bytes of the table in float32 over those
             of its factors.
-        quantization: Name of a storage format, or `None` for float32.
+        quantization: A storage format or its name, or `None` for float32.
         use_bias: Whether there is an offset.
 
     Returns:
@@ -139,7 +143,7 @@ def rank_for_compression(
         raise ValueError(
             f"`compression` must be at most {_rounded_down(ratio(1))} for a "
             f"table of shape ({input_dim}, {output_dim}) in "
-            f"{quantization or 'floats'}, what rank 1 gives. "
+            f"{_name(quantization)}, what rank 1 gives. "
             f"Received: compression={compression!r}"
         )
     return rank
@@ -149,7 +153,7 @@ def rank_for_speedup(
     input_dim: int,
     output_dim: int,
     min_speedup: float,
-    quantization: str | None = None,
+    quantization: str | Format | None = None,
 ) -> int:
     """The largest rank whose projection is so much cheaper.
 
@@ -161,7 +165,7 @@ def rank_for_speedup(
         input_dim: Positive integer, the number of rows `V`.
         output_dim: Positive integer, the number of columns `d`.
         min_speedup: Float of at least 1.
-        quantization: Name of a storage format, or `None` for float32.
+        quantization: A storage format or its name, or `None` for float32.
 
     Returns:
         The rank, a positive integer.
@@ -177,11 +181,10 @@ def rank_for_speedup(
     32
     """
     check_speedup(min_speedup)
+    kind = as_format(quantization)
 
     def columns(rank: int) -> int:
-        if quantization is None:
-            return rank
-        return FORMATS[quantization].stored_columns(rank)
+        return rank if kind is None else kind.stored_columns(rank)
 
     exact = input_dim * output_dim / (input_dim + output_dim)
     rank = bisect.bisect_right(
@@ -192,7 +195,7 @@ def rank_for_speedup(
         raise ValueError(
             f"`min_speedup` must be at most {_rounded_down(most)} for a table "
             f"of shape ({input_dim}, {output_dim}) in "
-            f"{quantization or 'floats'}, what the smallest factors give. "
+            f"{_name(quantization)}, what the smallest factors give. "
             f"Received: min_speedup={min_speedup!r}"
         )
     return rank
@@ -202,7 +205,7 @@ def check_rank(
     rank: Any,
     input_dim: int,
     output_dim: int,
-    quantization: str | None = None,
+    quantization: str | Format | None = None,
     use_bias: bool = True,
 ) -> int:
     """Refuses ranks whose factors are no smaller than the table.
@@ -211,7 +214,7 @@ def check_rank(
         rank: Positive integer `r`.
         input_dim: Positive integer, the number of rows `V`.
         output_dim: Positive integer, the number of columns `d`.
-        quantization: Name of a storage format, or `None` for float32.
+        quantization: A storage format or its name, or `None` for float32.
         use_bias: Whether there is an offset.
 
     Returns:
@@ -238,7 +241,7 @@ def check_rank(
         raise ValueError(
             f"`rank` must be at most {largest}, or a table of shape "
             f"({input_dim}, {output_dim}) gets no smaller in "
-            f"{quantization or 'floats'}. Received: rank={rank}"
+            f"{_name(quantization)}. Received: rank={rank}"
             if largest
             else f"No rank makes a table of shape ({input_dim}, {output_dim}) "
             f"smaller: leave it as it is. Received: rank={rank}"
@@ -270,6 +273,11 @@ def check_speedup(min_speedup: Any) -> None:
             "`min_speedup` must be a number of at least 1. "
             f"Received: min_speedup={min_speedup!r}"
         )
+
+
+def _name(quantization: str | Format | None) -> str:
+    kind = as_format(quantization)
+    return "floats" if kind is None else kind.name
 
 
 def _rounded_down(limit: float) -> str:

@@ -97,7 +97,7 @@ class LiteRTFile:
         """
         data = self._add_buffer(table.data)
         scales = None
-        if table.format is not None and table.format.block is not None:
+        if table.format is not None and table.format.scale_bytes == 2:
             scales = self._add_buffer(table.scales.astype("float16"))
         products = []
         for signature in self._model.signatureDefs:
@@ -111,7 +111,7 @@ class LiteRTFile:
                 tensor.type = _INTEGERS[table.format.bits]
                 tensor.quantization = _one_scale_or_one_a_row(table.scales)
                 if scales is not None:
-                    self._use_blocks(graph, tensor, table, scales)
+                    self._use_one_block_a_row(graph, tensor, table, scales)
             for operator in _readers(graph, i):
                 if self._kind(operator) == _OPERATORS.FULLY_CONNECTED:
                     output = graph.tensors[operator.outputs[0]]
@@ -171,10 +171,10 @@ class LiteRTFile:
                 ):
                     yield graph, i, data.view("float32").reshape(tensor.shape)
 
-    def _use_blocks(
+    def _use_one_block_a_row(
         self, graph: Any, tensor: Any, table: StoredTable, scales: int
     ) -> None:
-        """Gives a tensor one scale for each block of a row."""
+        """Gives a tensor a scale of two bytes for each row."""
         of_blocks = schema.TensorT()
         of_blocks.name = tensor.name + b"_scales"
         of_blocks.shape = list(table.scales.shape)
@@ -184,7 +184,7 @@ class LiteRTFile:
         details = schema.BlockwiseQuantizationT()
         details.scales = len(graph.tensors) - 1
         details.zeroPoints = -1
-        details.blockSize = table.codes.shape[1] // table.scales.shape[1]
+        details.blockSize = table.codes.shape[1]
         tensor.quantization = schema.QuantizationParametersT()
         tensor.quantization.details = details
         tensor.quantization.detailsType = (

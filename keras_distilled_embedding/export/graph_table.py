@@ -10,16 +10,20 @@ import numpy as np
 from keras import ops
 
 from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding.factorization import Factors
+from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.factorization import round_features
 from keras_distilled_embedding.layers.conversion import embedding_tables
 from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
-from keras_distilled_embedding.quantization import FORMATS
 from keras_distilled_embedding.quantization import SMALLEST_ROUNDED
-from keras_distilled_embedding.quantization import dequantize
-from keras_distilled_embedding.quantization import round_factors
-from keras_distilled_embedding.quantization import round_table
+from keras_distilled_embedding.quantization import Format
+from keras_distilled_embedding.quantization import StoredFactors
+from keras_distilled_embedding.quantization import format_of
+from keras_distilled_embedding.quantization import round_to_int8
+from keras_distilled_embedding.quantization import stored_factors
 from keras_distilled_embedding.sizes import factor_bytes
 from keras_distilled_embedding.sizes import table_bytes
 
@@ -55,11 +59,7 @@ class GraphTable(keras.layers.Layer):
         self.logit_soft_cap = getattr(embedding, "logit_soft_cap", None)
         # Ids are whole numbers: nothing is to be cast.
         self.autocast = False
-        is_rounded = getattr(embedding, "quantization", None) == quantization
-        self.tables = [
-            StoredTable(*factors, quantization, embedding.name, is_rounded)
-            for factors in _factors(embedding, quantization)
-        ]
+        self.tables = _stored_tables(embedding, quantization)
         self.built = True
 
     @property
@@ -111,13 +111,14 @@ class StoredTable(keras.layers.Layer):
     multiply a second copy of them with a factor that stands next to them.
 
     Args:
-        codes: Float32 `(input_dim, k)`: `f(U)`, or the table itself.
-        basis: Float32 `(k, output_dim)`, or `None`.
-        offset: Float32 `(output_dim,)`, or `None`.
-        quantization: Name of the storage format, or `None` for floats.
+        stored: Its integers, `StoredFactors`; or floats in their place, and
+            `None` for what there is not of basis and offset.
+        kind: The storage format, or `None` for floats.
         name: Name of the embedding.
-        is_rounded: Whether the embedding itself computes with codes rounded
-            to that format.
+        rank: Columns of the codes, before they were filled up.
+        first_row_is_zero: Whether row 0 is to be zeros, as that of padding
+            often is: sums over padded sequences must not add up its rounding
+            error.
 
     Attributes:
         format: The storage format, or `None` for floats.
@@ -128,35 +129,22 @@ class StoredTable(keras.layers.Layer):
 
     def __init__(
         self,
-        codes: Any,
-        basis: Any,
-        offset: Any,
-        quantization: str | None,
+        stored: StoredFactors | tuple,
+        kind: Format | None,
         name: str,
-        is_rounded: bool,
+        rank: int,
+        first_row_is_zero: bool = False,
     ) -> None:
         super().__init__(name=name, dtype="float32")
-        self.format = None if quantization is None else FORMATS[quantization]
-        self.rows, self.rank = codes.shape
-        self.width = (codes if basis is None else basis).shape[1]
+        self.format = kind
+        basis, offset = stored[2:]
+        self.codes: np.ndarray = stored[0]
+        self.scales: np.ndarray = stored[1]
+        self.rows, self.rank = len(self.codes), rank
+        self.width = rank if basis is None else basis.shape[1]
         self._use_bias = offset is not None
-        self.scales = np.ones((1, 1), "float32")
         self.graph_codes: Any = None
-        self._first_row_is_zero = False
-        if quantization is None:
-            self.codes = to_numpy(codes)
-        elif basis is None:
-            integers, scales = map(to_numpy, round_table(codes, quantization))
-            self.codes, self.scales = integers.astype("int8"), scales
-        else:
-            first = codes[:_FIRST_ROWS], basis, offset
-            integers, self.scales, basis, offset = round_factors(
-                codes, basis, offset, quantization
-            )
-            self.codes = integers
-            if is_rounded:
-                first = self._values(slice(_FIRST_ROWS)), basis, offset
-            self._first_row_is_zero = _first_row_is_zero(*first)
+        self._first_row_is_zero = first_row_is_zero
         self.basis = self._look_up_basis = self._weight("basis", basis)
         self.offset = self._look_up_offset = self._weight("offset", offset)
         if (
@@ -176,7 +164,7 @@ class StoredTable(keras.layers.Layer):
     def _values(self, rows: slice) -> np.ndarray:
         """What the integers of some rows stand for."""
         scales = self.scales if len(self.scales) == 1 else self.scales[rows]
-        return to_numpy(dequantize(self.codes[rows], scales))
+        return self.codes[rows] * scales
 
     def _mean_of_values(self) -> np.ndarray:
         """Of each column, with few rows as floats at a time."""
@@ -207,9 +195,8 @@ class StoredTable(keras.layers.Layer):
     def stored_bytes(self) -> int:
         """Bytes in a file, basis and offset counted once."""
         if self.basis is not None:
-            name = None if self.format is None else self.format.name
             return factor_bytes(
-                self.rank, self.rows, self.width, name, self._use_bias
+                self.rank, self.rows, self.width, self.format, self._use_bias
             )
         if self.format is None:
             return table_bytes(self.rows, self.width)
@@ -222,8 +209,6 @@ class StoredTable(keras.layers.Layer):
         rows = ops.take(self.graph_codes, flat, axis=0)
         if self.basis is not None:
             rows = _affine(rows, self._look_up_basis, self._look_up_offset)
-        else:
-            rows = rows[:, : self.width]
         if self._first_row_is_zero:
             keep = ops.cast(ops.not_equal(flat, 0), "float32")
             rows = ops.multiply(rows, ops.expand_dims(keep, -1))
@@ -249,26 +234,86 @@ class StoredTable(keras.layers.Layer):
         return ops.reshape(logits, shape)
 
 
-def _factors(
+def _stored_tables(
     embedding: keras.layers.Layer, quantization: str | None
-) -> list[tuple[Any, Any, Any]]:
-    """Codes, basis and offset of the look-up, and of an untied projection."""
-    if not isinstance(embedding, DistilledEmbedding):
-        tables = embedding_tables(embedding)
-        return [(ops.convert_to_tensor(t), None, None) for t in tables]
-    found = []
-    for prefix in [""] if embedding.tie_weights else ["", "reverse_"]:
-        read = embedding._read
-        if quantization is None:
-            # Rounded, where the layer computes with rounded codes.
-            codes = embedding._features("float32", prefix=prefix)
-        else:
-            codes = embedding.activation(read(f"{prefix}codes", "float32"))
-        offset = None
-        if embedding.use_bias:
-            offset = read(f"{prefix}offset", "float32")
-        found.append((codes, read(f"{prefix}basis", "float32"), offset))
-    return found
+) -> list[StoredTable]:
+    """The table of the look-up, and of an untied projection."""
+    if isinstance(embedding, DistilledEmbedding):
+        prefixes = [""] if embedding.tie_weights else ["", "reverse_"]
+        return [_of_factors(embedding, p, quantization) for p in prefixes]
+    return [
+        _of_table(table, embedding.name, quantization)
+        for table in embedding_tables(embedding)
+    ]
+
+
+def _of_factors(
+    layer: DistilledEmbedding, prefix: str, quantization: str | None
+) -> StoredTable:
+    def read(name: str) -> np.ndarray:
+        return to_numpy(layer._read(f"{prefix}{name}", "float32"))
+
+    basis = read("basis")
+    offset = read("offset") if layer.use_bias else None
+    # Rounded, where the layer computes with rounded codes.
+    features = to_numpy(layer._features("float32", prefix=prefix))
+    one = np.ones((1, 1), "float32")
+    if quantization is None:
+        stored = features, one, basis, offset
+        return StoredTable(stored, None, layer.name, layer.rank)
+    first = _affine(features[:_FIRST_ROWS], basis, offset)
+    grid: Any
+    if layer.quantization == quantization:
+        kind = layer.format
+        assert kind is not None
+        features = to_numpy(
+            layer.activation(layer._read(f"{prefix}codes", "float32"))
+        )
+        grid = read("center"), read("scales")
+    else:
+        kind = format_of(quantization)
+        zeros = np.zeros(basis.shape[1], "float32")
+        found = round_features(
+            Factors(features, basis, zeros if offset is None else offset),
+            keras.activations.linear,
+            kind,
+        )
+        features, basis, offset = found.codes, found.basis, found.offset
+        grid = found.center, found.scales
+    return StoredTable(
+        stored_factors(features, *grid, basis, offset, kind),
+        kind,
+        layer.name,
+        layer.rank,
+        _first_row_is_zero(first),
+    )
+
+
+def _of_table(
+    table: np.ndarray, name: str, quantization: str | None
+) -> StoredTable:
+    """A table that is not factorized.
+
+    In 4 and 2 bits it is, at full rank: that costs a basis, and rounds to
+    integers in coordinates of which few bits hold much more.
+    """
+    one = np.ones((1, 1), "float32")
+    rows, width = table.shape
+    if quantization is None:
+        return StoredTable((table, one, None, None), None, name, width)
+    kind = format_of(quantization)
+    if kind.bits == 8 or factor_bytes(width, rows, width, kind) >= table.size:
+        stored = *round_to_int8(table), None, None
+        return StoredTable(stored, format_of("int8"), name, width)
+    found = factorize(table, width, activation=None, quantization=quantization)
+    grid: Any = found.center, found.scales
+    return StoredTable(
+        stored_factors(found.codes, *grid, found.basis, found.offset, kind),
+        kind,
+        name,
+        width,
+        _first_row_is_zero(table[:_FIRST_ROWS]),
+    )
 
 
 def _sizes(tensor: Any) -> tuple[Any, ...]:
@@ -280,18 +325,14 @@ def _sizes(tensor: Any) -> tuple[Any, ...]:
 
 
 def _affine(codes: Any, basis: Any, offset: Any) -> Any:
-    rows = ops.matmul(codes, basis)
-    return rows if offset is None else ops.add(rows, offset)
+    rows = codes @ basis
+    return rows if offset is None else rows + offset
 
 
-def _first_row_is_zero(codes: Any, basis: Any, offset: Any) -> bool:
-    """Whether row 0 is as good as zero, among the first rows of a table.
-
-    As that of padding often is: sums over padded sequences must not add up
-    its rounding error.
-    """
-    norms = ops.norm(_affine(codes, basis, offset), axis=1)
-    return bool(norms[0] < _ZERO_ROW * ops.mean(norms))
+def _first_row_is_zero(rows: np.ndarray) -> bool:
+    """Whether row 0 is as good as zero, among the first rows of a table."""
+    norms = np.linalg.norm(rows, axis=1)
+    return bool(norms[0] < _ZERO_ROW * norms.mean())
 
 
 def _round_to_int8(basis: Any) -> Any:

@@ -28,7 +28,7 @@ from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
 )
-from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import QUANTIZATIONS
 from keras_distilled_embedding.quantization import matrix_bytes
 from keras_distilled_embedding.targets import is_embedding
 
@@ -63,8 +63,10 @@ def export_litert(
             new one is complete.
         quantization: How the file stores the model. `"int8"`: tables in 8
             bits with one scale each, and other matrices in 8 bits with one
-            scale a row. `"int4"`: tables in 4 bits with one scale for 32
-            numbers of a row, and other matrices as with `"int8"`.
+            scale a row. `"int4"`, `"int2"`: tables in so many bits, with a
+            scale a row unless they were made for one a column, and other
+            matrices as with `"int8"`; tables that are not factorized get a
+            basis of full rank, and small ones are stored in 8 bits.
             `"float32"`: everything in floats. No calibration is needed. By
             default, the `quantization` of the model's factorized tables,
             which are then stored as they were trained, and floats where none
@@ -116,10 +118,11 @@ def export_litert(
     ```
     """
     filepath = Path(filepath)
-    if quantization not in (None, FLOAT32, *FORMATS):
+    if quantization not in (None, FLOAT32, *QUANTIZATIONS):
         raise ValueError(
             "`quantization` must be None or one of "
-            f"{(FLOAT32, *FORMATS)}. Received: quantization={quantization!r}"
+            f"{(FLOAT32, *QUANTIZATIONS)}. "
+            f"Received: quantization={quantization!r}"
         )
     check_destination("filepath", filepath)
     batch_size = as_optional_integer("batch_size", batch_size)

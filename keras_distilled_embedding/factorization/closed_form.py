@@ -37,13 +37,18 @@ class Factors(NamedTuple):
         codes: `U`, float32 `(input_dim, rank)`.
         basis: `W`, float32 `(rank, output_dim)`.
         offset: `c`, float32 `(output_dim,)`, or `None`.
-        lost: The energy that they lose.
+        lost: The energy that they lose, where it is known.
+        center: Where the codes are rounded, the center of the grid, float32
+            `(rank,)`.
+        scales: Its scales, float32 `(input_dim, 1)` or `(1, rank)`.
     """
 
     codes: np.ndarray
     basis: np.ndarray
     offset: np.ndarray | None
-    lost: LostEnergy
+    lost: LostEnergy | None = None
+    center: np.ndarray | None = None
+    scales: np.ndarray | None = None
 
 
 def closed_form(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
+from keras import ops
 
 from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding.factorization.activations import activate
@@ -18,11 +17,14 @@ from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.activations import is_relu
 from keras_distilled_embedding.factorization.closed_form import closed_form
 from keras_distilled_embedding.factorization.learned import learned_factors
+from keras_distilled_embedding.factorization.rounding import can_round
+from keras_distilled_embedding.factorization.rounding import round_features
+from keras_distilled_embedding.factorization.rounding import rounded_factors
 from keras_distilled_embedding.factorization.table import Table
 from keras_distilled_embedding.factorization.table import check_finite_rows
 from keras_distilled_embedding.factorization.table import lost_energy
 from keras_distilled_embedding.quantization import check_quantization
-from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.quantization import format_of
 
 METHODS = ("exact", "learned")
 
@@ -32,12 +34,15 @@ class Factorization:
     """Factors of an embedding table, `E ~ f(U) W + 1 c`.
 
     Attributes:
-        codes: `U`, float32 array of shape `(input_dim, rank)`, before any
-            rounding.
+        codes: `U`, float32 array of shape `(input_dim, rank)`.
         basis: `W`, float32 array of shape `(rank, output_dim)`.
         offset: `c`, float32 array of shape `(output_dim,)`, or `None`.
         activation: `f`, as it was given to `factorize`.
         quantization: As it was given to `factorize`.
+        center: With a quantization, the center of the grid to which `f(U)` is
+            rounded, float32 array of shape `(rank,)`.
+        scales: With a quantization, the scales of that grid, float32 array of
+            shape `(input_dim, 1)`, or `(1, rank)` without `row_scales`.
         relative_error: Float, the share of the table's energy that is lost,
             `||D^1/2 (E - E~) C^1/2||_F^2 / ||D^1/2 E C^1/2||_F^2`, where `D`
             holds the row weights on its diagonal and `C` is the column
@@ -50,6 +55,8 @@ class Factorization:
     offset: np.ndarray | None
     activation: Any
     quantization: str | None = None
+    center: np.ndarray | None = None
+    scales: np.ndarray | None = None
     relative_error: float = math.nan
     unweighted_error: float = math.nan
 
@@ -75,24 +82,19 @@ class Factorization:
             as are asked for. With a quantization, that of the rounded codes.
         """
         rows = slice(None) if rows is None else rows
-        if self.quantization is None:
-            table = self._activated(self.codes[rows]) @ self.basis
-        else:
-            table = self._rounded_features[rows] @ self.basis
-        return table if self.offset is None else table + self.offset
-
-    def _activated(self, codes: np.ndarray) -> np.ndarray:
-        return activate(get_activation(self.activation), codes)
-
-    @functools.cached_property
-    def _rounded_features(self) -> np.ndarray:
-        """Of all rows: how one is rounded can depend on the others."""
-        assert self.quantization is not None
-        return keras.ops.convert_to_numpy(
-            round_codes(
-                self._activated(self.codes), self.basis, self.quantization
+        features = activate(get_activation(self.activation), self.codes[rows])
+        if self.quantization is not None:
+            assert self.scales is not None
+            row_scales = self.scales.shape[0] == len(self.codes)
+            features = ops.convert_to_numpy(
+                format_of(self.quantization, row_scales).round(
+                    features,
+                    self.center,
+                    self.scales[rows] if row_scales else self.scales,
+                )
             )
-        )
+        table = features @ self.basis
+        return table if self.offset is None else table + self.offset
 
     def __repr__(self) -> str:
         return (
@@ -113,6 +115,7 @@ def factorize(
     use_bias: bool = True,
     method: str = "exact",
     quantization: str | None = None,
+    row_scales: bool = True,
     row_weights: Any = None,
     column_weights: Any = None,
     seed: int = 0,
@@ -166,8 +169,14 @@ def factorize(
             exact method takes `None`, `"linear"` and `"relu"`.
         use_bias: Boolean, whether there is an offset.
         method: `"exact"` or `"learned"`.
-        quantization: `"int8"`, `"int4"` or `None`. If given, `reconstruct`
-            and the errors are of the rounded codes.
+        quantization: `"int8"`, `"int4"`, `"int2"` or `None`. If given, the
+            codes are rounded, to what a file of that kind holds: column after
+            column, in coordinates that suit it, so that the rows, or their
+            products with hidden states of the second moment
+            `column_weights`, change least; then basis and offset are fitted
+            to them.
+        row_scales: Boolean, whether each row of rounded codes has a scale of
+            its own, or each column. 8 bits always have the latter.
         row_weights: Array of shape `(input_dim,)` of non-negative weights,
             for example token counts (`calibrate`). Only their proportions
             matter. `None` weighs all rows alike.
@@ -200,6 +209,8 @@ def factorize(
     - [Lioutas et al., 2019](https://arxiv.org/abs/1910.06720), "Improving Word
       Embedding Factorization for Compression using Distilled Nonlinear Neural
       Decomposition"
+    - [Frantar et al., 2023](https://arxiv.org/abs/2210.17323), "GPTQ: Accurate
+      Post-Training Quantization for Generative Pre-trained Transformers"
     - [Eckart and Young, 1936](https://doi.org/10.1007/BF02288367), "The
       approximation of one matrix by another of lower rank"
     """
@@ -210,6 +221,7 @@ def factorize(
         use_bias=use_bias,
         method=method,
         quantization=quantization,
+        row_scales=row_scales,
         seed=seed,
         verbose=verbose,
     )
@@ -223,6 +235,7 @@ def factorize_table(
     use_bias: bool = True,
     method: str = "exact",
     quantization: str | None = None,
+    row_scales: bool = True,
     seed: int = 0,
     verbose: int = 0,
 ) -> Factorization:
@@ -234,20 +247,41 @@ def factorize_table(
     in_column = is_relu(function) and not use_bias
     rank = _check_rank(rank, min(table.shape) + in_column, table.shape)
 
-    lost = None
-    if method == "exact":
-        codes, basis, offset, lost = closed_form(
-            table, rank, is_relu(function), use_bias
+    form = is_relu(function), use_bias
+    kind = format_of(quantization, row_scales) if quantization else None
+    if kind is not None and not can_round(kind, *form):
+        raise ValueError(
+            f"`quantization` must not be {quantization!r} for ReLU without an "
+            "offset: pass use_bias=True, or row_scales=False. Received: "
+            f"quantization={quantization!r}, use_bias={use_bias}"
         )
+    if method == "exact":
+        if kind is None:
+            found = closed_form(table, rank, *form)
+        else:
+            found = rounded_factors(table, rank, kind, *form, seed)
     else:
         check_finite_rows(table.values)
-        can_rescale = is_linear(function) or is_relu(function)
-        codes, basis, offset = learned_factors(
-            table, rank, function, use_bias, can_rescale, seed, verbose
-        )
-    result = Factorization(codes, basis, offset, activation, quantization)
-    if lost is None or quantization is not None:
-        lost = lost_energy(table, result.reconstruct)
+        found = learned_factors(table, rank, function, use_bias, seed, verbose)
+        if kind is not None:
+            found = round_features(
+                found,
+                function,
+                kind,
+                row_weights=table.row_weights,
+                metric=table.metric,
+                seed=seed,
+            )
+    result = Factorization(
+        found.codes,
+        found.basis,
+        found.offset,
+        activation,
+        quantization,
+        found.center,
+        found.scales,
+    )
+    lost = found.lost or lost_energy(table, result.reconstruct)
     result = dataclasses.replace(
         result,
         relative_error=lost.relative,

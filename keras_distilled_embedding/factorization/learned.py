@@ -12,8 +12,11 @@ import keras
 import numpy as np
 
 from keras_distilled_embedding._utils.progress import make_progress
+from keras_distilled_embedding.factorization.activations import is_linear
+from keras_distilled_embedding.factorization.activations import is_relu
 from keras_distilled_embedding.factorization.activations import is_zero_below
 from keras_distilled_embedding.factorization.closed_form import MARGIN
+from keras_distilled_embedding.factorization.closed_form import Factors
 from keras_distilled_embedding.factorization.closed_form import balance
 from keras_distilled_embedding.factorization.closed_form import rms
 from keras_distilled_embedding.factorization.table import Table
@@ -33,10 +36,9 @@ def learned_factors(
     rank: int,
     function: Callable,
     use_bias: bool,
-    can_rescale: bool,
     seed: int,
     verbose: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+) -> Factors:
     """Returns codes, basis and offset trained from a random start.
 
     Args:
@@ -44,8 +46,6 @@ def learned_factors(
         rank: Integer, at least 1.
         function: The activation `f`.
         use_bias: Whether there is an offset.
-        can_rescale: Whether `f(a U) = a f(U)` for `a > 0`, so that codes and
-            basis can be given one RMS.
         seed: Integer, of the start and of the order of the rows.
         verbose: Whether to show a progress bar, on a terminal.
     """
@@ -72,9 +72,11 @@ def learned_factors(
         )
     codes, basis, *offset = model.get_weights()
     basis = batches.unscaled(basis)
-    if can_rescale:
+    if is_linear(function) or is_relu(function):  # `f(a U) = a f(U)`, `a > 0`
         codes, basis = balance(codes, basis, rms(codes))
-    return codes, basis, batches.unscaled(offset[0]) if use_bias else None
+    return Factors(
+        codes, basis, batches.unscaled(offset[0]) if use_bias else None
+    )
 
 
 class _RowBatches(keras.utils.PyDataset):

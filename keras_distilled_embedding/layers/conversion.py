@@ -11,7 +11,11 @@ import numpy as np
 from keras import ops
 
 from keras_distilled_embedding.factorization import Factorization
+from keras_distilled_embedding.factorization import Factors
 from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.factorization import round_features
+from keras_distilled_embedding.quantization import check_quantization
+from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.sizes import check_rank
 from keras_distilled_embedding.sizes import rank_for_compression
 
@@ -28,7 +32,7 @@ _FACTORIZE_OPTIONS = (
     "seed",
     "verbose",
 )
-_COMMON_OPTIONS = ("activation", "use_bias", "quantization")
+_COMMON_OPTIONS = ("activation", "use_bias", "quantization", "row_scales")
 
 # What a new layer takes over from the layer it replaces. Not the constraint:
 # one on the rows of a table says nothing about the rows of the codes, and
@@ -60,11 +64,15 @@ def factorized_layer(
             "Give exactly one of `rank` and `compression`. "
             f"Received: rank={rank}, compression={compression}"
         )
-    size = {k: kwargs[k] for k in ("quantization", "use_bias") if k in kwargs}
+    check_quantization("quantization", kwargs.get("quantization"))
+    kind = None
+    if kwargs.get("quantization") is not None:
+        kind = format_of(kwargs["quantization"], kwargs.get("row_scales", True))
+    size = kind, kwargs.get("use_bias", True)
     shape = table_shape(embedding)
     if compression is not None:
-        rank = rank_for_compression(*shape, compression, **size)
-    rank = check_rank(rank, *shape, **size)
+        rank = rank_for_compression(*shape, compression, *size)
+    rank = check_rank(rank, *shape, *size)
     layer = new_layer(cls, embedding, rank, **kwargs)
     options |= {k: kwargs[k] for k in _COMMON_OPTIONS if k in kwargs}
     factors = [
@@ -96,8 +104,8 @@ def new_layer(
 
 def assign_factors(
     layer: DistilledEmbedding,
-    factors: Factorization,
-    reverse: Factorization | None = None,
+    factors: Factorization | Factors,
+    reverse: Factorization | Factors | None = None,
 ) -> None:
     """Assigns what `factorize` returned to a built layer.
 
@@ -109,10 +117,46 @@ def assign_factors(
     for prefix, found in (("", factors), ("reverse_", reverse)):
         if found is None:
             continue
-        for name in ("codes", "basis", "offset"):
+        for name in ("codes", "basis", "offset", "scales", "center"):
             value = getattr(found, name)
             if value is not None:
                 getattr(layer, prefix + name).assign(value)
+
+
+def round_layer(layer: DistilledEmbedding) -> None:
+    """Puts the factors of a layer into coordinates that suit its format.
+
+    Args:
+        layer: A built layer with a `format`.
+    """
+    assert layer.format is not None
+    if layer.lora_enabled:
+        return  # its change is to the codes as they are
+    assign_factors(
+        layer,
+        *(
+            round_features(factors, layer.activation, layer.format)
+            for factors in factors_of(layer)
+        ),
+    )
+
+
+def factors_of(layer: DistilledEmbedding) -> list[Factors]:
+    """The float factors of a layer's look-up, and of an untied projection.
+
+    Args:
+        layer: A built layer.
+    """
+    return [
+        Factors(
+            to_numpy(layer._read(f"{prefix}codes", "float32")),
+            to_numpy(layer._read(f"{prefix}basis", "float32")),
+            to_numpy(layer._read(f"{prefix}offset", "float32"))
+            if layer.use_bias
+            else None,
+        )
+        for prefix in ([""] if layer.tie_weights else ["", "reverse_"])
+    ]
 
 
 def embedding_tables(embedding: Any) -> list[np.ndarray]:

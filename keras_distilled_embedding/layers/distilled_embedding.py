@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,12 @@ from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.arguments import as_positive_number
 from keras_distilled_embedding.layers.conversion import factorized_layer
 from keras_distilled_embedding.layers.conversion import float_policy_name
+from keras_distilled_embedding.layers.conversion import round_layer
 from keras_distilled_embedding.layers.lora import LoraCodes
-from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import QUANTIZATIONS
+from keras_distilled_embedding.quantization import Format
 from keras_distilled_embedding.quantization import check_quantization
-from keras_distilled_embedding.quantization import round_codes
+from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.sizes import factor_bytes
 
 # The largest whole number below which a dtype holds all of them.
@@ -73,10 +76,15 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             Defaults to the `compute_dtype` of the layer.
         logit_soft_cap: Float or `None`. With `reverse=True`, logits become
             `tanh(logits / logit_soft_cap) * logit_soft_cap`.
-        quantization: `"int8"`, `"int4"` or `None`. If set, the layer computes
-            with its codes rounded as a file of that kind stores them, so that
-            training takes account of it; backward, rounding is taken for the
-            identity (a straight-through gradient).
+        quantization: `"int8"`, `"int4"`, `"int2"` or `None`. If set, the layer
+            computes with `f(U)` rounded as a file of that kind stores it,
+            `1 m + s * integers`, so that training takes account of it;
+            backward, rounding is taken for the identity (a straight-through
+            gradient). The scales `s` are trained too.
+        row_scales: Boolean, whether each row of codes in 4 or 2 bits has a
+            scale of its own. It takes 2 bytes a row in 4 bits and 12 in 2, and
+            loses less; otherwise each column has one, which takes none. Codes
+            in 8 bits have one a column.
         lora_rank: Integer or `None`. If set, the factors are frozen and the
             codes adapted by a trained change of this rank, see `enable_lora`.
         lora_alpha: Float or `None`. Scales that change by
@@ -141,6 +149,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         reverse_dtype: str | None = None,
         logit_soft_cap: float | None = None,
         quantization: str | None = None,
+        row_scales: bool = True,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
         **kwargs: Any,
@@ -174,6 +183,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         self.reverse_dtype = reverse_dtype
         self.logit_soft_cap = logit_soft_cap
         self.quantization = quantization
+        self.row_scales = row_scales
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
         self.lora_enabled = False
@@ -216,6 +226,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
                 autocast=False,
             )
             setattr(self, name, variable)
+        self._add_grids()
         self.built = True
         if self.lora_rank is not None:
             self.enable_lora(self.lora_rank, self.lora_alpha)
@@ -228,9 +239,56 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         }
         if self.use_bias:
             shapes["offset"] = (self.output_dim,)
-        if not self.tie_weights:
-            shapes |= {f"reverse_{name}": s for name, s in shapes.items()}
-        return shapes
+        return self._with_reverse(shapes)
+
+    def _grid_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same of what the codes are rounded to."""
+        if self.format is None:
+            return {}
+        by_row = self.format.has_row_scales
+        return self._with_reverse(
+            {
+                "scales": (self.input_dim, 1) if by_row else (1, self.rank),
+                "center": (self.rank,),
+            }
+        )
+
+    def _saved_names(self) -> list[str]:
+        """Names of all variables, in the order they are saved."""
+        return [*self._factor_shapes(), *self._grid_shapes()]
+
+    def _with_reverse(self, shapes: dict[str, Any]) -> dict[str, Any]:
+        if self.tie_weights:
+            return shapes
+        return shapes | {f"reverse_{name}": s for name, s in shapes.items()}
+
+    def _add_grids(self) -> None:
+        """Adds the variables of what the codes are rounded to."""
+        for name, shape in self._grid_shapes().items():
+            variable = self.add_weight(
+                name=name,
+                shape=shape,
+                # Of the codes as they are when the variable is made.
+                initializer=functools.partial(self._grid, name),
+                dtype="float32",  # as a file holds them, whatever the policy
+                trainable="scales" in name,
+                autocast=False,
+            )
+            setattr(self, name, variable)
+
+    def _grid(self, name: str, shape: Any, dtype: Any = None) -> Any:
+        prefix = "reverse_" if name.startswith("reverse_") else ""
+        codes = ops.cast(getattr(self, f"{prefix}codes"), "float32")
+        assert self.format is not None
+        center, scales = self.format.grid(self.activation(codes))
+        return scales if name.endswith("scales") else center
+
+    @property
+    def format(self) -> Format | None:
+        """The storage format of the codes, `None` for floats."""
+        if self.quantization is None:
+            return None
+        return format_of(self.quantization, self.row_scales)
 
     def quantize(
         self,
@@ -240,12 +298,14 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
     ) -> None:
         """Computes from now on with codes rounded as a file stores them.
 
-        The same as `quantization=mode` in the constructor: the weights stay
-        floats and can still be trained, `export_litert` stores integers.
-        `model.quantize("int8")` calls this.
+        The weights stay floats and can still be trained, `export_litert`
+        stores integers. Codes and basis are put into coordinates in which
+        rounding loses least. `model.quantize("int8")` calls this.
 
         Args:
-            mode: Name of a storage format, `"int8"` or `"int4"`.
+            mode: Name of a storage format, `"int8"`, `"int4"` or `"int2"`
+                (the last not through `model.quantize`, which Keras keeps to
+                its own).
             type_check: Part of Keras's signature; subclasses are quantized
                 like the layer itself.
             config: Optional `keras.quantizers.Int8QuantizationConfig`. Its
@@ -266,14 +326,24 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
 
     def _set_quantization(self, mode: str | None) -> None:
         """The same for a layer not yet built, which Keras would refuse."""
-        if mode not in FORMATS:
+        if mode not in QUANTIZATIONS:
             raise NotImplementedError(
                 f"Layer {type(self).__name__} can be quantized to one of "
-                f"{tuple(FORMATS)}. Received: mode={mode!r}"
+                f"{QUANTIZATIONS}. Received: mode={mode!r}"
             )
-        self.quantization = mode
         if self.dtype_policy.quantization_mode is not None:
             self.dtype_policy = float_policy_name(self)
+        if mode == self.quantization:
+            return
+        if self.built:
+            self._tracker.unlock()
+            for name in self._grid_shapes():
+                self._untrack_variable(getattr(self, name))
+            self.quantization = mode
+            self._add_grids()
+            self._tracker.lock()
+            round_layer(self)
+        self.quantization = mode
 
     # Call
 
@@ -341,16 +411,17 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
 
     def _features(self, dtype: str, ids: Any = None, prefix: str = "") -> Any:
         """`f(U)` for all tokens, or for `ids`, rounded as they are stored."""
-        if self.quantization is None:
-            return self.activation(self._read(f"{prefix}codes", dtype, ids))
-        # Of all tokens: how one is rounded depends on the others.
-        features = round_codes(
-            self.activation(self._read(f"{prefix}codes", "float32")),
-            self._read(f"{prefix}basis", "float32"),
-            self.quantization,
+        codes = f"{prefix}codes"
+        if self.format is None:
+            return self.activation(self._read(codes, dtype, ids))
+        scales = getattr(self, f"{prefix}scales")
+        if ids is not None and self.format.has_row_scales:
+            scales = ops.take(scales, ids, axis=0)
+        features = self.format.round(
+            self.activation(self._read(codes, "float32", ids)),
+            ops.convert_to_tensor(getattr(self, f"{prefix}center")),
+            ops.convert_to_tensor(scales),
         )
-        if ids is not None:
-            features = ops.take(features, ids, axis=0)
         return ops.cast(features, dtype)
 
     def _read(self, name: str, dtype: str, ids: Any = None) -> Any:
@@ -481,7 +552,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             self.rank,
             self.input_dim,
             self.output_dim,
-            self.quantization,
+            self.format,
             self.use_bias,
         )
         return 4 * self.input_dim * self.output_dim / stored
@@ -510,6 +581,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             "reverse_dtype": self.reverse_dtype,
             "logit_soft_cap": self.logit_soft_cap,
             "quantization": self.quantization,
+            "row_scales": self.row_scales,
             "lora_rank": self.lora_rank,
             "lora_alpha": self.lora_alpha,
         }
@@ -537,7 +609,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
                 largest such rank is taken.
             **kwargs: Options of `factorize` (`method`, `row_weights`,
                 `column_weights`, `seed`, `verbose`) and arguments of this
-                layer, `activation`, `use_bias` and `quantization` among them.
+                layer, `activation`, `use_bias`, `quantization` and
+                `row_scales` among them.
                 A layer hands down its name, dtype policy (the float one, if
                 quantized), `trainable`, `mask_zero`, `tie_weights`,
                 `reverse_dtype`, `logit_soft_cap` and regularizers, unless

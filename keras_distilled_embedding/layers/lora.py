@@ -16,7 +16,7 @@ class LoraCodes(_Base):
     """Mixin: trains a change of low rank to the codes, with all else frozen.
 
     The contract is that of `keras.layers.ReversibleEmbedding`. The layer
-    provides `_factor_shapes()` and reads its codes through `_read`; mix this
+    provides `_saved_names()` and reads its codes through `_read`; mix this
     class in before `keras.layers.Layer`, whose saving it overrides.
     """
 
@@ -81,7 +81,7 @@ class LoraCodes(_Base):
             )
             setattr(self, name, variable)
         self._tracker.lock()
-        for name in self._factor_shapes():
+        for name in self._saved_names():
             if not name.startswith("reverse_"):
                 getattr(self, name).trainable = False
         self.lora_enabled = True
@@ -102,7 +102,7 @@ class LoraCodes(_Base):
         """Saves the factors in a fixed order, LoRA merged into the codes."""
         if not self.built:
             return
-        for index, name in enumerate(self._factor_shapes()):
+        for index, name in enumerate(self._saved_names()):
             value = getattr(self, name)
             if name == "codes" and self.lora_enabled:
                 value = self._read(name, self.variable_dtype)
@@ -114,7 +114,7 @@ class LoraCodes(_Base):
             self._check_load_own_variables(store)
         if not self.built:
             return
-        for index, name in enumerate(self._factor_shapes()):
+        for index, name in enumerate(self._saved_names()):
             getattr(self, name).assign(store[str(index)])
         if self.lora_enabled:
             # One zero factor is enough, and the other keeps a gradient.

@@ -331,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument(
         "--quantization",
-        choices=["auto", "none", "int8", "int4"],
+        choices=["auto", "none", "int8", "int4", "int2"],
         default="auto",
         help="how the factors are stored; auto: as loses least (default)",
     )
@@ -390,7 +390,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
     export.add_argument(
         "--quantization",
-        choices=["none", "int8", "int4"],
+        choices=["none", "int8", "int4", "int2"],
         help="of the weights (default: as the model was compressed for)",
     )
     export.add_argument(

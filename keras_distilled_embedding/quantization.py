@@ -168,8 +168,8 @@ class Format:
         References:
         - [Esser et al., 2020](https://arxiv.org/abs/1902.08153)
         """
-        scales = self.stored_scales(scales)
-        fixed, step = ops.stop_gradient(features), ops.stop_gradient(scales)
+        fixed = ops.stop_gradient(features)
+        step = ops.stop_gradient(self.stored_scales(scales))
         levels = ops.add(self.integers(fixed, center, step), self.shift)
         added = ops.subtract(
             levels, ops.divide(ops.subtract(fixed, center), step)
@@ -179,7 +179,9 @@ class Format:
         rounded = ops.add(ops.multiply(levels, step), center)
         return ops.add(
             ops.add(rounded, ops.subtract(features, fixed)),
-            ops.multiply(of_scales, ops.subtract(scales, step)),
+            ops.multiply(
+                of_scales, ops.subtract(scales, ops.stop_gradient(scales))
+            ),
         )
 
 

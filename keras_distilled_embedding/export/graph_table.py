@@ -262,14 +262,15 @@ def _of_factors(
         stored = features, one, basis, offset
         return StoredTable(stored, None, layer.name, layer.rank)
     first = _affine(features[:_FIRST_ROWS], basis, offset)
-    grid: Any
+    center: Any
+    scales: Any
     if layer.quantization == quantization:
         kind = layer.format
         assert kind is not None
         features = to_numpy(
             layer.activation(layer._read(f"{prefix}codes", "float32"))
         )
-        grid = read("center"), read("scales")
+        center, scales = read("center"), read("scales")
     else:
         kind = format_of(quantization)
         zeros = np.zeros(basis.shape[1], "float32")
@@ -279,9 +280,9 @@ def _of_factors(
             kind,
         )
         features, basis, offset = found.codes, found.basis, found.offset
-        grid = found.center, found.scales
+        center, scales = found.center, found.scales
     return StoredTable(
-        stored_factors(features, *grid, basis, offset, kind),
+        stored_factors(features, center, scales, basis, offset, kind),
         kind,
         layer.name,
         layer.rank,
@@ -306,9 +307,12 @@ def _of_table(
         stored = *round_to_int8(table), None, None
         return StoredTable(stored, format_of("int8"), name, width)
     found = factorize(table, width, activation=None, quantization=quantization)
-    grid: Any = found.center, found.scales
+    center: Any = found.center
+    scales: Any = found.scales
     return StoredTable(
-        stored_factors(found.codes, *grid, found.basis, found.offset, kind),
+        stored_factors(
+            found.codes, center, scales, found.basis, found.offset, kind
+        ),
         kind,
         name,
         width,

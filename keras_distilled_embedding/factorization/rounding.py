@@ -137,7 +137,7 @@ def rounded_factors(
         codes[:, -1] = center[-1] = unit
         basis = np.vstack([basis, offset / unit])
         if scales is not None:
-            used = np.hstack([used, np.ones((1, 1), "float32")])
+            used = np.hstack([used, np.full((1, 1), 1e-30, "float32")])
     return Factors(
         codes,
         basis.astype("float32"),

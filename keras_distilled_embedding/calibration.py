@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding._utils.datasets import iterate_batches
 from keras_distilled_embedding._utils.datasets import num_batches
@@ -26,9 +27,12 @@ from keras_distilled_embedding.targets import heads_of
 from keras_distilled_embedding.targets import named_tables
 
 _TEXTS_AT_A_TIME = 8  # that the preprocessor is given
-# A table that both looks up and projects is wanted for its entries, too: the
-# share of the plain metric beside that of the hidden states.
-_PLAIN_SHARE = 0.1
+# The share of the plain metric beside that of the hidden states, where a table
+# looks up too, which wants its entries themselves, and where it only projects:
+# a few thousand states do not show every direction.
+_TIED_SHARE, _PROJECTION_SHARE = 0.1, 0.02
+# After so many tokens more of them change next to nothing (docs/pretrained.md).
+CALIBRATION_TOKENS = 16_384
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +53,11 @@ class TableStatistics:
 
 
 def calibrate(
-    model: keras.Model, calibration_data: Any, *, verbose: int = 1
+    model: keras.Model,
+    calibration_data: Any,
+    *,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    verbose: int = 1,
 ) -> dict[str, TableStatistics]:
     """Collects how a model uses its tables, in one pass over some data.
 
@@ -64,6 +72,8 @@ def calibrate(
             `(x, y, sample_weight)`; or a list of texts, for a model with a
             preprocessor. Tokens and hidden states count by their sample
             weights and Keras masks.
+        calibration_tokens: Integer, after how many tokens to stop, at the end
+            of a batch; of the table that sees most.
         verbose: Whether to show a progress bar, on a terminal.
 
     Returns:
@@ -90,9 +100,10 @@ def calibrate(
     ```
     """
     check_built_model("model", model)
+    limit = as_integer("calibration_tokens", calibration_tokens)
     targets = [t for _, t in named_tables(model) if not t.is_dense]
     targets += [Target(head) for head in heads_of(model, targets)]
-    found = collect_statistics(model, targets, calibration_data, verbose)
+    found = collect_statistics(model, targets, calibration_data, limit, verbose)
     by_name: dict[str, TableStatistics] = {}
     for target, statistics in found.items():
         by_name.setdefault(target.name, statistics)
@@ -103,6 +114,7 @@ def collect_statistics(
     model: keras.Model,
     targets: Iterable[Target],
     calibration_data: Any,
+    calibration_tokens: int,
     verbose: int,
 ) -> dict[Target, TableStatistics]:
     """Collects what `calibrate` does, for some tables, by table."""
@@ -121,6 +133,9 @@ def collect_statistics(
                 collector.sample_weight = sample_weight
             model(x, training=False)
             count += 1
+            seen = max(c.num_tokens for c in collectors.values())
+            if seen >= calibration_tokens:
+                break
     finally:
         for target in collectors:
             keras_internals.stop_watching(target.layer)
@@ -149,15 +164,17 @@ def weighted_tables(
     if rows is not None:
         rows = rows + 1.0
     columns = statistics.second_moment
+    if columns is not None:
+        tied = rows is not None and len(arrays) == 1
+        share = _TIED_SHARE if tied else _PROJECTION_SHARE
+        size = len(columns)
+        columns = (1.0 - share) * columns * (size / np.trace(columns))
+        columns += share * np.eye(size)
     if len(arrays) == 2:  # the look-up's and the projection's
         return [
             _checked(target, arrays[0], rows),
             _checked(target, arrays[1], None, columns),
         ]
-    if rows is not None and columns is not None:
-        size = len(columns)
-        columns = (1.0 - _PLAIN_SHARE) * columns * (size / np.trace(columns))
-        columns += _PLAIN_SHARE * np.eye(size)
     return [_checked(target, arrays[0], rows, columns)]
 
 
@@ -213,7 +230,13 @@ class _Collector:
         self._target = target
         self._counts: Any = None
         self._moment: Any = None
-        self._weight = 0.0
+        self._num_states = 0.0
+
+    @property
+    def num_tokens(self) -> float:
+        """How many it has seen, by their weights."""
+        looked_up = 0.0 if self._counts is None else self._counts.sum()
+        return max(self._num_states, looked_up)
 
     def watch(
         self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any
@@ -259,7 +282,7 @@ class _Collector:
         if self._moment is None:
             self._moment = np.zeros((states.shape[1], states.shape[1]))
         self._moment += (weights[:, np.newaxis] * states).T @ states
-        self._weight += weights.sum()
+        self._num_states += weights.sum()
 
     def _weights_of(self, values: Any, inputs: Any) -> np.ndarray | None:
         """The weights of tokens, where they fit what the layer is called with.
@@ -278,8 +301,8 @@ class _Collector:
 
     def statistics(self) -> TableStatistics:
         moment = None
-        if self._weight > 0:
-            moment = (self._moment + self._moment.T) / (2 * self._weight)
+        if self._num_states > 0:
+            moment = (self._moment + self._moment.T) / (2 * self._num_states)
         counts = self._counts
         return TableStatistics(
             counts if np.any(counts) else None,

@@ -17,6 +17,7 @@ from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding.budget import AUTO
 from keras_distilled_embedding.budget import SizeRequest
 from keras_distilled_embedding.budget import plan
+from keras_distilled_embedding.calibration import CALIBRATION_TOKENS
 from keras_distilled_embedding.calibration import collect_statistics
 from keras_distilled_embedding.calibration import weighted_tables
 from keras_distilled_embedding.factorization import check_method
@@ -47,6 +48,7 @@ def compress(
     use_bias: bool = True,
     method: str = "exact",
     calibration_data: Any = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     layers: Iterable[str] | Callable[[Layer], bool] | None = None,
     min_parameters: int = 0,
     heads: str | None = None,
@@ -111,9 +113,10 @@ def compress(
             `tf.data.Dataset`, a `PyDataset`, a list of batches, or of texts
             where the model has a preprocessor. Token counts and the second
             moment of the hidden states that tables project are collected
-            from it, and weigh rows and columns: for models that are used as
-            they are or fine-tuned for a few hundred steps; a longer training
-            takes the advantage away (`docs/results.md`).
+            from it, and weigh rows, columns and rounding: for models that are
+            used as they are or fine-tuned for a few hundred steps; a longer
+            training takes the advantage away (`docs/results.md`).
+        calibration_tokens: Integer, after how many tokens to stop reading.
         layers: Names of the layers to replace, or a function of a layer that
             tells. By default all, except tables so small that no rank gives
             the size.
@@ -172,11 +175,12 @@ def compress(
             f"Received: heads={heads!r}"
         )
     min_parameters = as_integer("min_parameters", min_parameters, minimum=0)
+    calibration_tokens = as_integer("calibration_tokens", calibration_tokens)
     targets = choose_targets(model, layers, heads, min_parameters)
     statistics = {}
     if calibration_data is not None:
         statistics = collect_statistics(
-            model, targets, calibration_data, verbose
+            model, targets, calibration_data, calibration_tokens, verbose
         )
     tables = {t: weighted_tables(t, statistics.get(t)) for t in targets}
     ranks, kind, reason = plan(tables, request, optional=layers is None)

@@ -45,6 +45,7 @@ class CompressedTable:
     # `||E - E~||^2 / ||E||^2`, or `None` without an original to compare with.
     error: float | None
     quantization: str | None  # `None` for floats
+    speedup: float  # how many times fewer multiplications a projection takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,7 @@ class CompressionReport:
             ("bytes", f"{self.model_bytes_before:,} -> {self.model_bytes:,}"),
             ("ratio", f"{self.model_bytes_before / self.model_bytes:.2f}x"),
             ("error", ""),
+            ("products", ""),
         ):
             table.add_column(heading, footer=footer, justify="right")
         table.add_column("stored as")
@@ -113,6 +115,7 @@ class CompressionReport:
                 f"{row.bytes_before:,} -> {row.bytes_after:,}",
                 f"{row.ratio:.2f}x",
                 "" if row.error is None else f"{row.error:.3f}",
+                f"{row.speedup:.1f}x fewer",
                 row.quantization or "floats",
             )
         return _render(table)
@@ -365,7 +368,16 @@ def _report_row(
         ratio=layer.compression_ratio,
         error=error,
         quantization=layer.quantization,
+        speedup=_speedup(layer),
     )
+
+
+def _speedup(layer: DistilledEmbedding) -> float:
+    columns = layer.rank
+    if layer.format is not None:
+        columns = layer.format.stored_columns(columns)
+    rows, width = layer.input_dim, layer.output_dim
+    return rows * width / (columns * (rows + width))
 
 
 def _stored_bytes(target: Target) -> int:

@@ -153,9 +153,8 @@ class Format:
         """Rounds features, so that they can be trained.
 
         Backward, rounding is taken for the identity (a straight-through
-        gradient). The scales get the gradient of a quantizer that is learned:
-        of what rounding adds, in steps, and of the last level for numbers that
-        lie beyond it.
+        gradient). The scales get the gradient of what they are multiplied
+        with, the levels.
 
         Args:
             features: `F`, or some of its rows, float32 `(..., columns)`.
@@ -164,24 +163,15 @@ class Format:
 
         Returns:
             `F~`, like `features`.
-
-        References:
-        - [Esser et al., 2020](https://arxiv.org/abs/1902.08153)
         """
         fixed = ops.stop_gradient(features)
         step = ops.stop_gradient(self.stored_scales(scales))
         levels = ops.add(self.integers(fixed, center, step), self.shift)
-        added = ops.subtract(
-            levels, ops.divide(ops.subtract(fixed, center), step)
-        )
-        # Beyond the last level, not what was cut off but the level itself.
-        of_scales = ops.where(ops.greater(ops.abs(added), 0.501), levels, added)
         rounded = ops.add(ops.multiply(levels, step), center)
+        of_scales = ops.subtract(scales, ops.stop_gradient(scales))
         return ops.add(
             ops.add(rounded, ops.subtract(features, fixed)),
-            ops.multiply(
-                of_scales, ops.subtract(scales, ops.stop_gradient(scales))
-            ),
+            ops.multiply(levels, of_scales),
         )
 
 

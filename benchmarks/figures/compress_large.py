@@ -20,7 +20,7 @@ import numpy as np
 import keras_distilled_embedding as kde
 from benchmarks import harness
 from keras_distilled_embedding.keras_internals import without_initial_values
-from keras_distilled_embedding.quantization import FORMATS
+from keras_distilled_embedding.quantization import QUANTIZATIONS
 
 SECONDS, MEMORY = 60, 2.5  # what is promised
 SIZES = {
@@ -37,7 +37,8 @@ QUICK = {**SIZES, "vocabulary_size": 2_000, "num_layers": 1, "hidden_dim": 96}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--compression", type=float, default=8.0)
-    add("--quantization", choices=["auto", "none", *FORMATS], default="auto")
+    choices = ["auto", "none", *QUANTIZATIONS]
+    add("--quantization", choices=choices, default="auto")
 
 
 def run(options: argparse.Namespace) -> None:

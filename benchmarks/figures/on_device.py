@@ -12,7 +12,8 @@ once: an entry of a table in 4, 1 or half a byte, of another matrix in 4 or 1,
 any other number in 4. A truncated SVD of the same rank is the same file but
 for its numbers. Times are medians of rounds in which all rows take turns, in
 milliseconds, a sentence's of the first 100; peak memory is of a process that
-translates 20.
+translates 20. Ratios are medians over the rounds, each against int8 of the
+same rank in the same round.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from examples.nmt.evaluate import score
 from examples.nmt.evaluate import signature
 from keras_distilled_embedding.layers import DistilledEmbedding
 
+MODELS = ("table", "translation")
 SIZES, QUICK_SIZES = (32_000, 512), (600, 64)  # of the large table
 THREADS = (1, 2)
 
@@ -57,18 +59,20 @@ class Row:
 
     Args:
         method: Of the translation model, as of the figure `translation`, or
-            `TEACHER`.
+            `TEACHER`; `None` where the row is of the large table alone.
         size: How many times fewer bytes its table takes, as it is trained.
         quantization: As of `litert.export`.
         rank: Of the large table's factors; `None` is a full table.
         activation: `f`, of these factors.
+        row_scales: Whether each row of codes in few bits has its own scale.
     """
 
-    method: str
+    method: str | None
     size: float
     quantization: str | None
     rank: int | None = None
     activation: str | None = "relu"
+    row_scales: bool = True
 
 
 ROWS = {
@@ -78,46 +82,73 @@ ROWS = {
     ),
     "full, int8, one copy": Row(TEACHER, 1.0, "int8"),
     "full, int4, one copy": Row(TEACHER, 1.0, "int4"),
+    "full, int2, one copy": Row(TEACHER, 1.0, "int2"),
     "truncated SVD 8x, int8": Row("truncated SVD", 8.0, "int8", 64, None),
     "ours 8x, float32": Row(OURS, 8.0, None, 64),
     "ours 8x, int8": Row(OURS, 8.0, "int8", 64),
     # As many bytes as rank 32 takes in four bits.
     "ours 8x, int4": Row("ours, int4", 53.0, "int4", 64),
+    # As many bytes as int8, at twice the rank.
+    "ours 8x, int2": Row("ours, int2", 32.0, "int2", 64),
     "ours 16x, float32": Row(OURS, 16.0, None, 31),
     "ours 16x, int8": Row(OURS, 16.0, "int8", 31),
+    "rank 256, int8": Row(None, 1.0, "int8", 256),
+    "rank 256, int4": Row(None, 1.0, "int4", 256),
+    "rank 256, int2": Row(None, 1.0, "int2", 256),
+    "rank 256, int2, scales of columns": Row(
+        None, 1.0, "int2", 256, row_scales=False
+    ),
 }
 
 
+def rows_of(model: str) -> dict[str, Row]:
+    """The rows of one of the two models."""
+    return {
+        name: row
+        for name, row in ROWS.items()
+        if model == "table" or row.method
+    }
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=9, help="of the times")
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--rounds", type=int, default=9, help="of the times")
 
 
 def run(options: argparse.Namespace) -> None:
     """Writes and measures the files, then times all of them in turns."""
     store, rounds = options.store, options.rounds
-    name = "quick" if options.quick else "multi30k"
-    sizes = QUICK_SIZES if options.quick else SIZES
-    task = ready_task(name, options.task_dir, data_dir=options.data_dir)
-    for name, row in ROWS.items():
+    if "table" in options.models:
+        sizes = QUICK_SIZES if options.quick else SIZES
+        for name, row in ROWS.items():
+            if options.quick and row.rank:
+                row = replace(row, rank=min(row.rank, sizes[1] // 2))
+            store.finish(
+                f"table {name}", partial(measure_table, name, row, sizes, store)
+            )
+        store.finish("times table", lambda: time_table(store, rounds))
+    if "translation" not in options.models:
+        return
+    task = ready_task(
+        "quick" if options.quick else "multi30k",
+        options.task_dir,
+        data_dir=options.data_dir,
+    )
+    for name, row in rows_of("translation").items():
         if options.quick:  # of a small table less can be saved
             row = replace(row, size=min(row.size, 4.0))
-        store.finish(
-            f"table {name}", partial(measure_table, name, row, sizes, store)
-        )
         student = Student(row.method, row.size)
         if row.method != TEACHER:
             store.finish(
-                student.key(task),
-                partial(measure, student, task, store),
+                student.key(task), partial(measure, student, task, store)
             )
         store.finish(
             f"translation {name}",
             partial(measure_translation, name, row, task, store),
         )
-    store.finish("times table", lambda: {"times": time_table(store, rounds)})
     store.finish(
-        "times translation",
-        lambda: {"times": time_translation(store, rounds, task)},
+        "times translation", lambda: time_translation(store, rounds, task)
     )
 
 
@@ -148,7 +179,13 @@ def _embedding(row: Row, sizes: tuple[int, int]) -> keras.layers.Layer:
     if row.rank is None:
         return keras.layers.ReversibleEmbedding(*sizes, name="tokens")
     return DistilledEmbedding(
-        *sizes, row.rank, activation=row.activation, name="tokens"
+        *sizes,
+        row.rank,
+        activation=row.activation,
+        # Otherwise the file's own way of rounding floats.
+        quantization=None if row.row_scales else row.quantization,
+        row_scales=row.row_scales,
+        name="tokens",
     )
 
 
@@ -187,7 +224,10 @@ def invoker(path: Path, threads: int, shape: list[int]) -> Callable:
 
 
 def time_table(store: harness.Rows, rounds: int) -> dict:
-    """Of each row: the projection, and the model at lengths 1 and 16."""
+    """Of each row: the projection, and the model at lengths 1 and 16.
+
+    `"ratios"` are those of the projection in few bits to int8 of its rank.
+    """
     calls = {}
     kinds = (
         ("projection", "projection", 1),
@@ -197,16 +237,36 @@ def time_table(store: harness.Rows, rounds: int) -> dict:
     for name, (what, kind, length), n in product(ROWS, kinds, THREADS):
         path = store.path(f"{kind} {name}", ".tflite")
         calls[name, f"{what}, {n} threads"] = invoker(path, n, [1, length])
-    return _medians(calls, rounds, 10)
+    found = harness.time_in_turns(calls, rounds, 10)
+    ratios: dict[str, dict] = {}
+    for (name, row), n in product(ROWS.items(), THREADS):
+        if row.quantization not in ("int4", "int2"):
+            continue
+        what = f"projection, {n} threads"
+        ours, int8 = (
+            found[key, what]["wall_ms"] for key in (name, _in_int8(row))
+        )
+        ratios.setdefault(name, {})[what] = statistics.median(
+            a / b for a, b in zip(ours, int8, strict=True)
+        )
+    return {"times": _medians(found), "ratios": ratios}
 
 
-def _medians(calls: dict, rounds: int, repeats: int) -> dict[str, dict]:
+def _in_int8(row: Row) -> str:
+    """The name of the row of the same rank in int8."""
+    return next(
+        name
+        for name, other in ROWS.items()
+        if (other.rank, other.quantization) == (row.rank, "int8")
+        and other.activation == row.activation
+    )
+
+
+def _medians(times: dict) -> dict[str, dict]:
     """Median milliseconds by row and by what is timed."""
     medians: dict[str, dict] = {}
-    for (name, what), times in harness.time_in_turns(
-        calls, rounds, repeats
-    ).items():
-        median = statistics.median(times["wall_ms"])
+    for (name, what), found in times.items():
+        median = statistics.median(found["wall_ms"])
         medians.setdefault(name, {})[what] = median
     return medians
 
@@ -240,13 +300,16 @@ def measure_translation(
 def time_translation(store: harness.Rows, rounds: int, task: Task) -> dict:
     """Milliseconds a sentence."""
     calls, number = {}, 1
-    for name, threads in product(ROWS, THREADS):
+    for name, threads in product(rows_of("translation"), THREADS):
         path = store.path(f"translation {name}", ".tflite")
         call, number = litert.timed_translation(path, task, threads)
         calls[name, f"sentence, {threads} threads"] = call
+    medians = _medians(harness.time_in_turns(calls, rounds, 1))
     return {
-        name: {what: ms / number for what, ms in found.items()}
-        for name, found in _medians(calls, rounds, 1).items()
+        "times": {
+            name: {what: ms / number for what, ms in found.items()}
+            for name, found in medians.items()
+        }
     }
 
 
@@ -276,13 +339,18 @@ def _peak_mb(path: Path, lines: list[str]) -> float:
 
 def collect(options: argparse.Namespace, earlier: dict) -> dict:
     """Returns the rows and the times of both models."""
-    read, results = options.store.read, {}
-    for kind in ("table", "translation"):
-        found = {name: read(f"{kind} {name}") for name in ROWS}
+    read = options.store.read
+    results = {kind: earlier[kind] for kind in MODELS if kind in earlier}
+    for kind in MODELS:
+        found = {name: read(f"{kind} {name}") for name in rows_of(kind)}
         times = read(f"times {kind}")
         if all(found.values()) and times:
-            results[kind] = {"rows": found, "times": times["times"]}
-    return results or earlier
+            results[kind] = {
+                "rows": found,
+                "times": times["times"],
+                "ratios": times.get("ratios", {}),
+            }
+    return results
 
 
 BARS = {
@@ -307,7 +375,9 @@ BARS = {
 def claims(table: dict, translation: dict) -> list[dict]:
     """What is promised, what was measured, and whether it holds."""
     rows, files = table["rows"], translation["rows"]
-    floating, int8, int4 = (n for n in ROWS if n.startswith("ours 8x"))
+    floating, int8, int4 = (
+        f"ours 8x, {form}" for form in ("float32", "int8", "int4")
+    )
     sentence = {
         name: times["sentence, 1 threads"]
         for name, times in translation["times"].items()
@@ -354,6 +424,15 @@ def report(results: dict, folder: Path) -> Iterator[str]:
         yield harness.markdown_table(
             [_cells(name, found, kind) for name in found["rows"]]
         )
+        if found.get("ratios"):
+            yield "The projection in few bits, against int8 of the same rank:"
+            yield harness.markdown_table(
+                [
+                    {"": name}
+                    | {what: f"{ratio:.2f}" for what, ratio in ratios.items()}
+                    for name, ratios in found["ratios"].items()
+                ]
+            )
 
 
 def _cells(name: str, results: dict, kind: str) -> dict:

@@ -113,8 +113,8 @@ KEY_SIZES = {
     "product quantization": (8.0,),
     PAPER: (8.0, 32.0),
     "ours, int4": (32.0, 16.0, 8.0, 64.0),
-    "int4 table": (1.0,),
-    "int8 table": (1.0,),
+    "full table, int4": (1.0,),
+    "round to nearest, int8": (1.0,),
     SCRATCH: (8.0, 32.0),
 }
 

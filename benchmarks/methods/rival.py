@@ -12,9 +12,7 @@ from keras import ops
 from benchmarks.methods.base import Approximation
 from benchmarks.methods.base import Method
 from benchmarks.methods.base import Table
-from keras_distilled_embedding.quantization import FORMATS
-from keras_distilled_embedding.quantization import dequantize
-from keras_distilled_embedding.quantization import round_table
+from keras_distilled_embedding.quantization import format_of
 
 Arrays = dict[str, np.ndarray]
 Shape = tuple[int, int]
@@ -37,7 +35,7 @@ class Rival(Method):
         rebuild: From `(arrays, shape)` to the table, with `keras.ops`.
             Integer arrays are NumPy's.
         quantization: Name of the format in which matrices of floats are
-            stored, and rounded in training; float32 by default.
+            stored, and rounded in training; by default they stay as they are.
         fixed_size: Whether there is only one size of it.
     """
 
@@ -75,6 +73,26 @@ class Rival(Method):
     ) -> keras.Model | None:
         layer = self.layer(task.table, budget)
         return layer and task.with_table(layer, dropout)
+
+
+def round_plainly(matrix: Any, quantization: str) -> Any:
+    """A matrix rounded to the nearest numbers that a format holds.
+
+    In 8 bits with one scale, in fewer with one a row, around the mean of each
+    column: no rotation, no feedback of errors.
+    """
+    if quantization == "int8":
+        scale = ops.maximum(ops.max(ops.abs(matrix)) / 127, 1e-30)
+        return ops.round(matrix / scale) * scale
+    kind = format_of(quantization)
+    return kind.round(matrix, *kind.grid(matrix))
+
+
+def plain_bytes(shape: Shape, quantization: str) -> int:
+    """Bytes of such a matrix: integers, scales, and the columns' means."""
+    kind = format_of(quantization)
+    means = 4 * shape[1] if kind.has_row_scales else 0
+    return kind.table_bytes(*shape) + means
 
 
 class ArrayTable(keras.layers.Layer):
@@ -132,15 +150,13 @@ class ArrayTable(keras.layers.Layer):
     def _stored(self, values: Any) -> Any:
         if self.quantization is None or len(values.shape) != 2:
             return values
-        fixed = ops.stop_gradient(values)
-        rounded = dequantize(*round_table(fixed, self.quantization))
-        rounded = rounded[:, : values.shape[1]]
-        return values + ops.stop_gradient(rounded - fixed)
+        rounded = round_plainly(values, self.quantization)
+        return values + ops.stop_gradient(rounded - values)
 
     def num_bytes(self, quantization: str | None = None) -> int:
         """Bytes of the arrays, as floats or as a file of a format has them."""
         return sum(
-            FORMATS[quantization].table_bytes(*array.shape)
+            plain_bytes(array.shape, quantization)
             if quantization
             and name in self._variables_by_name
             and array.ndim == 2

@@ -6,10 +6,11 @@ import keras
 import numpy as np
 
 from benchmarks.methods.rival import ArrayTable
+from benchmarks.methods.rival import plain_bytes
+from benchmarks.methods.rival import round_plainly
 from keras_distilled_embedding.layers import DistilledEmbedding
-from keras_distilled_embedding.quantization import FORMATS
-from keras_distilled_embedding.quantization import dequantize
-from keras_distilled_embedding.quantization import round_table
+from keras_distilled_embedding.quantization import Format
+from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.sizes import factor_bytes
 
 NAME = "token_embedding"
@@ -30,20 +31,23 @@ def table_bytes(
     if isinstance(layer, ArrayTable):
         return layer.num_bytes(quantization)
     if isinstance(layer, DistilledEmbedding):
-        return factor_bytes(layer.rank, *shape, quantization, layer.use_bias)
+        kind: Format | None = None
+        if quantization is not None:
+            kind = format_of(quantization, layer.row_scales)
+        return factor_bytes(layer.rank, *shape, kind, layer.use_bias)
     if quantization is None:
         return 4 * shape[0] * shape[1]
-    return FORMATS[quantization].table_bytes(*shape)
+    return plain_bytes(shape, quantization)
 
 
 def store_as(layer: keras.layers.Layer, quantization: str) -> None:
     """Rounds a trained table as a file of a format would hold it."""
-    if isinstance(layer, ArrayTable | DistilledEmbedding):
+    if isinstance(layer, ArrayTable):
         layer.quantization = quantization
-    else:
-        rounded = dequantize(*round_table(layer.embeddings, quantization))
-        layer.embeddings.assign(rounded[:, : layer.output_dim])
-    if isinstance(layer, DistilledEmbedding):
+    elif isinstance(layer, DistilledEmbedding):
+        layer.quantize(quantization)
         basis = keras.ops.convert_to_numpy(layer.basis)
-        scales = np.abs(basis).max(axis=1, keepdims=True) / 127
+        scales = np.abs(basis).max(axis=0) / 127
         layer.basis.assign(np.round(basis / scales) * scales)
+    else:
+        layer.embeddings.assign(round_plainly(layer.embeddings, quantization))

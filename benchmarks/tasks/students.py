@@ -91,9 +91,10 @@ def measure_student(
 def evaluate_stored(task: Any, model: keras.Model) -> dict[str, dict]:
     """Evaluates a trained model in every form that its table is stored in.
 
-    That is the one that it was trained in, or floats, and int8 afterwards.
+    That is the one that it was trained in, or floats and then int8, in which
+    the model is left.
     """
-    layer, trained = table_layer(model), model.get_weights()
+    layer = table_layer(model)
     quantization = getattr(layer, "quantization", None)
     stored = {}
     for form in [quantization] if quantization else ["float32", "int8"]:
@@ -104,7 +105,6 @@ def evaluate_stored(task: Any, model: keras.Model) -> dict[str, dict]:
             "table_bytes": table_bytes(layer, rounded),
             **task.evaluate(model),
         }
-        model.set_weights(trained)
     return stored
 
 

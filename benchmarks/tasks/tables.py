@@ -61,6 +61,14 @@ def _count(vocabulary: list[str], data_dir: str | None) -> np.ndarray:
     return counts
 
 
+def steep_moment(size: int, seed: int = 0) -> np.ndarray:
+    """A second moment with the spectrum of a language model's hidden states."""
+    random = np.random.default_rng(seed)
+    directions = np.linalg.qr(random.normal(size=(size, size)))[0]
+    moments = np.append([1489.0, 202.0, 79.0], np.geomspace(18, 0.02, size - 3))
+    return directions * moments @ directions.T
+
+
 def synthetic_table(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     """A float32 table with the flat spectrum of real ones."""
     random = np.random.default_rng(seed)

@@ -15,7 +15,6 @@ from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
 from keras_distilled_embedding.distillation import TeacherCache
 from keras_distilled_embedding.distillation import cache_teacher
-from keras_distilled_embedding.distribution import vocabulary_layout_map
 from keras_distilled_embedding.export import ExportReport
 from keras_distilled_embedding.export import export_litert
 from keras_distilled_embedding.factorization import Factorization
@@ -53,6 +52,5 @@ __all__ = [
     "layers",
     "load_model",
     "save_model",
-    "vocabulary_layout_map",
     "without_projection",
 ]

@@ -76,13 +76,7 @@ class LossEvaluator:
     def _evaluate_one(
         self, loss: DistillationLoss, teacher_outputs: Any, sample_weight: Any
     ) -> Any:
-        """Computes a loss, and gives it what it has a use for.
-
-        `compute_loss` is called with those of `sample_weight`, `teacher` and
-        `student` that its signature names, or with all of them if it has
-        `**kwargs`. Keras's own two losses ignore the weights; they are
-        computed here.
-        """
+        """Computes a loss, with those of the arguments that it names."""
         student_outputs = self._student_run.outputs[
             _layer_name(loss, "student")
         ]
@@ -112,8 +106,7 @@ def _layer_name(loss: DistillationLoss, argument: str) -> str | None:
 class _ModelRun:
     """Runs a model, of any class, and keeps the outputs of some layers.
 
-    The name `None` stands for the model itself. `outputs` has what the layers
-    returned in the last run, by name; `argument` is the model's name in errors.
+    The name `None` stands for the model; `argument` is its name in errors.
     """
 
     def __init__(

@@ -29,23 +29,10 @@ def copy_models(
     models: Sequence[keras.Model],
     replacements: Mapping[keras.layers.Layer, keras.layers.Layer],
 ) -> list[keras.Model]:
-    """Copies models, with other layers in the place of some.
+    """Copies models, with replacements called in the place of some layers.
 
-    Functional and Sequential models are copied as graphs, other models by
-    their configuration. A layer that is used several times, at any depth or by
-    several of the models, is copied once, so shared layers stay shared. The
-    copies have the classes, names and weights of the originals, and share no
-    variable with them. They are not compiled.
-
-    Args:
-        models: Built models.
-        replacements: The replacement of each layer to replace. It is called
-            with the arguments of the layer that it replaces.
-
-    Raises:
-        ValueError: If a layer cannot be made from its configuration, or if a
-            copy would still use a layer that is replaced, or a variable of the
-            originals.
+    Layers that the models share stay shared. The copies are not compiled and
+    share no variable with the originals.
     """
     copier = _Copier(replacements)
     with (

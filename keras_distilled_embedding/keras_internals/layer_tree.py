@@ -23,9 +23,7 @@ from keras_distilled_embedding.keras_internals.swapping import swap_layers
 class LayerTree:
     """The layers of a model, and which of them are the same layer.
 
-    A configuration records how to make a model. It does not record which of
-    the layers made are shared, which were replaced since, or the shapes that
-    the parts of a subclassed model were built with.
+    It has what a configuration may not record.
     """
 
     number: int  # trees with the same number describe the same layer
@@ -205,8 +203,7 @@ def _attributes_of_keras() -> set[str]:
 def _settings(layer: keras.layers.Layer) -> dict[str, Any]:
     """Returns attributes that the configuration of a layer may omit.
 
-    KerasHub's preprocessors omit some of their arguments. For a model whose
-    class does not define `get_config`, Keras records defaults instead.
+    These are some of KerasHub's preprocessors, and of the user's own models.
     """
     kind = type(layer)
     is_default_config = scopes.has_default_config(kind)

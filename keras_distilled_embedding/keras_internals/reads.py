@@ -21,9 +21,7 @@ def refuse_reads(
 ) -> None:
     """Refuses a model that reads some of `variables` which are not its own.
 
-    A function that a layer calls may refer to variables of the model of which
-    this one is a copy. The model is traced to find out, which computes nothing.
-    A model that cannot be traced is not refused.
+    It is traced, which computes nothing; what cannot be traced is let pass.
     """
     layers = [model, *iterate_layers(model)]
     if not any(

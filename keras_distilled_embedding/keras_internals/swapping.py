@@ -17,11 +17,7 @@ def swap_layers(
     roots: Sequence[keras.layers.Layer],
     swaps: Sequence[tuple[keras.layers.Layer, keras.layers.Layer]],
 ) -> None:
-    """Replaces layers `old` by `new`, wherever models keep them, in place.
-
-    Layers are found in the graphs of Functional models, in the attributes of
-    layers, and in lists, tuples, sets and dictionaries in those attributes.
-    """
+    """Replaces layers `old` by `new`, wherever models keep them, in place."""
     if not swaps:
         return
     for old, new in swaps:

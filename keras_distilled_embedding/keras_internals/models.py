@@ -91,16 +91,6 @@ def _last_activation(output: Any) -> str | None:
     return getattr(activation, "__name__", None)
 
 
-def keras_mask(tensor: Any) -> Any:
-    """Returns the mask that Keras attached to a tensor, or `None`."""
-    return private_keras.get_keras_mask(tensor)
-
-
-def set_mask(tensor: Any, mask: Any) -> None:
-    """Attaches a Keras mask: losses skip where it is false, as padding."""
-    private_keras.set_keras_mask(tensor, mask)
-
-
 def count_steps(optimizer: keras.optimizers.Optimizer) -> int:
     """Returns how many batches an optimizer has seen, accumulated ones too."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)

@@ -17,7 +17,6 @@ from keras_distilled_embedding.keras_internals import scopes
 from keras_distilled_embedding.keras_internals.private_keras import saving_lib
 
 
-@private_keras.note_untested_keras()
 def write_archive(model: keras.Model, saved: Any, file: IO[bytes]) -> None:
     """Writes a model's weights and assets in Keras's own format.
 
@@ -42,7 +41,6 @@ def write_archive(model: keras.Model, saved: Any, file: IO[bytes]) -> None:
             assets.close()
 
 
-@private_keras.note_untested_keras()
 def read_archive(
     file: IO[bytes], custom_objects: Mapping[str, Any] | None
 ) -> keras.Model:

@@ -9,7 +9,6 @@ from keras_distilled_embedding import layers
 from keras_distilled_embedding.calibration import TableStatistics
 from keras_distilled_embedding.calibration import calibrate
 from keras_distilled_embedding.compression import compress
-from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
@@ -32,7 +31,6 @@ from keras_distilled_embedding.version import __version__
 __all__ = [
     "ChunkedCrossEntropy",
     "CompressionReport",
-    "DistillationWeightSchedule",
     "Distiller",
     "EmbeddingDistillation",
     "ExportReport",

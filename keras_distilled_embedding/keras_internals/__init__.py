@@ -23,7 +23,6 @@ from keras_distilled_embedding.keras_internals.layer_tree import LayerTree
 from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
 from keras_distilled_embedding.keras_internals.models import before_last_layer
 from keras_distilled_embedding.keras_internals.models import check_symbolic
-from keras_distilled_embedding.keras_internals.models import count_steps
 from keras_distilled_embedding.keras_internals.models import find_layer
 from keras_distilled_embedding.keras_internals.models import input_structure
 from keras_distilled_embedding.keras_internals.models import iterate_layers
@@ -58,7 +57,6 @@ __all__ = [
     "compile_alike",
     "compile_arguments",
     "copy_models",
-    "count_steps",
     "exclude_from_weight_decay",
     "find_layer",
     "input_structure",

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding.keras_internals import private_keras
@@ -89,12 +88,6 @@ def _last_activation(output: Any) -> str | None:
         return "linear"
     activation = getattr(operation, "activation", None)
     return getattr(activation, "__name__", None)
-
-
-def count_steps(optimizer: keras.optimizers.Optimizer) -> int:
-    """Returns how many batches an optimizer has seen, accumulated ones too."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    return int(ops.convert_to_numpy(optimizer._iterations))
 
 
 def make_variables_current(model: keras.Model) -> None:

@@ -9,13 +9,11 @@ from keras_distilled_embedding import layers
 from keras_distilled_embedding.calibration import TableStatistics
 from keras_distilled_embedding.calibration import calibrate
 from keras_distilled_embedding.compression import compress
-from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
 from keras_distilled_embedding.distillation import TeacherCache
 from keras_distilled_embedding.distillation import cache_teacher
-from keras_distilled_embedding.distribution import vocabulary_layout_map
 from keras_distilled_embedding.export import ExportReport
 from keras_distilled_embedding.export import export_litert
 from keras_distilled_embedding.factorization import Factorization
@@ -33,7 +31,6 @@ from keras_distilled_embedding.version import __version__
 __all__ = [
     "ChunkedCrossEntropy",
     "CompressionReport",
-    "DistillationWeightSchedule",
     "Distiller",
     "EmbeddingDistillation",
     "ExportReport",
@@ -53,6 +50,5 @@ __all__ = [
     "layers",
     "load_model",
     "save_model",
-    "vocabulary_layout_map",
     "without_projection",
 ]

@@ -285,10 +285,7 @@ class _Collector:
         self._num_states += weights.sum()
 
     def _weights_of(self, values: Any, inputs: Any) -> np.ndarray | None:
-        """The weights of tokens, where they fit what the layer is called with.
-
-        Layers are called with other shapes, too: segments, positions.
-        """
+        """Returns the weights of tokens, where they fit its inputs."""
         given = self.sample_weight
         if isinstance(given, dict | list | tuple):
             given = None

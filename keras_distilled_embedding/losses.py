@@ -226,10 +226,7 @@ def _chunked_cross_entropy(
 ) -> Any:
     """The float32 losses of `n` labels, `logits = states features^T + bias`.
 
-    The states are `(n, k)`, the features `(V, k)`, the bias `(V,)`. What needs
-    every logit goes in chunks: `log sum_v exp(logit_v)`, less
-    `label_smoothing mean_v logit_v`. A label's own logit needs only its row of
-    the features.
+    The states are `(n, k)`, the features `(V, k)`, the bias `(V,)`.
     """
     size = ops.shape(labels)[0]
     chunks = (size + chunk_size - 1) // chunk_size

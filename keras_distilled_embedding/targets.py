@@ -31,11 +31,7 @@ _KNOWN_CALLS = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
-    """A layer with a table: an embedding, factors of one, or a dense layer.
-
-    Args:
-        layer: The layer, built.
-    """
+    """A layer with a table: an embedding, factors of one, or a dense layer."""
 
     layer: Layer
 
@@ -77,12 +73,7 @@ class Target:
         return embedding_tables(self.layer)
 
     def new_layer(self, rank: int, **options: Any) -> DistilledEmbedding:
-        """The built layer of factors for it, their values still random.
-
-        Args:
-            rank: Integer.
-            **options: Arguments of `DistilledEmbedding`.
-        """
+        """Returns the built layer of factors for it, of random values."""
         if not self.is_dense:
             return new_layer(DistilledEmbedding, self.layer, rank, **options)
         layer = DistilledEmbedding(
@@ -100,15 +91,9 @@ class Target:
 def named_tables(
     model: keras.Model,
 ) -> Iterator[tuple[tuple[str, int], Target]]:
-    """Yields the tables of a model with keys that pair them between models.
+    """Yields the tables of a model, dense layers too.
 
-    Args:
-        model: A built model.
-
-    Yields:
-        The key, a layer's name and how many of that name came before (nested
-        models may each have one), and the table. Dense layers are among them:
-        `compress` replaces those over a vocabulary.
+    Their keys pair them between models: a name, and how many came before.
     """
     kinds = keras.layers.Embedding, DistilledEmbedding, keras.layers.Dense
     counts: collections.Counter[str] = collections.Counter()
@@ -132,17 +117,7 @@ def choose_targets(
     heads: str | None,
     min_parameters: int,
 ) -> list[Target]:
-    """The tables to factorize, those of heads after the embeddings.
-
-    Args:
-        model: The model.
-        layers: As of `compress`.
-        heads: As of `compress`. Heads that are to be tied have no table.
-        min_parameters: As of `compress`.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The tables that `compress` factorizes, of heads after the embeddings."""
     targets = [
         Target(layer)
         for layer in keras_internals.iterate_layers(model)
@@ -190,11 +165,7 @@ def heads_of(model: keras.Model, targets: Iterable[Target]) -> list[Layer]:
 
 
 def embedding_of(head: Layer, targets: Iterable[Target]) -> Target:
-    """The embedding that a head is tied to.
-
-    Raises:
-        ValueError: If there is not exactly one of its shape.
-    """
+    """The one embedding of a head's shape, which the head is tied to."""
     shape = Target(head).shape
     fitting = [target for target in targets if target.shape == shape]
     if len(fitting) != 1:

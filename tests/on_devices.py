@@ -117,7 +117,10 @@ def model_parallel():
         ("batch", "model"),
         keras.distribution.list_devices("cpu"),
     )
-    layout_map = kde.vocabulary_layout_map(mesh, tables=["tokens"])
+    # As in docs/scale.md.
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map["(.*/)?((reverse_)?codes|lora_codes_a)"] = ("model", None)
+    layout_map["(.*/)?tokens/embeddings"] = ("model", None)
     distribution = keras.distribution.ModelParallel(
         layout_map=layout_map, batch_dim_name="batch"
     )

@@ -11,7 +11,6 @@ import pytest
 from keras import ops
 
 from keras_distilled_embedding.compression import compress
-from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
@@ -42,7 +41,6 @@ if keras.backend.backend() == "tensorflow":
     tf.config.experimental.enable_op_determinism()
 
 from keras_distilled_embedding import compress
-from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
@@ -78,6 +76,10 @@ class Kill(keras.callbacks.Callback):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+def set_weight(epoch, logs=None):
+    distiller.student_loss_weight = 0.9 - 0.2 * epoch
+
+
 rng = np.random.default_rng(3)
 size = 4 * {BATCHES}
 history = distiller.fit(
@@ -96,9 +98,7 @@ history = distiller.fit(
             save_weights_only=True,
         ),
         keras.callbacks.ModelCheckpoint(folder / "last.keras"),
-        DistillationWeightSchedule(
-            keras.optimizers.schedules.PolynomialDecay(0.9, 20, 0.1)
-        ),
+        keras.callbacks.LambdaCallback(on_epoch_begin=set_weight),
         Kill(),
     ],
 ).history
@@ -313,14 +313,19 @@ def test_checkpoints_load(tmp_path, save_weights_only, save_best_only):
     fit(restored, 1)
 
 
-def test_a_backup_keeps_the_weights_of_a_schedule(tmp_path):
+def test_a_backup_keeps_the_weights_that_a_callback_sets(tmp_path):
     """Also for a training that goes on without it."""
     distiller = make_distiller()
     backup = keras.callbacks.BackupAndRestore(
         tmp_path / "backup", delete_checkpoint=False
     )
-    schedule = DistillationWeightSchedule(lambda step: step / 20, [0.5, 2.0])
-    fit(distiller, callbacks=[backup, schedule])
+
+    def set_weights(epoch, logs):
+        distiller.student_loss_weight = 9 / 20
+        distiller.distillation_loss_weights = [0.5, 2.0]
+
+    setter = keras.callbacks.LambdaCallback(on_epoch_begin=set_weights)
+    fit(distiller, callbacks=[backup, setter])
     assert distiller.student_loss_weight == 9 / 20
     resumed = make_distiller()
     history = fit(resumed, 3, callbacks=[backup])

@@ -4,11 +4,9 @@ import os
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import pytest
 
-import keras_distilled_embedding as kde
 from tests.on_devices import RANK
 from tests.on_devices import VOCABULARY
 from tests.on_devices import WIDTH
@@ -64,44 +62,3 @@ def test_factors_are_split_and_never_gathered(trained):
     assert tuple(found["basis_part"]) == (RANK, WIDTH)
     assert tuple(found["teacher_part"]) == (VOCABULARY // 2, WIDTH)
     assert max(found["gathered"]) < VOCABULARY // 2
-
-
-def mesh():
-    return keras.distribution.DeviceMesh((1, 1), ("batch", "model"), ["cpu:0"])
-
-
-@pytest.mark.parametrize(
-    "path, axes",
-    [
-        ("tokens/codes", ("model", None)),
-        ("decoder/tokens/reverse_codes", ("model", None)),
-        ("tokens/lora_codes_a", ("model", None)),
-        ("teacher/embeddings", ("model", None)),
-        ("teacher/reverse_embeddings", (None, "model")),
-    ],
-)
-def test_what_has_a_row_a_token_is_split(path, axes):
-    layout_map = kde.vocabulary_layout_map(mesh(), tables=["teacher"])
-    assert layout_map[path].axes == axes
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "tokens/basis",
-        "tokens/lora_codes_b",
-        "positions/embeddings",
-        "a_teacher/embeddings",
-        "codes/kernel",
-    ],
-)
-def test_everything_else_stays_whole(path):
-    layout_map = kde.vocabulary_layout_map(mesh(), tables="teacher")
-    assert layout_map[path] is None
-
-
-def test_bad_arguments():
-    with pytest.raises(TypeError, match="`device_mesh`"):
-        kde.vocabulary_layout_map("mesh")
-    with pytest.raises(ValueError, match="`axis`"):
-        kde.vocabulary_layout_map(mesh(), axis="vocabulary")

@@ -158,19 +158,6 @@ def test_how_a_file_is_written():
     assert library._CONFIG_FILENAME == "config.json"
 
 
-@pytest.mark.parametrize("version", [keras.__version__, "3.99.0"])
-def test_errors_in_another_version_of_keras_tell_so(version, monkeypatch):
-    """Only errors: a version that works is not refused."""
-    monkeypatch.setattr(keras, "__version__", version)
-    with pytest.raises(AttributeError, match="no attribute") as error:
-        keras_internals.copy_models([None], {})
-    notes = getattr(error.value, "__notes__", [])
-    assert bool(notes) == (version == "3.99.0")
-    for note in notes:
-        assert f"tested with Keras {private_keras.TESTED_KERAS}" in note
-        assert version in note
-
-
 # Where layers are kept
 
 

@@ -1,5 +1,6 @@
 """The cache of a teacher's outputs, against NumPy."""
 
+import collections
 import json
 import os
 import shutil
@@ -157,6 +158,11 @@ def test_several_outputs_and_inputs_by_name(tmp_path):
         y = {"words": target, "kinds": np.full(BATCH, i, "int64")}
         weight = {"words": np.ones(target.shape, "float32"), "kinds": None}
         batches.append(({"target": target, "source": source}, y, weight))
+    # In another order of the keys, which says nothing.
+    batches[1] = (
+        {"source": batches[1][0]["source"], **batches[1][0]},
+        *batches[1][1:],
+    )
     cache = cache_teacher(teacher, batches, tmp_path, top_k=5)
     assert_batches_equal(cache, batches)
     for (x, *_), (inputs, *_) in zip(cache, batches):
@@ -174,6 +180,8 @@ def test_keeps_any_structure(tmp_path):
         ("list", [ids, ids], (ids, ids)),
         ("none", (ids, None, ids), (ids, None, ids)),
         ("nested", (ids, [{"a/b": (ids,), "c": []}]), None),
+        ("ordered", (ids, collections.OrderedDict(b=ids, a=ids)), None),
+        ("numbered", (ids, {1: ids}), None),
     ]:
         cache = cache_teacher(teacher, [batch], tmp_path / name)
         assert_batches_equal(cache, [structure or batch])
@@ -571,7 +579,8 @@ def test_refuses_temperature(tmp_path, temperature):
         ([np.array([["a"]])], "batches of numbers"),
         ([np.array([["a"]], "object")], "batches of numbers"),
         ([np.float32(1)], "batch axis"),
-        ([({1: np.ones((2, 2))},)], "strings for the keys"),
+        ([({np.float32(1): np.ones((2, 2))},)], "strings for the keys"),
+        ([({np.float32: np.ones((2, 2))},)], "strings for the keys"),
     ],
 )
 def test_refuses_datasets(tmp_path, dataset, message):

@@ -9,16 +9,7 @@ import keras
 
 
 def as_integer(name: str, value: Any, minimum: int = 1) -> int:
-    """Returns the argument as an integer.
-
-    Args:
-        name: What it is called where it is given.
-        value: The argument.
-        minimum: The smallest that is allowed.
-
-    Raises:
-        ValueError: If it is not an integer, or too small.
-    """
+    """Returns the argument `name` as an integer of at least `minimum`."""
     is_integer = isinstance(value, numbers.Integral)
     if not is_integer or isinstance(value, bool) or value < minimum:
         expected = (
@@ -48,12 +39,7 @@ def as_positive_number(name: str, value: Any) -> float:
 
 
 def check_built_model(name: str, value: Any) -> None:
-    """Refuses what is not a built Keras model.
-
-    Raises:
-        TypeError: If it is not a Keras model.
-        ValueError: If it is not built.
-    """
+    """Refuses what is not a built Keras model."""
     if not isinstance(value, keras.Model):
         raise TypeError(
             f"`{name}` must be a `keras.Model`. Received: {name}={value!r}"

@@ -12,14 +12,9 @@ from keras_distilled_embedding._utils.progress import make_progress
 
 
 def num_batches(dataset: Any, name: str = "dataset") -> int | None:
-    """The number of batches, or `None` where that is not known before.
+    """Returns the number of batches, or `None` where it is not known yet.
 
-    Args:
-        dataset: The batches.
-        name: What they are called where they are given.
-
-    Raises:
-        ValueError: If it is nothing to iterate over, or infinite.
+    Refuses, by its `name`, what is infinite or nothing to iterate over.
     """
     total: Any = None
     if isinstance(dataset, keras.utils.PyDataset):
@@ -44,13 +39,7 @@ def num_batches(dataset: Any, name: str = "dataset") -> int | None:
 def iterate_batches(
     dataset: Any, description: str, verbose: int | bool
 ) -> Iterator[Any]:
-    """Yields the batches, with a progress bar on a terminal.
-
-    Args:
-        dataset: What `num_batches` accepts.
-        description: What the bar says.
-        verbose: Whether there is one.
-    """
+    """Yields the batches, with a progress bar on a terminal."""
     total = num_batches(dataset)
     if not hasattr(dataset, "__iter__"):
         dataset = (dataset[i] for i in range(len(dataset)))

@@ -11,17 +11,7 @@ from typing import Any
 
 
 def check_destination(argument: str, path: Path) -> None:
-    """Raises an error, before any work, if no file can be written to `path`.
-
-    Args:
-        argument: Name of the argument that holds the path, for the error.
-        path: Path of the file.
-
-    Raises:
-        IsADirectoryError: If the path is a folder.
-        FileNotFoundError: If the folder of the path does not exist.
-        PermissionError: If the folder of the path cannot be written to.
-    """
+    """Raises an error, before any work, if no file can be written to `path`."""
     received = f"Received: {argument}={str(path)!r}"
     if path.is_dir():
         raise IsADirectoryError(
@@ -42,13 +32,7 @@ def check_destination(argument: str, path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Writes a temporary file beside `path`, then renames it to `path`.
 
-    If the writing fails, a file that already exists at `path` stays as it is.
-    If several processes write to one path, the last one to finish wins. A
-    process that is killed leaves a temporary file `NAME.xxxxxxxx.tmp`.
-
-    Args:
-        path: Path of the file.
-        write: Function that writes to the open binary file it is given.
+    A process that is killed leaves a temporary file `NAME.xxxxxxxx.tmp`.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:

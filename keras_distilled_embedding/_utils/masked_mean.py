@@ -27,47 +27,23 @@ _mean = _Mean()
 
 
 def mean(values: Any, weights: Any = None) -> Any:
-    """Averages `values` as Keras averages the values of a loss.
+    """Averages `values`, by `weights` of their shape, to a float32 scalar.
 
-    Args:
-        values: Floats of any shape.
-        weights: Floats of the same shape. With them the mean is
-            `sum(weights * values) / sum(weights)`, or 0 if all are 0.
-
-    Returns:
-        A float32 scalar.
+    The mean is 0 if all weights are.
     """
     return _mean(values, values, sample_weight=weights)
 
 
 def mean_over_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
-    """Averages `values`, one for each token, with `weights_of_tokens`.
-
-    Args:
-        values: Floats `(batch, ...)`.
-        sample_weight: Floats `(batch,)` or `(batch, ...)`, or `None`.
-        outputs: The tensor that the values were computed from.
-
-    Returns:
-        A float32 scalar.
-    """
+    """Averages `values`, one for each token, with `weights_of_tokens`."""
     return mean(values, weights_of_tokens(values, sample_weight, outputs))
 
 
 def weights_of_tokens(values: Any, sample_weight: Any, outputs: Any) -> Any:
-    """Returns the weights of `values`, one for each token.
+    """Returns the weights of `values`, one a token, or `None` if all are 1.
 
-    The weight of a sequence counts for each of its tokens. A value for a whole
-    sequence gets the weight of its heaviest token.
-
-    Args:
-        values: Floats `(batch, ...)`.
-        sample_weight: Floats `(batch,)` or `(batch, ...)`, or `None`.
-        outputs: The tensor that the values were computed from. Tokens that
-            its Keras mask excludes get weight 0.
-
-    Returns:
-        Float32 of the shape of `values`, or `None` if all count equally.
+    A sequence's weight counts for each of its tokens, a token's maximum for a
+    value of the sequence; tokens masked in `outputs` get weight 0.
     """
     weights = None
     for given in (sample_weight, keras_internals.keras_mask(outputs)):

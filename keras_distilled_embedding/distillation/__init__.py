@@ -9,12 +9,8 @@ from keras_distilled_embedding.distillation.logits_distillation import (
 )
 from keras_distilled_embedding.distillation.teacher_cache import TeacherCache
 from keras_distilled_embedding.distillation.teacher_cache import cache_teacher
-from keras_distilled_embedding.distillation.weight_schedule import (
-    DistillationWeightSchedule,
-)
 
 __all__ = [
-    "DistillationWeightSchedule",
     "Distiller",
     "EmbeddingDistillation",
     "LogitsDistillation",

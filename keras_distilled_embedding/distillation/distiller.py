@@ -17,7 +17,8 @@ from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding.distillation.embedding_distillation import (
     EmbeddingDistillation,
 )
-from keras_distilled_embedding.distillation.evaluation import LossEvaluator
+from keras_distilled_embedding.distillation.evaluation import ModelRun
+from keras_distilled_embedding.distillation.evaluation import evaluate_loss
 from keras_distilled_embedding.distillation.evaluation import (
     needs_teacher_outputs,
 )
@@ -108,14 +109,19 @@ class Distiller(keras.Model):
             distillation_losses, distillation_loss_weights
         )
         _check_student_loss_weight(student_loss_weight)
-        evaluator = LossEvaluator(teacher, student, losses)
+        for loss in losses:
+            # Keras's own check refuses subclassed models and nested layers.
+            if type(loss) is not keras.distillation.FeatureDistillation:
+                loss.validate_model_compatibility(teacher, student)
+        teacher_run = ModelRun(teacher, losses, "teacher")
+        student_run = ModelRun(student, losses, "student")
         kwargs.setdefault("dtype", student.dtype_policy)
         super().__init__(name=name, **kwargs)
         self.teacher = teacher
         self.student = student
         self.distillation_losses = losses
         self.student_training = bool(student_training)
-        self._evaluator = evaluator
+        self._teacher_run, self._student_run = teacher_run, student_run
         # A variable, so that the weights may change between compiled steps.
         # The properties return the same numbers before they are rounded.
         self._weights_in_use = self.add_weight(
@@ -261,7 +267,7 @@ class Distiller(keras.Model):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         inputs, _ = split_inputs(inputs)
-        return self._evaluator.run_student(
+        return self._student_run(
             inputs, training=training and self.student_training
         )
 
@@ -290,9 +296,18 @@ class Distiller(keras.Model):
             task = task - penalties
         self._track(self._task_tracker, task, x)
         inputs, cached = split_inputs(x)
-        values = self._evaluator.evaluate(inputs, cached, sample_weight)
+        losses = self.distillation_losses
+        if cached is None and any(map(needs_teacher_outputs, losses)):
+            self._teacher_run(inputs, training=False)
         distillation = 0.0
-        for index, value in enumerate(values):
+        for index, loss in enumerate(losses):
+            value = evaluate_loss(
+                loss,
+                self._teacher_run,
+                self._student_run,
+                cached,
+                sample_weight,
+            )
             self._track(self._distillation_trackers[index], value, x)
             distillation += self._weights_in_use[1 + index] * value
         w = self._weights_in_use[0]

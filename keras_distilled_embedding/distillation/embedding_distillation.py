@@ -183,11 +183,7 @@ def _mean_one(weights: Any) -> np.ndarray:
 def paired_tables(
     teacher: keras.Model, student: keras.Model
 ) -> Iterator[tuple[keras.layers.Layer, DistilledEmbedding]]:
-    """Yields the teacher's layer and the student's, of each factorized table.
-
-    Raises a `ValueError` if the student has none, or if the teacher has no
-    float table of one's name and shape.
-    """
+    """Yields the teacher's layer and the student's, of each such table."""
     tables = dict(named_tables(teacher))
     found = False
     for key, target in named_tables(student):

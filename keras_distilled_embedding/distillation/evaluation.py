@@ -1,11 +1,10 @@
-"""Running teacher and student once, and computing every loss from that."""
+"""Running models once, and computing every loss from what they return."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -27,81 +26,38 @@ def needs_teacher_outputs(loss: DistillationLoss) -> bool:
     return getattr(loss, "needs_teacher_outputs", True)
 
 
-class LossEvaluator:
-    """Computes distillation losses from one run of teacher and student.
+def evaluate_loss(
+    loss: DistillationLoss,
+    teacher_run: ModelRun,
+    student_run: ModelRun,
+    teacher_outputs: Any,
+    sample_weight: Any,
+) -> Any:
+    """Computes a loss from the outputs of the last runs.
 
-    It is not a layer: the models belong to the distiller.
+    `teacher_outputs` take the place of the teacher's run, unless `None`.
     """
-
-    def __init__(
-        self,
-        teacher: keras.Model,
-        student: keras.Model,
-        losses: Sequence[DistillationLoss],
-    ) -> None:
-        for loss in losses:
-            # Keras's own check refuses subclassed models and nested layers.
-            if type(loss) is not keras.distillation.FeatureDistillation:
-                loss.validate_model_compatibility(teacher, student)
-        self._losses = losses
-        self._models = {"teacher": teacher, "student": student}
-        self._teacher_run, self._student_run = (
-            _ModelRun(
-                model,
-                {_layer_name(loss, argument) for loss in losses},
-                argument,
-            )
-            for argument, model in self._models.items()
+    student_outputs = student_run.outputs[_layer_name(loss, "student")]
+    if needs_teacher_outputs(loss) and teacher_outputs is None:
+        teacher_outputs = keras.tree.map_structure(
+            ops.stop_gradient,
+            teacher_run.outputs[_layer_name(loss, "teacher")],
         )
-
-    def run_student(self, inputs: Any, training: bool | None) -> Any:
-        """Returns the student's outputs; `evaluate` then uses this run."""
-        return self._student_run(inputs, training)
-
-    def evaluate(
-        self, inputs: Any, teacher_outputs: Any, sample_weight: Any
-    ) -> list[Any]:
-        """Computes each loss for the batch that the student was run on.
-
-        The teacher runs if a loss needs its outputs and they are not given.
-        """
-        needed = any(map(needs_teacher_outputs, self._losses))
-        if needed and teacher_outputs is None:
-            self._teacher_run(inputs, training=False)
-        return [
-            self._evaluate_one(loss, teacher_outputs, sample_weight)
-            for loss in self._losses
-        ]
-
-    def _evaluate_one(
-        self, loss: DistillationLoss, teacher_outputs: Any, sample_weight: Any
-    ) -> Any:
-        """Computes a loss, and gives it what it has a use for.
-
-        `compute_loss` is called with those of `sample_weight`, `teacher` and
-        `student` that its signature names, or with all of them if it has
-        `**kwargs`. Keras's own two losses ignore the weights; they are
-        computed here.
-        """
-        student_outputs = self._student_run.outputs[
-            _layer_name(loss, "student")
-        ]
-        if needs_teacher_outputs(loss) and teacher_outputs is None:
-            teacher_outputs = keras.tree.map_structure(
-                ops.stop_gradient,
-                self._teacher_run.outputs[_layer_name(loss, "teacher")],
-            )
-            loss.validate_outputs(teacher_outputs, student_outputs)
-        if type(loss) in _KERAS_LOSSES:
-            return _weighted_keras_loss(
-                loss, teacher_outputs, student_outputs, sample_weight
-            )
-        context = {"sample_weight": sample_weight, **self._models}
-        parameters = inspect.signature(loss.compute_loss).parameters.values()
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            named = {p.name for p in parameters}
-            context = {k: v for k, v in context.items() if k in named}
-        return loss.compute_loss(teacher_outputs, student_outputs, **context)
+        loss.validate_outputs(teacher_outputs, student_outputs)
+    if type(loss) in _KERAS_LOSSES:
+        return _weighted_keras_loss(
+            loss, teacher_outputs, student_outputs, sample_weight
+        )
+    context = {
+        "sample_weight": sample_weight,
+        "teacher": teacher_run.model,
+        "student": student_run.model,
+    }
+    parameters = inspect.signature(loss.compute_loss).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        named = {p.name for p in parameters}
+        context = {k: v for k, v in context.items() if k in named}
+    return loss.compute_loss(teacher_outputs, student_outputs, **context)
 
 
 def _layer_name(loss: DistillationLoss, argument: str) -> str | None:
@@ -109,25 +65,24 @@ def _layer_name(loss: DistillationLoss, argument: str) -> str | None:
     return getattr(loss, f"{argument}_layer_name", None)
 
 
-class _ModelRun:
+class ModelRun:
     """Runs a model, of any class, and keeps the outputs of some layers.
 
-    The name `None` stands for the model itself. `outputs` has what the layers
-    returned in the last run, by name; `argument` is the model's name in errors.
+    The name `None` stands for the model; `argument` is its name in errors.
     """
 
     def __init__(
         self,
         model: keras.Model,
-        layer_names: Iterable[str | None],
+        losses: Iterable[DistillationLoss],
         argument: str,
     ) -> None:
+        self.model = model
         self.outputs: dict[str | None, Any] = {}
-        self._model = model
         self._argument = argument
         self._layers = {
             name: keras_internals.find_layer(model, name, argument)
-            for name in layer_names
+            for name in {_layer_name(loss, argument) for loss in losses}
             if name is not None
         }
 
@@ -141,7 +96,7 @@ class _ModelRun:
         try:
             for name, layer in self._layers.items():
                 keras_internals.watch_calls(layer, keep(name))
-            outputs = self._model(inputs, training=training)
+            outputs = self.model(inputs, training=training)
         finally:
             for layer in self._layers.values():
                 keras_internals.stop_watching(layer)

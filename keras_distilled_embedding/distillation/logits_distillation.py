@@ -254,9 +254,7 @@ def _binary_divergences(teacher_logits: Any, student_logits: Any) -> Any:
 def _divergences(teacher_logits: Any, student_logits: Any) -> Any:
     """Kullback-Leibler divergence of each token's prediction.
 
-    It is computed as sum_v p_v (t_v - s_v) - log sum exp t + log sum exp s,
-    which takes fewer passes over the vocabulary and fewer roundings than two
-    log-softmaxes.
+    In fewer passes over the vocabulary than two log-softmaxes take.
     """
     t, s = (
         x - ops.stop_gradient(ops.max(x, axis=-1, keepdims=True))

@@ -101,13 +101,7 @@ def measure_fidelity(
 ) -> Fidelity | None:
     """Runs the file and the Keras models on the same inputs.
 
-    Args:
-        content: The file.
-        signatures: The Keras models by signature name.
-        inputs: As `fidelity_inputs` of `export_litert`.
-
-    Returns:
-        A `Fidelity`, or `None` where the model does not take random inputs.
+    Returns `None` where the model does not take random inputs.
     """
     import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
@@ -155,10 +149,7 @@ def measure_fidelity(
 
 
 def _random_batches(signature: Signature) -> list[dict[str, np.ndarray]]:
-    """Ids that are in all tables, masks of ones, and normal numbers.
-
-    None for a model that takes strings.
-    """
+    """Ids that are in all tables, masks of ones, and normal numbers."""
     rng = np.random.default_rng(0)
     rows = [
         layer.input_dim

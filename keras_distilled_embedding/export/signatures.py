@@ -18,19 +18,7 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.\\/>-]")
 class Signature:
     """Calls a model with a dictionary of inputs, and returns one of outputs.
 
-    An input is named by its key where the model takes a flat dictionary, and
-    by the name of its `keras.Input` otherwise; characters that TensorFlow
-    does not take, such as spaces, become underscores. Outputs that are not a
-    dictionary are named `output_0`, `output_1`, ...
-
-    Args:
-        model: A model with symbolic inputs.
-        batch_size: Integer, the batch size of the inputs, or `None` for any.
-        sequence_length: Integer, what their other unknown sizes are, or
-            `None` for any.
-
-    Raises:
-        ValueError: If two inputs have one name.
+    `batch_size` and `sequence_length` take the place of unknown sizes.
     """
 
     def __init__(
@@ -67,14 +55,7 @@ class Signature:
         }
 
     def call(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Calls the model.
-
-        Args:
-            inputs: Tensors or arrays by name.
-
-        Returns:
-            Its outputs by name.
-        """
+        """Calls the model with tensors or arrays by name."""
         values = keras.tree.pack_sequence_as(
             self._structure, [inputs[name] for name in self.inputs]
         )
@@ -87,15 +68,7 @@ class Signature:
         }
 
     def by_name(self, batch: Any) -> dict[str, np.ndarray]:
-        """The arrays of a batch by the names of the file's inputs.
-
-        Args:
-            batch: Arrays as the model is called with them, or a dictionary
-                by name.
-
-        Raises:
-            ValueError: If the batch has other inputs than the model.
-        """
+        """Returns the arrays of a batch by the names of the file's inputs."""
         nested = isinstance(self._structure, Mapping) and not self._is_flat
         if isinstance(batch, Mapping) and not (
             nested and set(batch) == set(self._structure)

@@ -18,23 +18,26 @@ from keras_distilled_embedding.keras_internals.compiling import (
     without_compiling,
 )
 from keras_distilled_embedding.keras_internals.copying import copy_models
+from keras_distilled_embedding.keras_internals.copying import refuse_reads
 from keras_distilled_embedding.keras_internals.layer_tree import LayerTree
 from keras_distilled_embedding.keras_internals.layer_tree import Rebuilder
 from keras_distilled_embedding.keras_internals.models import before_last_layer
 from keras_distilled_embedding.keras_internals.models import check_symbolic
-from keras_distilled_embedding.keras_internals.models import count_steps
 from keras_distilled_embedding.keras_internals.models import find_layer
 from keras_distilled_embedding.keras_internals.models import input_structure
 from keras_distilled_embedding.keras_internals.models import iterate_layers
-from keras_distilled_embedding.keras_internals.models import keras_mask
 from keras_distilled_embedding.keras_internals.models import last_activations
 from keras_distilled_embedding.keras_internals.models import (
     make_variables_current,
 )
-from keras_distilled_embedding.keras_internals.models import set_mask
 from keras_distilled_embedding.keras_internals.models import stop_watching
 from keras_distilled_embedding.keras_internals.models import watch_calls
-from keras_distilled_embedding.keras_internals.reads import refuse_reads
+from keras_distilled_embedding.keras_internals.private_keras import (
+    get_keras_mask as keras_mask,
+)
+from keras_distilled_embedding.keras_internals.private_keras import (
+    set_keras_mask as set_mask,
+)
 from keras_distilled_embedding.keras_internals.scopes import (
     without_initial_values,
 )
@@ -54,7 +57,6 @@ __all__ = [
     "compile_alike",
     "compile_arguments",
     "copy_models",
-    "count_steps",
     "exclude_from_weight_decay",
     "find_layer",
     "input_structure",

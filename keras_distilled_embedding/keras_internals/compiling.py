@@ -65,9 +65,7 @@ def compile_alike(copy: keras.Model, model: keras.Model) -> None:
 def weight_decay_exclusions(model: keras.Model) -> dict[str, Any] | None:
     """Returns what a model's optimizer excludes from weight decay.
 
-    The configuration of an optimizer does not record this. These are plain
-    values: the `pattern` of excluded names, and the excluded variables' names
-    by the names of their `layers`.
+    The configuration of an optimizer does not record it.
     """
     optimizer = _inner_optimizer(model)
     excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
@@ -86,11 +84,7 @@ def weight_decay_exclusions(model: keras.Model) -> dict[str, Any] | None:
 def exclude_from_weight_decay(
     model: keras.Model, exclusions: Mapping[str, Any] | None
 ) -> None:
-    """Excludes from weight decay what `weight_decay_exclusions` returned.
-
-    A layer whose table was excluded and is replaced is excluded as a whole. The
-    optimizer of the model must not be built yet.
-    """
+    """Excludes from weight decay what `weight_decay_exclusions` returned."""
     if exclusions is None:
         return
     variables = []

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_distilled_embedding._utils.arguments import check_built_model
 from keras_distilled_embedding.keras_internals import private_keras
@@ -30,11 +29,7 @@ def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
 def find_layer(
     model: keras.Model, name: str, argument: str
 ) -> keras.layers.Layer:
-    """Returns the layer with a name, at any depth, or raises a `ValueError`.
-
-    As with `get_layer`, a layer directly in the model comes before layers
-    inside other layers. `argument` is the name of the model in errors.
-    """
+    """Returns the layer with a name; one directly in the model comes first."""
     for layers in (model.layers, iterate_layers(model)):
         found = [layer for layer in layers if layer.name == name]
         if len(found) == 1:
@@ -72,10 +67,9 @@ def before_last_layer(model: keras.Model) -> tuple[Any, Any]:
 
 
 def last_activations(model: keras.Model) -> list[str | None] | None:
-    """Returns the name of the last activation of each output of a model.
+    """Returns the name of each output's last activation, where it is known.
 
-    It is `None` for an operation that is not known to have one. A model without
-    symbolic outputs gives `None`.
+    A model without symbolic outputs gives `None`.
     """
     outputs = getattr(model, "outputs", None)
     return [_last_activation(output) for output in outputs] if outputs else None
@@ -96,41 +90,14 @@ def _last_activation(output: Any) -> str | None:
     return getattr(activation, "__name__", None)
 
 
-def keras_mask(tensor: Any) -> Any:
-    """Returns the mask that Keras attached to a tensor, or `None`."""
-    return private_keras.get_keras_mask(tensor)
-
-
-def set_mask(tensor: Any, mask: Any) -> None:
-    """Attaches a Keras mask: losses skip where it is false, as padding."""
-    private_keras.set_keras_mask(tensor, mask)
-
-
-def count_steps(optimizer: keras.optimizers.Optimizer) -> int:
-    """Returns how many batches an optimizer has seen.
-
-    Unlike the public `iterations`, which counts updates, this counts every
-    batch of gradients that are accumulated.
-    """
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    return int(ops.convert_to_numpy(optimizer._iterations))
-
-
 def make_variables_current(model: keras.Model) -> None:
-    """Writes the state of a training in progress to the model's variables.
-
-    On JAX, `fit` keeps the state to itself until an epoch ends.
-    """
+    """Writes the state that JAX's `fit` keeps to itself to the variables."""
     if keras.backend.backend() == "jax":
         model.jax_state_sync()
 
 
 def watch_calls(layer: keras.layers.Layer, keep: Callable[..., object]) -> None:
-    """Calls `keep` after each call of a layer, until `stop_watching`.
-
-    `keep` is called as `keep(outputs, *args, **kwargs)`, with the arguments of
-    the layer's `call`.
-    """
+    """Calls `keep(outputs, *args, **kwargs)` after each call of a layer."""
     call = layer.call
 
     def watched_call(*args: Any, **kwargs: Any) -> Any:

@@ -5,12 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import keras
-
-TESTED_KERAS = "3.15"
 
 try:
     from keras.src.backend import StatelessScope as StatelessScope
@@ -37,21 +32,6 @@ try:
 except ImportError as error:
     raise ImportError(
         "keras-distilled-embedding uses private parts of Keras that this "
-        f"version does not have. It is tested with Keras {TESTED_KERAS}. "
+        "version does not have. It is tested with Keras 3.15. "
         f"Received: Keras {keras.__version__} ({error})"
     ) from error
-
-
-@contextlib.contextmanager
-def note_untested_keras() -> Iterator[None]:
-    """Adds a note to the errors of a version of Keras that is not tested."""
-    try:
-        yield
-    except Exception as error:
-        if not keras.__version__.startswith(f"{TESTED_KERAS}."):
-            error.add_note(
-                "keras-distilled-embedding uses private parts of Keras and is "
-                f"tested with Keras {TESTED_KERAS}. This is Keras "
-                f"{keras.__version__}, which may be the cause."
-            )
-        raise

@@ -59,10 +59,7 @@ def read_configs() -> Iterator[None]:
 def hand_over_own_objects() -> Iterator[None]:
     """Makes configurations refer to the very functions and classes in use.
 
-    Keras records a function or a class by its name, which must be registered,
-    and a lambda by its code, which loses the names that its module defines. A
-    copy in the same process can use the object itself. Here each object gets a
-    unique name by which Keras finds it.
+    Each gets a unique name by which Keras finds it, registered or not.
     """
     objects: dict[str, Any] = {}
     registration = private_keras.object_registration

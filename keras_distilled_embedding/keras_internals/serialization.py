@@ -17,12 +17,10 @@ from keras_distilled_embedding.keras_internals import scopes
 from keras_distilled_embedding.keras_internals.private_keras import saving_lib
 
 
-@private_keras.note_untested_keras()
 def write_archive(model: keras.Model, saved: Any, file: IO[bytes]) -> None:
     """Writes a model's weights and assets in Keras's own format.
 
-    The configuration in the file is that of `saved`, an object of a registered
-    class, whose `from_config` must return the model.
+    The configuration is that of `saved`, whose `from_config` makes the model.
     """
     with private_keras.ObjectSharingScope(), scopes.read_configs():
         config = json.dumps(keras.saving.serialize_keras_object(saved))
@@ -43,7 +41,6 @@ def write_archive(model: keras.Model, saved: Any, file: IO[bytes]) -> None:
             assets.close()
 
 
-@private_keras.note_untested_keras()
 def read_archive(
     file: IO[bytes], custom_objects: Mapping[str, Any] | None
 ) -> keras.Model:
@@ -59,10 +56,7 @@ def refuse_incomplete_configs(
 ) -> None:
     """Makes layers refuse to save a configuration that omits a replacement.
 
-    The configuration of a Functional model records the layers of class `kind`
-    that replaced others; that of a class with its own constructor does not, so
-    what Keras saves would load with the original layers. The error ends with
-    the sentence `remedy`.
+    Replacements are of class `kind`; the error ends with `remedy`.
     """
     owners = {id(owner): owner for owner in model._flatten_layers()}
     incomplete = set()

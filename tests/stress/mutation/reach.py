@@ -29,7 +29,7 @@ TEST_FILES = sorted(
         "quantization",
         "sizes",
         "teacher_cache",
-        "weight_schedule",
+        "distillation_weights",
     )
     for path in (ROOT / "tests").glob(f"test_{start}*.py")
 )

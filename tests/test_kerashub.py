@@ -209,6 +209,36 @@ def test_exports(architecture, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, id=a.name)
+        for a in ARCHITECTURES
+        if not a.exports.startswith("no: ")
+    ],
+)
+def test_exports_at_8x(architecture, tmp_path):
+    """Rank and bits as planned, and the file's logits are Keras's."""
+    student = compress(architecture.make(), compression=8.0, verbose=0)
+    (layer,) = (
+        x for x in factorized_layers(student) if x.name == "token_embedding"
+    )
+    assert layer.quantization is not None
+    assert layer.compression_ratio >= 8.0
+    length = LENGTH if architecture.exports == FIXED else None
+    report = export_litert(
+        student,
+        tmp_path / "student.tflite",
+        sequence_length=length,
+        fidelity_inputs=[architecture.inputs()],
+        verbose=False,
+    )
+    assert report.quantization == layer.quantization
+    assert report.tables["token_embedding"] == 1
+    # The hidden states' 8 bits, in every layer.
+    assert report.fidelity.relative_rms_error < 0.05
+
+
 def test_what_needs_a_fixed_length_says_so(tmp_path):
     architecture = next(a for a in ARCHITECTURES if a.exports == FIXED)
     student = compress(architecture.make(), rank=4, verbose=0)

@@ -13,7 +13,8 @@ any other number in 4. A truncated SVD of the same rank is the same file but
 for its numbers. Times are medians of rounds in which all rows take turns, in
 milliseconds, a sentence's of the first 100; peak memory is of a process that
 translates 20. Ratios are medians over the rounds, each against int8 of the
-same rank in the same round.
+same rank in the same round. The row with scales of columns is rounded in Keras
+already, and its error is of the rest alone.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from benchmarks.figures import on_device
 from benchmarks.figures import recipe
 from benchmarks.figures import translation
 from benchmarks.methods import METHODS
+from benchmarks.methods import Table
 from benchmarks.tasks.students import CONTROL
+from benchmarks.tasks.tables import steep_moment
 
 COMMITTED = Path(command.__file__).parent / "results"
 # What of the committed reports came from features that are gone.
@@ -90,7 +92,7 @@ def test_a_report_has_the_numbers_of_its_results(tmp_path):
         "0.1344",
     ]
     assert multi30k[1] == "0.5426" and multi30k[-1] == "0.2936"
-    assert rows["int4"][0][1:] == ["7.11x", "0.007913", "0.015264"]
+    assert rows["int4"][0][1:] == ["7.11x", "0.007992", "0.008896"]
     run("report", "translation", "--output", tmp_path)
     rows = rows_of((tmp_path / "report.md").read_text("utf-8"))
     assert {row[5] for row in rows["nested ranks"]} >= {"33.14", "73.80"}
@@ -98,7 +100,7 @@ def test_a_report_has_the_numbers_of_its_results(tmp_path):
     run("report", "on_device", "--output", tmp_path)
     rows = rows_of((tmp_path / "report.md").read_text("utf-8"))
     assert rows["projection: int8 against full float32"] == [
-        ["projection: int8 against full float32", "81.876", "≥ 40", "yes"]
+        ["projection: int8 against full float32", "56.744", "≥ 40", "yes"]
     ]
 
 
@@ -133,6 +135,52 @@ def test_claims_compare_with_the_optimum_of_the_rank():
     worse = {**row, "error": 0.52}
     claims = [*factorization._claims({"errors": [worse]})]
     assert [claim["holds"] for claim in claims] == ["NO", "NO"]
+
+
+def test_few_bits_are_compared_in_the_metric_of_the_states():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(2_000, 64)).astype("float32")
+    moment = np.diag(np.geomspace(1, 1e-3, 64))
+    table = Table(values, np.ones(2_000), moment)
+    measured = factorization.measure_metric("quick", table)
+    assert [
+        (row["states"], row["quantization"]) for row in measured["rows"]
+    ] == [
+        ("steep", "int4"),
+        ("steep", "int2"),
+        ("own", "int4"),
+        ("own", "int2"),
+    ]
+    rows = measured["rows"]
+    for row in rows:
+        assert row["feedback"] < 0.45 * row["plain"]
+        assert row["feedback"] < row["unweighted"]
+    # Gaussian numbers lose as much however they are turned, and as much as
+    # their best uniform quantizer does.
+    for row, expected in zip(rows[2:], (0.01154, 0.1188)):
+        assert row["plain"] == pytest.approx(expected, rel=0.05)
+        assert row["unturned"] == pytest.approx(expected, rel=0.05)
+    claims = [*factorization._claims({"metric": [measured]})]
+    assert [claim["holds"] for claim in claims] == ["yes"] * 4
+    moments = np.linalg.eigvalsh(steep_moment(50))[::-1]
+    np.testing.assert_allclose(moments[:4], [1489, 202, 79, 18], rtol=1e-9)
+    assert moments[-1] == pytest.approx(0.02)
+
+
+def test_new_rows_replace_those_of_the_same_kind(tmp_path):
+    def row(method, error):
+        found = {"table": "quick", "method": method, "ratio": 8.0}
+        return {**found, "num_bytes": 1, "error": error}
+
+    store = harness.Rows(tmp_path)
+    options = type("Options", (), {"store": store})
+    store.finish("error quick ours 8.0", lambda: row("ours", 0.2))
+    earlier = {"errors": [row("ours", 0.5), row("GroupReduce", 0.4)]}
+    found = factorization.collect(options, earlier)["errors"]
+    assert [(r["method"], r["error"]) for r in found] == [
+        ("ours", 0.2),
+        ("GroupReduce", 0.4),
+    ]
 
 
 @pytest.mark.slow
@@ -388,11 +436,11 @@ def test_quick_distillation_steps_report_every_row(tmp_path):
 def test_quick_run_on_device(tmp_path, monkeypatch):
     # Rows that claims are made of, but for time.
     for name in list(on_device.ROWS):
-        if "16x" in name or "default" in name or name == "full, int4, one copy":
+        gone = "16x", "default", "full, int4", "full, int2", "8x, int2"
+        if any(part in name for part in gone):
             monkeypatch.delitem(on_device.ROWS, name)
-    monkeypatch.setattr(on_device, "THREADS", (1,))
     run(
-        *("run", "on_device", "--quick", "--rounds", 1),
+        *("run", "on_device", "--quick", "--rounds", 1, "--threads", 1),
         *("--work-dir", tmp_path / "on_device"),
     )
     folder = tmp_path / "on_device" / "quick" / "report"
@@ -403,6 +451,8 @@ def test_quick_run_on_device(tmp_path, monkeypatch):
         table, sentences = rows[name]
         assert int(table[1].replace(",", "")) > 10_000
         assert 0 <= float(sentences[4]) <= 100
+    ratios = rows["rank 256, int2"][-1]
+    assert len(ratios) == 2 and float(ratios[1]) > 0
 
 
 @pytest.mark.slow

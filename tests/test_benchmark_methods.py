@@ -381,8 +381,17 @@ def test_students_are_trained_as_they_are_stored():
     bytes_of_full = task.table.values.nbytes
     student = METHODS["ours, int4"].student(task, bytes_of_full // 8)
     layer = storage.table_layer(student)
-    assert (layer.quantization, layer.rank) == ("int4", 32)
-    assert METHODS["ours, int4"].student(task, bytes_of_full // 64) is None
+    # With 400 rows, scales of columns leave room for the larger rank.
+    form = layer.quantization, layer.row_scales, layer.rank
+    assert form == ("int4", False, 46)
+    assert storage.table_bytes(layer, "int4") <= bytes_of_full // 8
+    assert METHODS["ours, int4"].student(task, bytes_of_full // 200) is None
+    full = METHODS["full table, int4"].student(task, bytes_of_full)
+    layer = storage.table_layer(full)
+    assert (layer.quantization, layer.rank) == ("int4", 64)
+    assert storage.table_bytes(layer, "int4") == 400 * 34 + 64 * 64 + 4 * 64
+    made = METHODS["full table, int4"].approximate(task.table, bytes_of_full)
+    np.testing.assert_allclose(layer.embeddings, made.values, atol=1e-5)
 
 
 def test_tables_are_stored_in_int8():

@@ -12,8 +12,8 @@ PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 TENSORFLOW_TESTS := $(addprefix tests/test_, \
 	backends.py benchmark_figures.py benchmark_harness.py cldr.py \
 	distribution.py export.py export_quantized.py kerashub.py \
-	benchmark_methods.py benchmark_tasks.py mutation.py nmt.py notebook.py runner.py \
-	torch.py trust.py)
+	benchmark_methods.py benchmark_pretrained.py benchmark_tasks.py mutation.py \
+	nmt.py notebook.py runner.py torch.py trust.py)
 JAX_TESTS := $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 
 # Line and branch coverage of the package and the command line.

@@ -63,9 +63,20 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     f"floats 8x{PLAIN}": {"compression": 8.0, "quantization": None},
 }
 NEAREST = {"nearest int4": "int4", "nearest int2": "int2"}
+MODELS = [*SOURCES, "quick"]
 ROWS = [FULL, *COMPRESSED, *NEAREST]
+# What one line of the picture is made of.
+KINDS = {
+    "full rank": ("int8", "int4", "int2"),
+    f"full rank{PLAIN}": (f"int4{PLAIN}", f"int2{PLAIN}"),
+    "rank and bits planned": ("8x", "16x", "32x"),
+    "rank alone": ("floats 2x", "floats 8x"),
+    f"rank alone{PLAIN}": (f"floats 2x{PLAIN}", f"floats 8x{PLAIN}"),
+    "nearest": tuple(NEAREST),
+}
 # Scales of a row that are tried, relative to what suits Gaussian numbers.
 RELATIVE_SCALES = np.geomspace(0.6, 2.5, 12)
+ROWS_AT_A_TIME = 16_384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,17 +111,15 @@ def measure(name: str, model: str, task: PretrainedTask) -> dict:
     start = time.perf_counter()
     layer, about = make_layer(name, task)
     seconds = time.perf_counter() - start
-    table = ops.convert_to_numpy(task.layer.embeddings)
-    lost = table - ops.convert_to_numpy(layer.embeddings)
     return {
         "row": name,
         "model": model,
         "text": task.text,
         "calibrated": sum(len(b["token_ids"]) for b in task.calibration_data),
         "length": task.pieces.shape[1],
-        "shape": table.shape,
+        "shape": [task.layer.input_dim, task.layer.output_dim],
         "seconds": round(seconds, 1),
-        "lost": float(np.square(lost).sum() / np.square(table).sum()),
+        "lost": lost_energy(task.layer, layer),
         **about,
         **task.evaluate(layer),
         "peak_mb": round(harness.peak_mb()),
@@ -149,6 +158,17 @@ def make_layer(
     }
 
 
+def lost_energy(full: keras.layers.Layer, layer: keras.layers.Layer) -> float:
+    """The share of a table's energy that another layer's table lacks."""
+    sums = np.zeros(2)
+    for start in range(0, full.input_dim, ROWS_AT_A_TIME):
+        ids = np.arange(start, min(start + ROWS_AT_A_TIME, full.input_dim))
+        rows = ops.convert_to_numpy(full(ids))
+        change = ops.convert_to_numpy(layer(ids)) - rows
+        sums += np.square(change).sum(), np.square(rows).sum()
+    return float(sums[0] / sums[1])
+
+
 def round_to_nearest(
     table: np.ndarray, bits: int, step: float, shift: float
 ) -> np.ndarray:
@@ -180,53 +200,40 @@ def round_to_nearest(
 
 
 def collect(options: argparse.Namespace, earlier: dict) -> dict:
-    """Returns the rows in the order of `ROWS`, by model."""
+    """Returns the rows in the order of `ROWS`, by model and tokens."""
     done = options.store.read_all()
     rows = harness.merged(
         [row for row in done if row["row"] in ROWS],
         earlier.get("rows", []),
-        lambda row: (row["model"], row["row"]),
+        lambda row: (row["model"], row["tokens"], row["row"]),
     )
-    models = [*SOURCES, "quick"]
     rows.sort(
-        key=lambda row: (models.index(row["model"]), ROWS.index(row["row"]))
+        key=lambda row: (
+            MODELS.index(row["model"]),
+            -row["tokens"],
+            ROWS.index(row["row"]),
+        )
     )
     return {"rows": rows} if rows else {}
 
 
 def report(results: dict, folder: Path) -> Iterator[str]:
     """Writes a table for each model, and the picture."""
-    groups: dict[str, list[dict]] = {}
+    groups: dict[tuple, list[dict]] = {}
     for row in results["rows"]:
-        groups.setdefault(row["model"], []).append(row)
-    lines: dict[str, list] = {}
-    for model, rows in groups.items():
+        groups.setdefault((row["model"], row["tokens"]), []).append(row)
+    for (model, tokens), rows in groups.items():
         source, first = SOURCES.get(model), rows[0]
         rows_of_table, columns = first["shape"]
         yield f"## {source.title if source else 'A model of no quality'}"
         yield (
-            f"A table of {rows_of_table:,} x {columns}. {first['tokens']:,} "
+            f"A table of {rows_of_table:,} x {columns}. {tokens:,} "
             f"tokens in pieces of {first['length']}; calibrated on "
             f"{first['calibrated']} other pieces. "
             + (f"License: {source.license}." if source else "")
         )
         yield harness.markdown_table([*_cells(rows)])
-        full = next((r for r in rows if r["row"] == FULL), None)
-        for row in rows:
-            if full is not None and row is not full:
-                lines.setdefault(f"{model}: {row['row']}", []).append(
-                    (_ratio(row), row["perplexity"] / full["perplexity"])
-                )
-    harness.plot_lines(
-        lines,
-        folder / "perplexity.png",
-        log_x=True,
-        x_format="{x:g}",
-        yscale="log",
-        xlabel="times fewer bytes of the table (log scale)",
-        ylabel="perplexity over that of the full model (log scale)",
-        title="Compressed without training",
-    )
+    _plot(groups, folder / "perplexity.png")
     yield "![Perplexity and bytes](perplexity.png)"
     yield "## The text"
     yield (
@@ -236,6 +243,34 @@ def report(results: dict, folder: Path) -> Iterator[str]:
         "Paragraphs follow each other in the file's order, one after the other "
         "with a line break, cut into pieces; the second half is evaluated. "
         "Pieces begin with BOS where the model's file asks for it."
+    )
+
+
+def _plot(groups: dict[tuple, list[dict]], path: Path) -> None:
+    """Perplexity against the bytes of the table, a line for each of `KINDS`."""
+    lines, styles = {}, {}
+    drawn = dict(zip(MODELS, ("-", ":", "--")))
+    # Of the same model, the most tokens last: what is drawn.
+    for (model, _), of_group in reversed(groups.items()):
+        rows = {row["row"]: row for row in of_group}
+        if FULL not in rows:
+            continue
+        full = rows[FULL]["perplexity"]
+        for index, (kind, names) in enumerate(KINDS.items()):
+            label = f"{model}, {kind}"
+            found = [rows[name] for name in names if name in rows]
+            lines[label] = [(_ratio(r), r["perplexity"] / full) for r in found]
+            styles[label] = {"color": f"C{index}", "linestyle": drawn[model]}
+    harness.plot_lines(
+        lines,
+        path,
+        styles=styles,
+        log_x=True,
+        x_format="{x:g}",
+        yscale="log",
+        xlabel="times fewer bytes of the table (log scale)",
+        ylabel="perplexity over that of the full table (log scale)",
+        title="Compressed without training",
     )
 
 

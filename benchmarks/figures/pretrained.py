@@ -12,9 +12,9 @@ have it. Every row is `compress` as anybody calls it, and nothing else:
 - `not calibrated`: without `calibration_data`, which in the others is text
   that is not evaluated. The plan and the rounding then know the table alone.
 - `nearest int4`, `nearest int2`: the rival, no method of the package. Each
-  number is rounded to its nearest level, with a scale of two bytes a row, of
-  twelve the one that loses least. The levels are those of the package's int4
-  and int2.
+  number is rounded to its nearest level, with a scale of two bytes a row, or
+  for each 32 numbers, of twelve the one that loses least. The levels are those
+  of the package's int4 and int2.
 
 Perplexity is of the next token in pieces of text, from those before it in its
 piece. `same choice` is how often the likeliest token is that of the full
@@ -62,7 +62,14 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     "floats 8x": {"compression": 8.0, "quantization": None},
     f"floats 8x{PLAIN}": {"compression": 8.0, "quantization": None},
 }
-NEAREST = {"nearest int4": "int4", "nearest int2": "int2"}
+# Their format, and how many numbers share a scale; a row by default.
+BLOCKS = ", blocks of 32"
+NEAREST: dict[str, tuple[str, int | None]] = {
+    "nearest int4": ("int4", None),
+    "nearest int2": ("int2", None),
+    f"nearest int4{BLOCKS}": ("int4", 32),
+    f"nearest int2{BLOCKS}": ("int2", 32),
+}
 MODELS = [*SOURCES, "quick"]
 ROWS = [FULL, *COMPRESSED, *NEAREST]
 # What one line of the picture is made of.
@@ -72,7 +79,8 @@ KINDS = {
     "rank and bits planned": ("8x", "16x", "32x"),
     "rank alone": ("floats 2x", "floats 8x"),
     f"rank alone{PLAIN}": (f"floats 2x{PLAIN}", f"floats 8x{PLAIN}"),
-    "nearest": tuple(NEAREST),
+    "nearest": ("nearest int4", "nearest int2"),
+    f"nearest{BLOCKS}": (f"nearest int4{BLOCKS}", f"nearest int2{BLOCKS}"),
 }
 # Scales of a row that are tried, relative to what suits Gaussian numbers.
 RELATIVE_SCALES = np.geomspace(0.6, 2.5, 12)
@@ -134,15 +142,16 @@ def make_layer(
     if name == FULL:
         return task.layer, {"bytes": 4 * shape[0] * shape[1]}
     if name in NEAREST:
-        kind = format_of(NEAREST[name])
+        quantization, block = NEAREST[name]
+        kind = format_of(quantization)
         table = ops.convert_to_numpy(task.layer.embeddings)
+        blocks = table.reshape(-1, block or shape[1])
+        rounded = round_to_nearest(blocks, kind.bits, kind.step, kind.shift)
         layer = keras.layers.ReversibleEmbedding(*shape)
         layer.build()
-        layer.embeddings.assign(
-            round_to_nearest(table, kind.bits, kind.step, kind.shift)
-        )
-        number = shape[0] * shape[1] * kind.bits // 8 + 2 * shape[0]
-        return layer, {"bytes": number, "quantization": NEAREST[name]}
+        layer.embeddings.assign(rounded.reshape(shape))
+        number = table.size * kind.bits // 8 + 2 * len(blocks)
+        return layer, {"bytes": number, "quantization": quantization}
     options = dict(COMPRESSED[name])
     if "compression" not in options:
         options["rank"] = shape[1]

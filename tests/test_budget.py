@@ -356,7 +356,7 @@ def test_the_better_scales_are_taken(quantization, monkeypatch):
         for row_scales in (True, False):
             kind = format_of(quantization, row_scales)
             with monkeypatch.context() as patch:
-                patch.setattr(budget, "formats_of", lambda name: [kind])
+                patch.setattr(budget, "formats_of", {quantization: [kind]}.get)
                 one = compress(model, **options)
             assert one.get_layer("tokens").row_scales == row_scales
             errors[row_scales] = lost_by(one, model)

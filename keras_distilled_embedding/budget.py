@@ -161,9 +161,10 @@ def plan(tables: Tables, request: SizeRequest, optional: bool) -> Plan:
         try:
             plans.append(Plan(planner.ranks(kind), kind))
         except ValueError as error:
-            refusals.append(error)
+            refusals.append((factor_bytes(1, 1000, 1, kind), error))
     if not plans:
-        raise refusals[-1]
+        # Of the format that reaches furthest.
+        raise min(refusals, key=lambda refusal: refusal[0])[1]
     most = max(len(found.ranks) for found in plans)
     plans = [found for found in plans if len(found.ranks) == most]
     if request.max_error is not None and len(plans) > 1:

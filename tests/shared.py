@@ -65,18 +65,53 @@ def classifier(vocabulary=300, width=24, name="tokens"):
     )
 
 
-def stored_bytes(rank, rows, columns, quantization, use_bias=True):
+def rounded_features(layer, prefix=""):
+    """`f(U)` of a layer with a quantization, rounded here: on its levels."""
+    codes, center, scales = (
+        to_numpy(getattr(layer, prefix + name)).astype("float64")
+        for name in ("codes", "center", "scales")
+    )
+    features = to_numpy(layer.activation(codes))
+    bits = int(layer.quantization.removeprefix("int"))
+    # Two bits have levels at half steps.
+    shift = 0.5 if bits == 2 else 0.0
+    lowest = -127 if bits == 8 else -(2 ** (bits - 1))
+    integers = np.rint((features - center) / scales - shift)
+    integers = np.clip(integers, lowest, 2 ** (bits - 1) - 1)
+    return center + scales * (integers + shift)
+
+
+def stored_columns(rank, quantization, row_scales=True):
+    """Columns of codes in a file, where LiteRT takes multiples of some."""
+    if quantization == "int4":
+        multiple = 32 if row_scales else 2
+    elif quantization == "int2":
+        rank += row_scales  # the half of a step that its levels are shifted by
+        multiple = 4
+    else:
+        multiple = 1
+    return int(np.ceil(rank / multiple)) * multiple
+
+
+def stored_bytes(
+    rank, rows, columns, quantization, use_bias=True, row_scales=True
+):
     """Bytes of the arrays that a file holds of a table, one by one."""
+    stored = stored_columns(rank, quantization, row_scales)
     if quantization is None:
         arrays = [("f4", rows, rank), ("f4", rank, columns)]
         arrays += [("f4", columns)] * use_bias
-    elif quantization == "int8":
-        arrays = [("i1", rows, rank), ("f4", 1), ("i1", rank, columns)]
-        arrays += [("f4", columns)]
+        return sum(np.empty(shape, dtype).nbytes for dtype, *shape in arrays)
+    per_byte = {"int8": 1, "int4": 2, "int2": 4}[quantization]
+    arrays = [("u1", rows, stored // per_byte), ("i1", stored, columns)]
+    if quantization == "int8" or not row_scales:
+        arrays += [("f4", 1)]
+    elif quantization == "int4":
+        arrays += [("f2", rows)]
     else:
-        blocks = -(-rank // 32)
-        arrays = [("u1", rows, 16 * blocks), ("f2", rows, blocks)]
-        arrays += [("i1", 32 * blocks, columns), ("f4", columns)]
+        arrays += [("f4", rows), ("i8", rows)]
+    # The center of the codes needs an offset of its own.
+    arrays += [("f4", columns)]
     return sum(np.empty(shape, dtype).nbytes for dtype, *shape in arrays)
 
 

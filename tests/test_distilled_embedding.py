@@ -235,6 +235,10 @@ def test_compression_ratio(tie_weights, use_bias, dtype):
     layer.quantize("int4")
     codes, basis = VOCABULARY * (16 + 2), 32 * WIDTH
     assert layer.compression_ratio == full / (codes + basis + offset)
+    layer._set_quantization("int2")
+    stored = -(-(RANK + 1) // 4) * 4
+    codes, basis = VOCABULARY * (stored // 4 + 12), stored * WIDTH
+    assert layer.compression_ratio == full / (codes + basis + offset)
 
 
 # Shapes, dtypes, masks
@@ -417,7 +421,7 @@ def _shapes(graph):
 @VARIANTS
 @REVERSE
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "int2"])
 def test_no_call_builds_the_table(options, reverse, training, quantization):
     import tensorflow as tf
 
@@ -547,7 +551,8 @@ def test_constraint_holds_for_the_codes_only():
 def test_keras_layer_checks():
     testing = pytest.importorskip("keras.src.testing")
     for options in ({}, {"quantization": "int8", "tie_weights": False}):
-        weights = 3 if not options else 6
+        # Codes, basis and offset; the scales are trained, the center not.
+        weights, others = (3, 0) if not options else (8, 2)
         testing.TestCase().run_layer_test(
             DistilledEmbedding,
             init_kwargs={
@@ -559,7 +564,7 @@ def test_keras_layer_checks():
             input_data=IDS,
             expected_output_shape=(2, 4, WIDTH),
             expected_num_trainable_weights=weights,
-            expected_num_non_trainable_weights=0,
+            expected_num_non_trainable_weights=others,
             expected_num_seed_generators=0,
             expected_num_losses=0,
             supports_masking=True,
@@ -583,6 +588,7 @@ def test_config_is_complete():
         "reverse_dtype": "float32",
         "logit_soft_cap": 30.0,
         "quantization": "int4",
+        "row_scales": False,
         "activity_regularizer": keras.regularizers.L2(0.1),
         "trainable": False,
         "dtype": "mixed_bfloat16",
@@ -738,15 +744,21 @@ def test_from_embedding(make, table):
 
 @pytest.mark.parametrize("compression", [1.5, 2.0, 4.0])
 @pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "int2"])
 def test_from_embedding_by_compression(
     table, compression, use_bias, quantization
 ):
     options = {"use_bias": use_bias, "quantization": quantization}
+    # Two bits with a scale a row hold no offset in a column, and 32 columns
+    # of four bits are too many.
+    options["row_scales"] = use_bias and compression < 4
     layer = DistilledEmbedding.from_embedding(
         table, compression=compression, **options
     )
     assert layer.quantization == quantization
+    if quantization is not None:
+        by_row = options["row_scales"] and quantization != "int8"
+        assert layer.format.has_row_scales == by_row
     assert layer.compression_ratio >= compression
     larger = DistilledEmbedding(VOCABULARY, WIDTH, layer.rank + 1, **options)
     assert larger.compression_ratio < compression or layer.rank == WIDTH

@@ -405,7 +405,7 @@ def test_a_second_copy_that_is_not_equal(path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "int2"])
 @pytest.mark.parametrize(
     "make_embedding", [make_dense, lambda: make_dense(logit_soft_cap=3.0)]
 )
@@ -419,14 +419,20 @@ def test_factors_around_a_table_make_no_copy_of_it(
     model = randomize(keras.Model(ids, 0.5 * embedding(x, reverse=True)))
     report = export(model, path, quantization=quantization)
     assert report.tables == {"tokens": 1}
-    size = (
-        VOCABULARY * WIDTH * {None: 4, "int8": 1, "int4": 2 / 3}[quantization]
-    )
-    assert path.stat().st_size < 1.6 * size + 4_000
-    assert report.fidelity.relative_rms_error < (0.2 if quantization else 1e-5)
+    # In few bits with a scale a row, a basis that stays a float, being small,
+    # once more transposed, and an offset.
+    size = {
+        None: 4 * VOCABULARY * WIDTH,
+        "int8": VOCABULARY * WIDTH,
+        "int4": VOCABULARY * (16 + 2) + 2 * 4 * 32 * WIDTH + 4 * WIDTH,
+        "int2": VOCABULARY * (28 // 4 + 12) + 2 * 4 * 28 * WIDTH + 4 * WIDTH,
+    }[quantization]
+    assert path.stat().st_size < 1.1 * size + 4_000
+    allowed = {None: 1e-5, "int8": 0.03, "int4": 0.2, "int2": 0.5}[quantization]
+    assert report.fidelity.relative_rms_error < allowed
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "int2"])
 def test_tables_that_equal_their_transpose_byte_by_byte(quantization, path):
     """Of one column, of zeros, and codes of rank 1."""
     ids = keras.Input((None,), dtype="int32", name="ids")
@@ -438,7 +444,8 @@ def test_tables_that_equal_their_transpose_byte_by_byte(quantization, path):
     outputs = column(ids) + zeros(ids) + rank_1(ids)
     report = export(keras.Model(ids, outputs), path, quantization=quantization)
     assert report.tables == {"column": 1, "zeros": 1, "rank_1": 1}
-    assert report.fidelity.relative_rms_error < (0.15 if quantization else 1e-5)
+    allowed = {None: 1e-5, "int8": 0.15, "int4": 0.15, "int2": 0.4}
+    assert report.fidelity.relative_rms_error < allowed[quantization]
 
 
 def test_the_converter_does_not_see_tables(path, monkeypatch):
@@ -735,7 +742,7 @@ def test_a_failed_export_leaves_the_old_file(
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "int2"])
 def test_a_table_inside_a_layer_is_stored_once(quantization, path):
     model = make_composite()
     report = export(model, path, quantization=quantization)
@@ -744,7 +751,8 @@ def test_a_table_inside_a_layer_is_stored_once(quantization, path):
     (found,) = run(path, ids=ids).values()
     expected = ops.convert_to_numpy(model(ids))
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert error < {None: 1e-5, "int8": 0.03, "int4": 0.2}[quantization]
+    allowed = {None: 1e-5, "int8": 0.03, "int4": 0.2, "int2": 0.6}
+    assert error < allowed[quantization]
 
 
 # What is refused, before any work
@@ -796,7 +804,7 @@ def test_bad_models(make, error, message, path, no_work):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("quantization", ["int2", "float16", 8, True])
+@pytest.mark.parametrize("quantization", ["int3", "float16", 8, True])
 def test_bad_quantization(quantization, path, no_work):
     with pytest.raises(
         ValueError, match=f"None or one of.*quantization={quantization!r}"

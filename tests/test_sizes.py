@@ -15,8 +15,10 @@ from keras_distilled_embedding.budget import allocate_ranks
 from keras_distilled_embedding.budget import plan
 from keras_distilled_embedding.factorization import Table
 from keras_distilled_embedding.factorization import spectrum_of
-from keras_distilled_embedding.quantization import FORMATS
-from keras_distilled_embedding.quantization import round_factors
+from keras_distilled_embedding.quantization import QUANTIZATIONS
+from keras_distilled_embedding.quantization import format_of
+from keras_distilled_embedding.quantization import formats_of
+from keras_distilled_embedding.quantization import stored_factors
 from keras_distilled_embedding.sizes import check_rank
 from keras_distilled_embedding.sizes import factor_bytes
 from keras_distilled_embedding.sizes import largest_rank
@@ -25,32 +27,55 @@ from keras_distilled_embedding.sizes import rank_for_speedup
 from keras_distilled_embedding.sizes import table_bytes
 from keras_distilled_embedding.targets import Target
 from tests.shared import random_table
+from tests.shared import stored_bytes
+from tests.shared import stored_columns
 from tests.shared import table_with_spectrum
-from tests.shared import to_numpy
 
-QUANTIZATIONS = st.sampled_from([None, *FORMATS])
+KINDS = [None, *(kind for name in QUANTIZATIONS for kind in formats_of(name))]
+KIND = st.sampled_from(KINDS)
 
 
-@pytest.mark.parametrize("quantization", [None, *FORMATS])
+def name_of(kind):
+    """For the names of tests."""
+    if kind is None:
+        return None
+    return f"{kind.name}, {'rows' if kind.has_row_scales else 'columns'}"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
 @pytest.mark.parametrize("rank", [1, 9, 32, 40])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_bytes_are_those_of_the_arrays_of_a_file(quantization, rank, use_bias):
+def test_bytes_are_those_of_the_arrays_of_a_file(kind, rank, use_bias):
     table = random_table(150, 48)
-    factors = factorize(table, rank, use_bias=use_bias)
-    arrays = [factors.codes, factors.basis]
-    if use_bias:
-        arrays.append(factors.offset)
-    if quantization is not None:
-        integers, scales, basis, offset = map(
-            to_numpy, round_factors(*arrays[:2], factors.offset, quantization)
+    form = {"activation": None, "use_bias": use_bias}
+    if kind is not None:
+        form |= {"quantization": kind.name, "row_scales": kind.has_row_scales}
+    factors = factorize(table, rank, **form)
+    arrays = [factors.codes, factors.basis, factors.offset]
+    if kind is not None:
+        stored = stored_factors(
+            factors.codes,
+            factors.center,
+            factors.scales,
+            factors.basis,
+            factors.offset,
+            kind,
         )
-        packed = FORMATS[quantization].pack(integers.astype("int8"))
-        one_a_block = scales.shape != (1, 1)
-        scales = scales.astype("float16" if one_a_block else "float32")
+        scales = [stored.scales]
+        if kind.scale_bytes == 2:
+            scales = [stored.scales.astype("float16")]
+        if kind.scale_bytes == 12:  # with the zero points of LiteRT
+            scales += [np.zeros(150, "int64")]
+        basis = stored.basis.astype("int8")
         # The center of the codes needs an offset of its own.
-        arrays = [packed, scales, basis.astype("int8"), offset]
-    expected = sum(array.nbytes for array in arrays)
-    assert factor_bytes(rank, 150, 48, quantization, use_bias) == expected
+        arrays = [kind.pack(stored.integers), *scales, basis, stored.offset]
+    expected = sum(array.nbytes for array in arrays if array is not None)
+    assert factor_bytes(rank, 150, 48, kind, use_bias) == expected
+    name = kind and kind.name
+    by_row = kind is None or kind.has_row_scales
+    assert stored_bytes(rank, 150, 48, name, use_bias, by_row) == expected
+    if by_row or name == "int8":
+        assert factor_bytes(rank, 150, 48, name, use_bias) == expected
     assert table_bytes(150, 48) == table.nbytes
 
 
@@ -62,13 +87,13 @@ def test_bytes_are_those_of_the_arrays_of_a_file(quantization, rank, use_bias):
     st.integers(1, 10**6),
     st.integers(1, 10**4),
     st.floats(1.0, 1e4, exclude_min=True),
-    QUANTIZATIONS,
+    KIND,
     st.booleans(),
 )
 def test_rank_for_compression_is_the_largest(
-    rows, columns, ratio, quantization, use_bias
+    rows, columns, ratio, kind, use_bias
 ):
-    form = rows, columns, quantization, use_bias
+    form = rows, columns, kind, use_bias
 
     def reached(rank):
         return table_bytes(rows, columns) / factor_bytes(rank, *form)
@@ -102,18 +127,21 @@ def test_a_ratio_that_a_rank_gives_exactly(rows, columns, quantization):
 
 
 @pytest.mark.parametrize(
-    ("quantization", "ranks"),
+    ("kind", "ranks"),
     [
         (None, [94, 47, 23]),
         ("int8", [379, 189, 94]),
-        # Blocks of 32: 4.5 bits a code.
-        ("int4", [384, 320, 160]),
+        # Multiples of 32, and 2 bytes a row.
+        ("int4", [384, 352, 160]),
+        (format_of("int4", row_scales=False), [384, 374, 186]),
+        # 12 bytes a row.
+        ("int2", [384, 384, 315]),
+        (format_of("int2", row_scales=False), [384, 384, 364]),
     ],
 )
-def test_ranks_of_minilm(quantization, ranks):
+def test_ranks_of_minilm(kind, ranks):
     found = [
-        rank_for_compression(30522, 384, ratio, quantization)
-        for ratio in (4, 8, 16)
+        rank_for_compression(30522, 384, ratio, kind) for ratio in (4, 8, 16)
     ]
     assert found == ranks
 
@@ -158,20 +186,21 @@ def test_factors_have_to_be_smaller_than_the_table():
     st.integers(1, 10**6),
     st.integers(1, 2_000),
     st.floats(1.0, 300.0),
-    QUANTIZATIONS,
+    KIND,
 )
-def test_rank_for_speedup_is_the_largest(rows, columns, ratio, quantization):
+def test_rank_for_speedup_is_the_largest(rows, columns, ratio, kind):
     def reached(rank):
-        # int4 multiplies with whole blocks of 32.
-        width = -(-rank // 32) * 32 if quantization == "int4" else rank
+        # Few bits are multiplied in whole groups.
+        form = (None,) if kind is None else (kind.name, kind.has_row_scales)
+        width = stored_columns(rank, *form)
         return rows * columns / (width * (rows + columns))
 
     if reached(1) < ratio:
         limit = np.floor(100 * reached(1)) / 100
         with pytest.raises(ValueError, match=f"at most {limit:.2f} "):
-            rank_for_speedup(rows, columns, ratio, quantization)
+            rank_for_speedup(rows, columns, ratio, kind)
         return
-    rank = rank_for_speedup(rows, columns, ratio, quantization)
+    rank = rank_for_speedup(rows, columns, ratio, kind)
     assert reached(rank) >= ratio > reached(rank + 1)
 
 

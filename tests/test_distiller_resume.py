@@ -126,6 +126,10 @@ def run_script(script, folder, flag, backend):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="starts the backends itself, from the tests on TensorFlow",
+)
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_killed_training_ends_as_one_that_was_not(tmp_path, backend):
     """Bit for bit: weights, moments, and the states of all random draws."""

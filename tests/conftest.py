@@ -4,14 +4,14 @@ import gc
 import os
 import random
 
+from tests.jax_settings import JAX_SETTINGS
+
 # Before TensorFlow and JAX are imported.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if os.environ["KERAS_BACKEND"] == "jax":
-    # Most of the tests' time on JAX is XLA's for programs that run once: it
-    # takes a quarter as long if it optimizes little.
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    for name, value in JAX_SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 import keras
 import numpy as np

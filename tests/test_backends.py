@@ -12,6 +12,7 @@ import pytest
 
 import keras_distilled_embedding as kde
 from keras_distilled_embedding.factorization import learned
+from tests.jax_settings import JAX_SETTINGS
 from tests.shared import random_ids
 from tests.shared import tied_model
 
@@ -58,9 +59,10 @@ def test_there_and_back(other, tmp_path, monkeypatch):
         student.fit(IDS, IDS, verbose=0)
         kde.save_model(student, tmp_path / f"{form}.keras")
         expected[form] = student.predict(IDS, verbose=0)
+    settings = JAX_SETTINGS if other == "jax" else {"KERAS_BACKEND": other}
     subprocess.run(
         [sys.executable, "-m", "tests.test_backends", str(tmp_path)],
-        env=os.environ | {"KERAS_BACKEND": other},
+        env=os.environ | settings,
         check=True,
     )
     for form, outputs in expected.items():

@@ -26,6 +26,7 @@ from benchmarks.figures import translation
 from benchmarks.methods import METHODS
 from benchmarks.tasks.students import CONTROL
 from keras_distilled_embedding.factorization import learned
+from tests.jax_settings import JAX_SETTINGS
 
 COMMITTED = Path(command.__file__).parent / "results"
 # What of the committed reports came from features that are gone.
@@ -146,7 +147,7 @@ def trained_on_jax(tmp_path_factory):
     options += ["--sizes", "8", "--losses", "logits", "--methods", CONTROL]
     subprocess.run(
         [sys.executable, "-c", WITHOUT_TENSORFLOW, *map(str, options)],
-        env={**os.environ, "KERAS_BACKEND": "jax"},
+        env={**os.environ, **JAX_SETTINGS},
         cwd=COMMITTED.parents[1],
         check=True,
     )

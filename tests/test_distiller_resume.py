@@ -15,6 +15,7 @@ from keras_distilled_embedding.distillation import DistillationWeightSchedule
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
+from tests.jax_settings import JAX_SETTINGS
 
 # Keras's own, whenever it copies a variable to NumPy, as saving does.
 pytestmark = pytest.mark.filterwarnings(
@@ -118,6 +119,7 @@ def run_script(script, folder, flag, backend):
     return subprocess.run(
         [sys.executable, str(script), str(folder), str(flag)],
         env=os.environ
+        | (JAX_SETTINGS if backend == "jax" else {})
         | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,

@@ -32,6 +32,7 @@ def trained(tmp_path_factory):
             environment = {
                 "KERAS_BACKEND": backend,
                 "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they take a while
             }
             names = WAYS[backend]
             arguments = ["-m", "tests.on_devices", str(folder), *names]

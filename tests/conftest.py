@@ -6,6 +6,8 @@ import random
 
 from tests.jax_settings import JAX_SETTINGS
 
+# Tests run side by side: threads of NumPy and scikit-learn wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before TensorFlow and JAX are imported.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

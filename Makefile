@@ -4,17 +4,25 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-# Files of tests side by side: more than four want more memory than they save.
-PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# Tests side by side: more than four want more memory than they save. Each
+# process starts with a part of the files, and takes over from others when it is
+# done: what a module shares is made again only where it is divided.
+PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# Tests that do not run on JAX: of the export and what is built on it, of
-# benchmarks, and those that start several backends themselves.
-TENSORFLOW_TESTS := $(addprefix tests/test_, \
-	backends.py benchmark_figures.py benchmark_harness.py cldr.py \
-	distribution.py export.py export_quantized.py kerashub.py \
-	benchmark_methods.py benchmark_pretrained.py benchmark_tasks.py \
-	language_model.py mutation.py nmt.py notebook.py runner.py torch.py trust.py)
-JAX_TESTS := $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
+# Tests that do not run on JAX.
+TENSORFLOW_TESTS = $(addprefix tests/test_, \
+	$(EXPORTING) $(BENCHMARKS) $(PROCESSES) $(COUNTING))
+# The converter takes TensorFlow's models.
+EXPORTING := export.py export_quantized.py kerashub.py language_model.py \
+	nmt.py notebook.py runner.py trust.py
+# The figures are made on TensorFlow.
+BENCHMARKS := benchmark_figures.py benchmark_harness.py benchmark_methods.py \
+	benchmark_pretrained.py benchmark_tasks.py cldr.py mutation.py
+# They start the backends themselves.
+PROCESSES := backends.py distribution.py torch.py
+# Arithmetic, files and words, of which no backend computes anything.
+COUNTING := budget.py cli.py faults.py report.py sizes.py
+JAX_TESTS = $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 
 # Line and branch coverage of the package and the command line.
 COVERAGE := --cov=keras_distilled_embedding \

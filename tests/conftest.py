@@ -1,14 +1,48 @@
 """Settings of the test session."""
 
+import gc
 import os
+import random
 
-# Before TensorFlow is imported.
+from tests.jax_settings import JAX_SETTINGS
+
+# Tests run side by side: threads of NumPy and scikit-learn wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before TensorFlow and JAX are imported.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if os.environ["KERAS_BACKEND"] == "jax":
+    for name, value in JAX_SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 import keras
 import numpy as np
 import pytest
+from tensorflow.python.eager import context
+
+
+def _set_tensorflow_seed(self, seed):
+    """As TensorFlow does, but keeps its compiled kernels.
+
+    It clears them to restart random kernels, which Keras does not use, and
+    compiling all others again takes a fifth of the time of the tests.
+    """
+    self._seed, self._rng = seed, random.Random(seed)
+
+
+pytest.MonkeyPatch().setattr(
+    context.Context, "_set_global_seed", _set_tensorflow_seed
+)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: no use in looking for garbage in it.
+
+    TensorFlow's converter does so at each export, half a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 # What a call of this package must leave alone, in a whole process.
 _GLOBAL_SETTINGS = {

@@ -1,10 +1,10 @@
 """Trains a student on one device, or on several; `test_distribution` runs it.
 
-    python -m tests.on_devices NAME FILE
+    python -m tests.on_devices FOLDER NAME...
 
 The devices are parts of the processor, which the engines must be told of
-before they start, JAX by `XLA_FLAGS`: hence a process of its own. FILE is what
-came of it.
+before they start, JAX by `XLA_FLAGS`: hence a process of its own. FOLDER gets a
+file of what came of each.
 """
 
 import re
@@ -162,4 +162,5 @@ def gathered_rows(student):
 
 
 if __name__ == "__main__":
-    np.savez(sys.argv[2], **globals()[sys.argv[1]]())
+    for name in sys.argv[2:]:
+        np.savez(f"{sys.argv[1]}/{name}.npz", **globals()[name]())

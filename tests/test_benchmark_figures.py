@@ -3,10 +3,13 @@
 import ast
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import types
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,8 @@ from benchmarks.methods import METHODS
 from benchmarks.methods import Table
 from benchmarks.tasks.students import CONTROL
 from benchmarks.tasks.tables import steep_moment
+from keras_distilled_embedding.factorization import learned
+from tests.jax_settings import JAX_SETTINGS
 
 COMMITTED = Path(command.__file__).parent / "results"
 # What of the committed reports came from features that are gone.
@@ -113,6 +118,62 @@ def test_commands_in_committed_reports_exist():
             assert figure in command.FIGURES
 
 
+# A machine without TensorFlow, and without what reads and judges text.
+WITHOUT_TENSORFLOW = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in ("tensorflow", "tensorflow_text", "sentencepiece",
+                   "sacrebleu"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+from benchmarks import __main__ as command
+command._report = lambda *_: None  # it reads text
+command.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def trained_on_jax(tmp_path_factory):
+    """Folders of a task whose teacher and control are trained on JAX alone."""
+    folder = tmp_path_factory.mktemp("translation")
+    folders = types.SimpleNamespace(
+        work=folder / "work", tasks=folder / "tasks"
+    )
+    translation.prepare("quick", folders.tasks / "quick")
+    options = ["run", "translation", "--quick", "--work-dir", folders.work]
+    options += ["--task-dir", folders.tasks]
+    options += ["--sizes", "8", "--losses", "logits", "--methods", CONTROL]
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORFLOW, *map(str, options)],
+        env={**os.environ, **JAX_SETTINGS},
+        cwd=COMMITTED.parents[1],
+        check=True,
+    )
+    return folders
+
+
+@pytest.fixture(scope="module")
+def _new_process():
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        yield lambda function, *arguments: pool.submit(
+            function, *arguments
+        ).result()
+
+
+@pytest.fixture
+def one_process(_new_process, monkeypatch):
+    """What is measured in processes of its own is so in a common one.
+
+    To start one takes longer than what it measures.
+    """
+    monkeypatch.setattr(harness, "in_new_process", _new_process)
+
+
 # Factorization
 
 
@@ -185,10 +246,13 @@ def test_new_rows_replace_those_of_the_same_kind(tmp_path):
 
 @pytest.mark.slow
 def test_quick_factorization_has_every_method_and_goes_on(
-    tmp_path, capsys, monkeypatch
+    trained_on_jax, one_process, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setattr(factorization, "RATIOS", (4.0, 8.0))
+    monkeypatch.setattr(learned, "EPOCHS", 2)  # it is enough that it runs
     options = ["factorization", "--quick", "--rounds", 1]
     options += ["--work-dir", tmp_path / "factorization"]
+    options += ["--task-dir", trained_on_jax.tasks]
     run("run", *options)
     folder = tmp_path / "factorization" / "quick" / "report"
     report = (folder / "report.md").read_text("utf-8")
@@ -211,46 +275,16 @@ def test_quick_factorization_has_every_method_and_goes_on(
 
 # Translation
 
-# A machine without TensorFlow, and without what reads and judges text.
-WITHOUT_TENSORFLOW = """
-import sys
-
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top in ("tensorflow", "tensorflow_text", "sentencepiece",
-                   "sacrebleu"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Missing())
-from benchmarks import __main__ as command
-command._report = lambda *_: None  # it reads text
-command.main(sys.argv[1:])
-"""
-
 
 @pytest.mark.slow
-def test_rows_train_without_tensorflow_and_are_reported(tmp_path, capsys):
-    folders = [
-        "--work-dir",
-        tmp_path / "work",
-        "--task-dir",
-        tmp_path / "tasks",
-    ]
+def test_rows_train_without_tensorflow_and_are_reported(trained_on_jax, capsys):
+    folders = ["--work-dir", trained_on_jax.work]
+    folders += ["--task-dir", trained_on_jax.tasks]
     quick = ["run", "translation", "--quick", *folders]
     chosen = ["--sizes", "8", "--losses", "logits", "--methods"]
     chosen += [CONTROL, "ours", "GroupReduce"]
-    translation.prepare("quick", tmp_path / "tasks" / "quick")
-    # The teacher and one row on JAX alone, the others here.
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_TENSORFLOW]
-        + [str(o) for o in [*quick, *chosen[:-2]]],
-        env={**os.environ, "KERAS_BACKEND": "jax"},
-        cwd=COMMITTED.parents[1],
-        check=True,
-    )
     run(*quick, *chosen)
-    folder = tmp_path / "work" / "quick" / "report"
+    folder = trained_on_jax.work / "quick" / "report"
     record = json.loads((folder / "results.json").read_text())
     entries = {translation.label(e): e for e in record["entries"]}
     assert {translation.TEACHER, CONTROL, "ours", "GroupReduce"} <= {*entries}
@@ -433,7 +467,7 @@ def test_quick_distillation_steps_report_every_row(tmp_path):
 
 
 @pytest.mark.slow
-def test_quick_run_on_device(tmp_path, monkeypatch):
+def test_quick_run_on_device(trained_on_jax, tmp_path, monkeypatch):
     # Rows that claims are made of, but for time.
     for name in list(on_device.ROWS):
         gone = "16x", "default", "full, int4", "full, int2", "8x, int2"
@@ -442,6 +476,7 @@ def test_quick_run_on_device(tmp_path, monkeypatch):
     run(
         *("run", "on_device", "--quick", "--rounds", 1, "--threads", 1),
         *("--work-dir", tmp_path / "on_device"),
+        *("--task-dir", trained_on_jax.tasks),
     )
     folder = tmp_path / "on_device" / "quick" / "report"
     text = (folder / "report.md").read_text("utf-8")
@@ -457,7 +492,7 @@ def test_quick_run_on_device(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["compress_large", "large_vocabulary"])
-def test_quick_costs_are_measured(name, tmp_path):
+def test_quick_costs_are_measured(name, one_process, tmp_path):
     run("run", name, "--quick", "--work-dir", tmp_path)
     text = (tmp_path / "quick" / "report" / "report.md").read_text("utf-8")
     assert "| claim | measured | bar | holds |" in text

@@ -19,6 +19,7 @@ from benchmarks.methods import tensor_train
 from benchmarks.methods.base import Approximation
 from benchmarks.methods.rival import ArrayTable
 from examples.nmt.model import build_transformer
+from keras_distilled_embedding.factorization import learned
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.quantization import QUANTIZATIONS
 from keras_distilled_embedding.quantization import round_to_int8
@@ -37,6 +38,12 @@ def make_table(rows=600, columns=24, with_states=False):
         (10_000 / np.arange(1, rows + 1) ** 1.2).astype(int),
         moment,
     )
+
+
+@pytest.fixture
+def few_epochs(monkeypatch):
+    """What is learned is then worse, and takes a tenth of the time."""
+    monkeypatch.setattr(learned, "EPOCHS", 6)
 
 
 def lost(made, table, weights=None):
@@ -83,7 +90,9 @@ def test_there_are_ours_and_rivals():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_stay_within_their_bytes_and_gain_by_more(name, monkeypatch):
+def test_methods_stay_within_their_bytes_and_gain_by_more(
+    name, few_epochs, monkeypatch
+):
     monkeypatch.setattr(residual_quantization, "EPOCHS", 3)
     # int4 comes in blocks of 32 columns.
     columns = 96 if name in ("ours, int4", "ours, auto") else 24
@@ -366,7 +375,7 @@ def test_ten_lines_add_a_rival():
 @pytest.mark.parametrize(
     "name", ["ours", "ours, rows weighted", "the paper's recipe", "GroupReduce"]
 )
-def test_a_student_has_the_table_of_its_method(name):
+def test_a_student_has_the_table_of_its_method(name, few_epochs):
     task = ToyTask()
     budget = task.table.values.nbytes // 8
     student = METHODS[name].student(task, budget)

@@ -14,6 +14,7 @@ from keras_distilled_embedding.compression import compress
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
+from tests.jax_settings import JAX_SETTINGS
 
 # Keras's own, whenever it copies a variable to NumPy, as saving does.
 pytestmark = pytest.mark.filterwarnings(
@@ -118,6 +119,7 @@ def run_script(script, folder, flag, backend):
     return subprocess.run(
         [sys.executable, str(script), str(folder), str(flag)],
         env=os.environ
+        | (JAX_SETTINGS if backend == "jax" else {})
         | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
@@ -126,6 +128,10 @@ def run_script(script, folder, flag, backend):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="starts the backends itself, from the tests on TensorFlow",
+)
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_killed_training_ends_as_one_that_was_not(tmp_path, backend):
     """Bit for bit: weights, moments, and the states of all random draws."""

@@ -11,25 +11,36 @@ from tests.on_devices import RANK
 from tests.on_devices import VOCABULARY
 from tests.on_devices import WIDTH
 
+WAYS = {
+    "tensorflow": ["mirrored", "one_device"],
+    "jax": ["one_device", "data_parallel", "model_parallel"],
+}
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What `tests.on_devices` finds, by backend and name."""
+    """What `tests.on_devices` finds, by backend and name.
+
+    A process for each backend, since to start one takes the most time.
+    """
     folder, found = tmp_path_factory.mktemp("devices"), {}
 
     def run(backend, name):
         if (backend, name) not in found:
-            path = folder / f"{backend}_{name}.npz"
             environment = {
                 "KERAS_BACKEND": backend,
                 "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they take a while
             }
+            names = WAYS[backend]
+            arguments = ["-m", "tests.on_devices", str(folder), *names]
             subprocess.run(
-                [sys.executable, "-m", "tests.on_devices", name, str(path)],
+                [sys.executable, *arguments],
                 env=os.environ | environment,
                 check=True,
             )
-            found[backend, name] = dict(np.load(path))
+            for each in names:
+                found[backend, each] = dict(np.load(folder / f"{each}.npz"))
         return found[backend, name]
 
     return run

@@ -27,6 +27,7 @@ making the table, calibration included.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -119,6 +120,7 @@ def measure(name: str, model: str, task: PretrainedTask) -> dict:
     start = time.perf_counter()
     layer, about = make_layer(name, task)
     seconds = time.perf_counter() - start
+    gc.collect()  # the rest of the compressed model, a cycle of references
     return {
         "row": name,
         "model": model,

@@ -28,7 +28,7 @@ from keras_hub.src.utils.transformers import convert_llama3
 
 PROSE = "prose_en.txt.gz"
 # Logits that are in memory at a time, of each of two models.
-LOGITS_AT_A_TIME = 2**26
+LOGITS_AT_A_TIME = 2**25
 PIECES_AT_A_TIME = 8
 # Fewer, for calibration computes their logits.
 CALIBRATED_AT_A_TIME = 2

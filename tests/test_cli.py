@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import pty
 import re
@@ -196,6 +197,10 @@ OPTIONS = {
     "int4": (
         ["--compression", 2, "--quantization", "int4"],
         dict(compression=2.0, quantization="int4"),
+    ),
+    "int2": (
+        ["--compression", 2, "--quantization", "int2"],
+        dict(compression=2.0, quantization="int2"),
     ),
     "floats": (
         ["--compression", 3, "--quantization", "none"],
@@ -421,9 +426,14 @@ def test_export_follows_the_model(asked, run, tmp_path):
     if asked == "none":
         student = kde.load_model(saved)
         assert report["quantization"] is None
+        layers = [student.get_layer(name) for name in ("tokens", "segments")]
         assert report["table_bytes"] == {
-            name: 4 * student.get_layer(name).count_params()
-            for name in ("tokens", "segments")
+            layer.name: 4
+            * sum(
+                math.prod(factor.shape)
+                for factor in (layer.codes, layer.basis, layer.offset)
+            )
+            for layer in layers
         }
         return
     assert report["quantization"] == "int8"

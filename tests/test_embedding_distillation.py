@@ -75,7 +75,7 @@ def test_distance_of_tables(tie_weights, activation, use_bias, row_weights):
     assert actual == pytest.approx(expected, **CLOSE)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "int2"])
 def test_distance_of_rounded_tables(quantization):
     """The student's rows are those that it computes with."""
     models = make_pair(quantization=quantization)

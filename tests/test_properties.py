@@ -104,7 +104,7 @@ FORMS = st.fixed_dictionaries(
     {
         "activation": st.sampled_from(["relu", None]),
         "use_bias": st.booleans(),
-        "quantization": st.sampled_from([None, "int8"]),
+        "quantization": st.sampled_from([None, "int8", "int4", "int2"]),
     }
 )
 

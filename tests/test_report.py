@@ -25,7 +25,7 @@ from tests.test_compression import make_nested
 from tests.test_compression import make_two_of_one_name
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "int2"])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_report(quantization, use_bias):
     """Every number, of two tables in one layer."""
@@ -34,9 +34,14 @@ def test_report(quantization, use_bias):
     student = compress(model, **form, verbose=0)
     report = compression_report(student)
     (row,) = report.rows
+    by_row = find(student).row_scales and quantization != "int8"
     before = 2 * VOCABULARY * WIDTH
     after = 2 * (5 * (VOCABULARY + WIDTH) + use_bias * WIDTH)
-    stored = 2 * stored_bytes(5, VOCABULARY, WIDTH, quantization, use_bias)
+    if quantization is not None:  # scales and a center are weights, too
+        after += 2 * ((VOCABULARY if by_row else 5) + 5)
+    stored = 2 * stored_bytes(
+        5, VOCABULARY, WIDTH, quantization, use_bias, by_row
+    )
     rest = model.count_params() - before
     expected = {
         "layer": "tokens",
@@ -76,13 +81,13 @@ def test_report(quantization, use_bias):
 def test_rounding_is_part_of_the_error():
     model = make_model()
     errors = []
-    for quantization in (None, "int8"):
+    for quantization in (None, "int8", "int4", "int2"):
         student = compress(model, rank=5, quantization=quantization, verbose=0)
         (row,) = compression_report(student, model).rows
         table, made = (to_numpy(find(x).embeddings) for x in (model, student))
         assert row.error == pytest.approx(lost_share(table, made), rel=1e-4)
         errors.append(row.error)
-    assert errors[1] > errors[0]
+    assert errors == sorted(errors) and errors[1] > errors[0]
 
 
 def test_some_tables_are_rounded():

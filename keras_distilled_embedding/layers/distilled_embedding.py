@@ -278,7 +278,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
 
     def _grid(self, name: str, shape: Any, dtype: Any = None) -> Any:
         prefix = "reverse_" if name.startswith("reverse_") else ""
-        codes = ops.cast(getattr(self, f"{prefix}codes"), "float32")
+        codes = self._read(f"{prefix}codes", "float32")  # what LoRA adds, too
         assert self.format is not None
         center, scales = self.format.grid(self.activation(codes))
         return scales if name.endswith("scales") else center
@@ -415,7 +415,10 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         if self.format is None:
             return self.activation(self._read(codes, dtype, ids))
         scales = getattr(self, f"{prefix}scales")
-        if ids is not None and self.format.has_row_scales:
+        if not self.format.has_row_scales:
+            # Without the axis of rows, which a single id has none of.
+            scales = ops.reshape(scales, (-1,))
+        elif ids is not None:
             scales = ops.take(scales, ids, axis=0)
         features = self.format.round(
             self.activation(self._read(codes, "float32", ids)),

@@ -372,7 +372,7 @@ def test_quantizing_keeps_other_activations_and_lora():
     np.testing.assert_array_equal(to_numpy(layer.codes), codes)
     layer = make_layer(None)
     layer.enable_lora(2)
-    layer.lora_codes_b.assign(ops.ones_like(layer.lora_codes_b))
+    layer.lora_codes_b.assign(ops.ones((2, RANK)))
     table = to_numpy(layer.embeddings)
     layer.quantize("int8")
     assert lost_share(table, to_numpy(layer.embeddings)) < 1e-3

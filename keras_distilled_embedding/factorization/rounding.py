@@ -117,24 +117,18 @@ def rounded_factors(
 
     lost = lost_energy(table, lambda rows: values(rows) @ basis + offset)
 
-    # A power of two, which no scale of two bytes is too coarse for.
-    size = rms(basis) or 1.0
-    size = 2.0 ** round(math.log2(size) / 2)
+    # As in `balance`, but by a power of two, which scales of two bytes bear.
+    size = 2.0 ** round(math.log2(rms(basis) or 1.0) / 2)
     basis, used = basis / np.float32(size), used * np.float32(size)
     codes = np.empty((len(integers), rank), "float32")
     for rows, _ in table.blocks():
         codes[rows, :components] = values(rows)
     center = np.zeros(rank, "float32")
     if uses_relu:
-        shift = MARGIN * (rms(codes[:, :components]) or 1.0)
-        shift = shift - codes[:, :components].min(axis=0, initial=np.inf)
-        center[:components] = shift
-        codes[:, :components] += center[:components]
-        offset = offset - center[:components] @ basis
+        offset = offset - _lift(codes[:, :components], center) @ basis
     if in_column:
         # The offset as a column of a constant, exactly at the grid's center.
-        unit = rms(codes[:, :components]) or 1.0
-        codes[:, -1] = center[-1] = unit
+        codes[:, -1] = center[-1] = unit = rms(codes[:, :components]) or 1.0
         basis = np.vstack([basis, offset / unit])
         if scales is not None:
             used = np.hstack([used, np.full((1, 1), 1e-30, "float32")])
@@ -146,6 +140,15 @@ def rounded_factors(
         center,
         used,
     )
+
+
+def _lift(codes: np.ndarray, center: np.ndarray) -> np.ndarray:
+    """Lifts codes and their center above zero, and returns by how much."""
+    shift = MARGIN * (rms(codes) or 1.0)
+    shift = (shift - codes.min(axis=0, initial=np.inf)).astype("float32")
+    codes += shift
+    center[: len(shift)] += shift
+    return shift
 
 
 def round_features(
@@ -172,7 +175,9 @@ def round_features(
     codes, basis, offset = factors[:3]
     features = activate(function, codes)
     uses_relu = is_relu(function)
-    free = uses_relu or is_linear(function)
+    free = is_linear(function) or (
+        uses_relu and can_round(kind, uses_relu, offset is not None)
+    )
     if not free or len(codes) < len(basis) or not basis.any():
         center, scales = map(ops.convert_to_numpy, kind.grid(features))
         return factors._replace(lost=None, center=center, scales=scales)

@@ -168,10 +168,13 @@ class Format:
         step = ops.stop_gradient(self.stored_scales(scales))
         levels = ops.add(self.integers(fixed, center, step), self.shift)
         rounded = ops.add(ops.multiply(levels, step), center)
-        of_scales = ops.subtract(scales, ops.stop_gradient(scales))
-        return ops.add(
-            ops.add(rounded, ops.subtract(features, fixed)),
-            ops.multiply(levels, of_scales),
+        # Differences: Keras on TensorFlow takes a second operand that has one
+        # row or none for a bias, and refuses to add it.
+        return ops.subtract(
+            ops.subtract(rounded, ops.subtract(fixed, features)),
+            ops.multiply(
+                levels, ops.subtract(ops.stop_gradient(scales), scales)
+            ),
         )
 
 

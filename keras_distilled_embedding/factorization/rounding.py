@@ -173,7 +173,7 @@ def round_features(
         seed: Integer, the seed of the rotation.
     """
     codes, basis, offset = factors[:3]
-    features = activate(function, codes)
+    features = codes if is_linear(function) else activate(function, codes)
     uses_relu = is_relu(function)
     free = is_linear(function) or (
         uses_relu and can_round(kind, uses_relu, offset is not None)

@@ -270,9 +270,12 @@ def test_shapes_without_much_in_them(shape, use_bias):
     assert found.shape == (*shape, 8)
     logits = layer(np.ones((*shape, 8), "float32"), reverse=True)
     assert logits.shape == (*shape, 50)
-    for quantization in ("int8", "int4", "int2"):
-        layer = DistilledEmbedding(50, 64, rank=32, quantization=quantization)
-        assert layer(np.ones(shape, "int32")).shape == (*shape, 64)
+    for quantization in (None, "int8", "int4", "int2"):
+        for lora_rank in (None, 2):
+            layer = DistilledEmbedding(
+                50, 64, rank=32, quantization=quantization, lora_rank=lora_rank
+            )
+            assert layer(np.ones(shape, "int32")).shape == (*shape, 64)
 
 
 @pytest.mark.parametrize("length", [0, 1])

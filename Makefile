@@ -21,7 +21,7 @@ BENCHMARKS := benchmark_figures.py benchmark_harness.py benchmark_methods.py \
 # They start the backends themselves.
 PROCESSES := backends.py distribution.py torch.py
 # Arithmetic, files and words, of which no backend computes anything.
-COUNTING := budget.py cli.py faults.py report.py sizes.py
+COUNTING := budget.py cli.py faults.py report.py rounding.py sizes.py
 JAX_TESTS = $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 
 # Line and branch coverage of the package and the command line.

@@ -483,7 +483,8 @@ def test_quick_run_on_device(trained_on_jax, tmp_path, monkeypatch):
     assert "| file / weights, translation, int8 |" in text
     rows = rows_of(text)
     for name in ("full, float32", "ours 8x, int8", "ours 8x, int4"):
-        table, sentences = rows[name]
+        # But for its ratio to int8.
+        table, sentences = (cells for cells in rows[name] if len(cells) > 2)
         assert int(table[1].replace(",", "")) > 10_000
         assert 0 <= float(sentences[4]) <= 100
     ratios = rows["rank 256, int2"][-1]

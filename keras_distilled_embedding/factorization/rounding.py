@@ -32,6 +32,7 @@ from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.activations import is_relu
 from keras_distilled_embedding.factorization.closed_form import MARGIN
 from keras_distilled_embedding.factorization.closed_form import Factors
+from keras_distilled_embedding.factorization.closed_form import closed_form
 from keras_distilled_embedding.factorization.closed_form import rms
 from keras_distilled_embedding.factorization.spectrum import Spectrum
 from keras_distilled_embedding.factorization.spectrum import spectrum_of
@@ -92,6 +93,10 @@ def rounded_factors(
     in_column = uses_relu and not use_bias
     centered = use_bias or uses_relu
     components = rank - in_column
+    if components == 0:  # the same row for all
+        factors = closed_form(table, rank, uses_relu, use_bias)
+        center, scales = map(ops.convert_to_numpy, kind.grid(factors.codes))
+        return factors._replace(center=center, scales=scales)
     spectrum = spectrum_of(table, components, centered)
     frame = _Frame.of(table, spectrum, components, seed)
     scales = _column_scales(table, frame, kind)
@@ -219,6 +224,8 @@ def expected_error(
     """
     components = rank - (uses_relu and not use_bias)
     spectrum = spectrum_of(table, components, use_bias or uses_relu)
+    if components == 0:
+        return spectrum.error(0)
     frame = _Frame.of(table, spectrum, components, seed=0)
     rows = _evenly_spaced(len(table.values))
     codes = frame.encode(table.values[rows].astype("float32"))

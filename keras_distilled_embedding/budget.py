@@ -24,6 +24,7 @@ from keras_distilled_embedding.factorization import spectrum_of
 from keras_distilled_embedding.quantization import QUANTIZATIONS
 from keras_distilled_embedding.quantization import Format
 from keras_distilled_embedding.quantization import formats_of
+from keras_distilled_embedding.quantization import name_of
 from keras_distilled_embedding.sizes import check_compression
 from keras_distilled_embedding.sizes import check_rank
 from keras_distilled_embedding.sizes import check_speedup
@@ -220,7 +221,7 @@ class _Planner:
             plan, loss = plans[index], bounds[index]
             if loss < least and plan.kind is not None:
                 loss = self._loss(plan, rounded=True)
-            name = _name(plan.kind)
+            name = name_of(plan.kind)
             losses[name] = min(loss, losses.get(name, np.inf))
             if loss < least:
                 best, least = plan, loss
@@ -231,7 +232,7 @@ class _Planner:
     def _reason(self, best: Plan, losses: Mapping[str, float]) -> str:
         """Why this plan, in one line."""
         count = sum(target.num_tables for target in best.ranks)
-        chosen = _name(best.kind)
+        chosen = name_of(best.kind)
         ranks = ", ".join(map(str, best.ranks.values()))
         others = ", ".join(
             f"{name} {loss / count:.2g}"
@@ -320,7 +321,7 @@ class _Planner:
         if rank > limit:
             raise ValueError(
                 "`max_error` is too small: factors that lose so little in "
-                f"{_name(kind)} are no smaller than the table, "
+                f"{name_of(kind)} are no smaller than the table, "
                 f"of shape {target.shape}. "
                 f"Received: max_error={max_error}"
             )
@@ -464,10 +465,6 @@ def allocate_ranks(
             taken[index] += 1
             spent += cost
     return [options[step] for options, step in zip(ranks, taken)]
-
-
-def _name(kind: Format | None) -> str:
-    return "floats" if kind is None else kind.name
 
 
 def _rank_for_error(table: Table, request: SizeRequest) -> int:

@@ -216,6 +216,12 @@ def as_format(quantization: str | Format | None) -> Format | None:
     return quantization
 
 
+def name_of(quantization: str | Format | None) -> str:
+    """What errors and reports call a format, or none."""
+    kind = as_format(quantization)
+    return "floats" if kind is None else kind.name
+
+
 # Matrices of fewer numbers stay floats in a file of integers, as TensorFlow's
 # converter has it: rounding them loses much and saves next to nothing.
 SMALLEST_ROUNDED = 1024

@@ -10,6 +10,7 @@ from typing import Any
 from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding.quantization import Format
 from keras_distilled_embedding.quantization import as_format
+from keras_distilled_embedding.quantization import name_of
 
 
 def factor_bytes(
@@ -143,7 +144,7 @@ def rank_for_compression(
         raise ValueError(
             f"`compression` must be at most {_rounded_down(ratio(1))} for a "
             f"table of shape ({input_dim}, {output_dim}) in "
-            f"{_name(quantization)}, what rank 1 gives. "
+            f"{name_of(quantization)}, what rank 1 gives. "
             f"Received: compression={compression!r}"
         )
     return rank
@@ -195,7 +196,7 @@ def rank_for_speedup(
         raise ValueError(
             f"`min_speedup` must be at most {_rounded_down(most)} for a table "
             f"of shape ({input_dim}, {output_dim}) in "
-            f"{_name(quantization)}, what the smallest factors give. "
+            f"{name_of(quantization)}, what the smallest factors give. "
             f"Received: min_speedup={min_speedup!r}"
         )
     return rank
@@ -241,7 +242,7 @@ def check_rank(
         raise ValueError(
             f"`rank` must be at most {largest}, or a table of shape "
             f"({input_dim}, {output_dim}) gets no smaller in "
-            f"{_name(quantization)}. Received: rank={rank}"
+            f"{name_of(quantization)}. Received: rank={rank}"
             if largest
             else f"No rank makes a table of shape ({input_dim}, {output_dim}) "
             f"smaller: leave it as it is. Received: rank={rank}"
@@ -273,11 +274,6 @@ def check_speedup(min_speedup: Any) -> None:
             "`min_speedup` must be a number of at least 1. "
             f"Received: min_speedup={min_speedup!r}"
         )
-
-
-def _name(quantization: str | Format | None) -> str:
-    kind = as_format(quantization)
-    return "floats" if kind is None else kind.name
 
 
 def _rounded_down(limit: float) -> str:

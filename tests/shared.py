@@ -81,6 +81,16 @@ def rounded_features(layer, prefix=""):
     return center + scales * (integers + shift)
 
 
+# Formats of integers, by name and by whether each row has a scale of its own.
+FORMATS = [
+    ("int8", False),
+    ("int4", True),
+    ("int4", False),
+    ("int2", True),
+    ("int2", False),
+]
+
+
 def stored_columns(rank, quantization, row_scales=True):
     """Columns of codes in a file, where LiteRT takes multiples of some."""
     if quantization == "int4":

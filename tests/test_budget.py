@@ -23,6 +23,7 @@ from keras_distilled_embedding.factorization import expected_error
 from keras_distilled_embedding.factorization import spectrum_of
 from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.targets import Target
+from tests import shared
 from tests.shared import rounded_features
 from tests.shared import stored_bytes
 from tests.shared import stored_columns
@@ -31,15 +32,7 @@ from tests.shared import to_numpy
 
 QUANTIZATIONS = (None, "int8", "int4", "int2")
 QUANTIZATION = pytest.mark.parametrize("quantization", QUANTIZATIONS)
-# By name and by whether each row has a scale of its own.
-FORMATS = [
-    (None, True),
-    ("int8", False),
-    ("int4", True),
-    ("int4", False),
-    ("int2", True),
-    ("int2", False),
-]
+FORMATS = [(None, True), *shared.FORMATS]
 FORMAT = pytest.mark.parametrize(("quantization", "row_scales"), FORMATS)
 FORM = pytest.mark.parametrize(
     ("activation", "use_bias"), [("relu", True), (None, True), ("relu", False)]

@@ -11,6 +11,7 @@ from keras_distilled_embedding import export_litert
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.sizes import factor_bytes
+from tests.shared import FORMATS
 from tests.shared import stored_columns
 from tests.shared import to_numpy
 
@@ -21,14 +22,6 @@ pytest.importorskip("ai_edge_quantizer")
 
 VOCABULARY, WIDTH, RANK = 500, 64, 9
 QUANTIZATION = pytest.mark.parametrize("quantization", ["int8", "int4", "int2"])
-# By name and by whether each row has a scale of its own.
-FORMATS = [
-    ("int8", False),
-    ("int4", True),
-    ("int4", False),
-    ("int2", True),
-    ("int2", False),
-]
 FORMAT = pytest.mark.parametrize(("quantization", "row_scales"), FORMATS)
 PER_BYTE = {"int8": 1, "int4": 2, "int2": 4}
 # Of the logits of a model that is rounded while it is exported.

@@ -34,6 +34,14 @@ MATRIX = pytest.mark.parametrize(
     "architecture",
     [pytest.param(a, id=a.name) for a in ARCHITECTURES],
 )
+EXPORTED = pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, id=a.name)
+        for a in ARCHITECTURES
+        if not a.exports.startswith("no: ")
+    ],
+)
 TOLERANCE = 1e-4
 
 
@@ -182,14 +190,7 @@ def generate(model, prompt):
     return to_numpy(outputs[key])
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(a, id=a.name)
-        for a in ARCHITECTURES
-        if not a.exports.startswith("no: ")
-    ],
-)
+@EXPORTED
 def test_exports(architecture, tmp_path):
     """To LiteRT, one copy of the tables, with the outputs of Keras."""
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")
@@ -209,14 +210,7 @@ def test_exports(architecture, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(a, id=a.name)
-        for a in ARCHITECTURES
-        if not a.exports.startswith("no: ")
-    ],
-)
+@EXPORTED
 def test_exports_at_8x(architecture, tmp_path):
     """Rank and bits as planned, and the file's logits are Keras's."""
     student = compress(architecture.make(), compression=8.0, verbose=0)

@@ -97,8 +97,13 @@ def test_factors_lie_on_their_grid(kind, uses_relu, use_bias):
     if not rounding.can_round(kind, uses_relu, use_bias):
         pytest.skip("refused")
     table = make_table(rows=700)
-    factors = rounding.rounded_factors(
-        Table.of(table), 40, kind, uses_relu, use_bias
+    factors = factorize(
+        table,
+        40,
+        activation="relu" if uses_relu else None,
+        use_bias=use_bias,
+        quantization=kind.name,
+        row_scales=kind.has_row_scales,
     )
     codes = factors.codes
     features = np.maximum(codes, 0) if uses_relu else codes
@@ -109,7 +114,7 @@ def test_factors_lie_on_their_grid(kind, uses_relu, use_bias):
     found = features @ factors.basis
     if use_bias:
         found = found + factors.offset
-    assert factors.lost.relative == pytest.approx(
+    assert factors.relative_error == pytest.approx(
         lost_share(table, found), rel=1e-2, abs=1e-5
     )
 
@@ -209,10 +214,16 @@ def test_feedback_is_that_of_the_definition():
 @pytest.mark.parametrize("weighted", [False, True])
 def test_expected_error(kind, rank, weighted):
     moment = make_moment() + 10 * np.eye(COLUMNS) if weighted else None
+    found = factorize(
+        make_table(),
+        rank,
+        quantization=kind.name,
+        row_scales=kind.has_row_scales,
+        column_weights=moment,
+    )
     table = Table.of(make_table(), None, moment)
-    found = rounding.rounded_factors(table, rank, kind, True, True)
     assert expected_error(table, rank, kind, True, True) == pytest.approx(
-        found.lost.relative, rel=0.25
+        found.relative_error, rel=0.25
     )
 
 

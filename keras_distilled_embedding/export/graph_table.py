@@ -11,8 +11,9 @@ from keras import ops
 
 from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.factorization import Factors
-from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.factorization import Table
 from keras_distilled_embedding.factorization import round_features
+from keras_distilled_embedding.factorization import rounded_factors
 from keras_distilled_embedding.layers.conversion import embedding_tables
 from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
@@ -255,13 +256,14 @@ def _of_factors(
 
     basis = read("basis")
     offset = read("offset") if layer.use_bias else None
-    # Rounded, where the layer computes with rounded codes.
-    features = to_numpy(layer._features("float32", prefix=prefix))
-    one = np.ones((1, 1), "float32")
     if quantization is None:
-        stored = features, one, basis, offset
+        # Rounded, where the layer computes with rounded codes.
+        codes = to_numpy(layer._features("float32", prefix=prefix))
+        stored = codes, np.ones((1, 1), "float32"), basis, offset
         return StoredTable(stored, None, layer.name, layer.rank)
-    first = _affine(features[:_FIRST_ROWS], basis, offset)
+    ids = np.arange(min(layer.input_dim, _FIRST_ROWS))
+    first = to_numpy(layer._features("float32", ids, prefix))
+    is_zero = _first_row_is_zero(_affine(first, basis, offset))
     center: Any
     scales: Any
     if layer.quantization == quantization:
@@ -273,6 +275,7 @@ def _of_factors(
         center, scales = read("center"), read("scales")
     else:
         kind = format_of(quantization)
+        features = to_numpy(layer._features("float32", prefix=prefix))
         zeros = np.zeros(basis.shape[1], "float32")
         found = round_features(
             Factors(features, basis, zeros if offset is None else offset),
@@ -286,7 +289,7 @@ def _of_factors(
         kind,
         layer.name,
         layer.rank,
-        _first_row_is_zero(first),
+        is_zero,
     )
 
 
@@ -306,7 +309,7 @@ def _of_table(
     if kind.bits == 8 or factor_bytes(width, rows, width, kind) >= table.size:
         stored = *round_to_int8(table), None, None
         return StoredTable(stored, format_of("int8"), name, width)
-    found = factorize(table, width, activation=None, quantization=quantization)
+    found = rounded_factors(Table.of(table), width, kind, False, True)
     center: Any = found.center
     scales: Any = found.scales
     return StoredTable(

@@ -15,6 +15,7 @@ from keras_distilled_embedding.factorization.factors import factorize_table
 from keras_distilled_embedding.factorization.rounding import can_round
 from keras_distilled_embedding.factorization.rounding import expected_error
 from keras_distilled_embedding.factorization.rounding import round_features
+from keras_distilled_embedding.factorization.rounding import rounded_factors
 from keras_distilled_embedding.factorization.spectrum import Spectrum
 from keras_distilled_embedding.factorization.spectrum import spectrum_of
 from keras_distilled_embedding.factorization.table import Table
@@ -37,5 +38,6 @@ __all__ = [
     "is_relu",
     "lost_energy",
     "round_features",
+    "rounded_factors",
     "spectrum_of",
 ]

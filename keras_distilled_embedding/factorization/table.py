@@ -6,6 +6,7 @@ Whatever reads the table reads it in blocks of rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import mmap
 from collections.abc import Callable
@@ -100,6 +101,14 @@ class Table:
     def blocks(self, dtype: Any = np.float32) -> Iterator[tuple]:
         """Yields slices that cover the rows, and those rows in `dtype`."""
         return row_blocks(self.values, dtype)
+
+    @functools.cached_property
+    def farthest_rows(self) -> np.ndarray:
+        """Ids of all rows, those farthest from the middle of them first."""
+        middle = self.values[:: max(1, len(self.values) // 1000)]
+        mean = middle.astype(np.float32).mean(axis=0)
+        norms = [squared_norms(block - mean) for _, block in self.blocks()]
+        return np.argsort(-np.concatenate(norms), kind="stable")
 
     def weights_of(self, rows: Any) -> np.ndarray:
         """The float64 weights of some rows."""

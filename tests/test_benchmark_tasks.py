@@ -145,6 +145,12 @@ def test_rows_are_chosen():
     assert chosen(methods=["ours, auto"], sizes=[8.0]) == [
         figure.Row("ours, auto", 8.0)
     ]
+    # Any size of a method, those of no report, too.
+    assert chosen(methods=["ours, int2", CONTROL], sizes=[20.0, 30.0]) == [
+        figure.Row("ours, int2", 20.0),
+        figure.Row(CONTROL),
+        figure.Row("ours, int2", 30.0),
+    ]
     assert {row.loss for row in chosen(losses=["both"])} == {"both"}
     # A method of one size is of every size.
     assert figure.Row(CONTROL) in chosen(sizes=[8.0])

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import replace
@@ -131,28 +132,38 @@ def key_rows() -> list[Row]:
     return found + [Row(OURS, 8.0, loss) for loss in LOSSES if loss != "logits"]
 
 
-def all_rows() -> list[Row]:
-    """The key rows, then every method at every size."""
-    everything = [
+def _rows(methods: Iterable[str], sizes: Iterable[float]) -> list[Row]:
+    """Every method at every size, once where a method has no choice."""
+    found = [
         Row(
             method,
             1.0 if _one_size(method) else size,
             "embedding" if method == PAPER else "logits",
         )
-        for size, method in product(SIZES, [CONTROL, SCRATCH, *METHODS])
-        # Rounding to int8 after training costs nothing: no row of its own.
-        if method != "ours, int8"
+        for size, method in product(sizes, methods)
     ]
+    return list(dict.fromkeys(found))
+
+
+def all_rows() -> list[Row]:
+    """The key rows, then every method at every size."""
+    # Rounding to int8 after training costs nothing: no row of its own.
+    methods = [method for method in METHODS if method != "ours, int8"]
+    everything = _rows([CONTROL, SCRATCH, *methods], SIZES)
     return list(dict.fromkeys([*key_rows(), *everything]))
 
 
 def chosen_rows(options: argparse.Namespace) -> list[Row]:
     """The rows that are asked for; a row takes a quarter of an hour."""
-    named = options.methods or options.task != "multi30k"
-    rows = all_rows() if named else key_rows()
+    if options.methods and options.sizes and not options.losses:
+        rows = _rows(options.methods, options.sizes)
+    elif options.methods or options.task != "multi30k":
+        rows = all_rows()
+    else:
+        rows = key_rows()
     methods = options.methods or [row.method for row in rows]
     sizes = options.sizes or [row.size for row in rows]
-    losses = options.losses or LOSSES
+    losses = options.losses or [row.loss for row in rows]
     return [
         row
         for row in rows

@@ -31,12 +31,15 @@ from keras_distilled_embedding.sizes import check_speedup
 from keras_distilled_embedding.sizes import factor_bytes
 from keras_distilled_embedding.sizes import largest_rank
 from keras_distilled_embedding.sizes import rank_for_compression
+from keras_distilled_embedding.sizes import rank_for_products
 from keras_distilled_embedding.sizes import rank_for_speedup
 from keras_distilled_embedding.sizes import table_bytes
 from keras_distilled_embedding.targets import Target
 
 AUTO = "auto"
 DEFAULT_COMPRESSION = 8.0
+# What a planned projection may multiply more than with the table.
+MORE_PRODUCTS = 1.05
 
 Tables = Mapping[Target, Sequence[Table]]
 
@@ -298,7 +301,7 @@ class _Planner:
             kind,
             self._request.use_bias,
         )
-        return self._fast_rank(rank, target, kind)
+        return self._worthwhile_rank(rank, target, kind)
 
     def _rank_for_error(self, target: Target, kind: Format | None) -> int:
         """The smallest rank that loses no more, rounding included."""
@@ -331,7 +334,7 @@ class _Planner:
         self, kind: Format | None, max_bytes: int
     ) -> dict[Target, int]:
         limits = self._for_each(
-            lambda target: self._fast_rank(
+            lambda target: self._worthwhile_rank(
                 self._useful_rank(target, kind), target, kind
             )
         )
@@ -386,6 +389,17 @@ class _Planner:
             return rank
         fast = rank_for_speedup(*target.shape, self._request.min_speedup, kind)
         return min(rank, fast)
+
+    def _worthwhile_rank(
+        self, rank: int, target: Target, kind: Format | None
+    ) -> int:
+        """The same, and no more than leaves the projection as cheap as it was.
+
+        Few bits leave room for all columns of a table. Of one with few rows
+        the basis then takes a large part of bytes and multiplications.
+        """
+        cheap = rank_for_products(*target.shape, MORE_PRODUCTS, kind)
+        return min(self._fast_rank(rank, target, kind), max(1, cheap))
 
     def _bytes(self, target: Target, rank: int, kind: Format | None) -> int:
         return target.num_tables * factor_bytes(

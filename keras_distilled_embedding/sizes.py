@@ -182,17 +182,13 @@ def rank_for_speedup(
     32
     """
     check_speedup(min_speedup)
-    kind = as_format(quantization)
-
-    def columns(rank: int) -> int:
-        return rank if kind is None else kind.stored_columns(rank)
-
-    exact = input_dim * output_dim / (input_dim + output_dim)
-    rank = bisect.bisect_right(
-        range(1, output_dim + 1), exact / min_speedup, key=columns
+    rank = rank_for_products(
+        input_dim, output_dim, 1 / min_speedup, quantization
     )
     if rank == 0:
-        most = exact / columns(1)
+        kind = as_format(quantization)
+        columns = 1 if kind is None else kind.stored_columns(1)
+        most = input_dim * output_dim / (input_dim + output_dim) / columns
         raise ValueError(
             f"`min_speedup` must be at most {_rounded_down(most)} for a table "
             f"of shape ({input_dim}, {output_dim}) in "
@@ -200,6 +196,35 @@ def rank_for_speedup(
             f"Received: min_speedup={min_speedup!r}"
         )
     return rank
+
+
+def rank_for_products(
+    input_dim: int,
+    output_dim: int,
+    products: float,
+    quantization: str | Format | None = None,
+) -> int:
+    """The largest rank whose projection takes no more multiplications.
+
+    Args:
+        input_dim: Positive integer, the number of rows `V`.
+        output_dim: Positive integer, the number of columns `d`.
+        products: Float, the most that it may take, over `V d` of the table.
+        quantization: A storage format or its name, or `None` for float32.
+
+    Returns:
+        The rank, 0 if there is none.
+    """
+    kind = as_format(quantization)
+
+    def columns(rank: int) -> int:
+        return rank if kind is None else kind.stored_columns(rank)
+
+    return bisect.bisect_right(
+        range(1, output_dim + 1),
+        products * input_dim * output_dim / (input_dim + output_dim),
+        key=columns,
+    )
 
 
 def check_rank(

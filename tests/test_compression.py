@@ -506,7 +506,7 @@ def test_compression_counts_bytes_as_stored(
     compression, quantization, use_bias
 ):
     """The largest rank is taken that is small enough."""
-    rows, columns = 400, 96
+    rows, columns = 2_500, 96
     student = compress(
         classifier(rows, columns),
         compression,

@@ -235,7 +235,7 @@ def test_compression_ratio(tie_weights, use_bias, dtype):
     layer.quantize("int4")
     codes, basis = VOCABULARY * (16 + 2), 32 * WIDTH
     assert layer.compression_ratio == full / (codes + basis + offset)
-    layer._set_quantization("int2")
+    layer.quantize("int2")
     stored = -(-(RANK + 1) // 4) * 4
     codes, basis = VOCABULARY * (stored // 4 + 12), stored * WIDTH
     assert layer.compression_ratio == full / (codes + basis + offset)

@@ -83,6 +83,36 @@ def test_layers_frozen_in_the_student_stay():
     assert changed(student, before) == FACTORS
 
 
+def test_only_the_tables_are_trained(tmp_path):
+    """Without a layer's `trainable` being changed, also after loading."""
+    teacher, student = make_pair()
+    distiller = make_distiller(
+        (teacher, student),
+        both_losses(),
+        optimizer=keras.optimizers.Adam(0.01),
+        train="tables",
+    )
+    ids, targets, _ = make_data()
+    for _ in range(2):
+        before = snapshot(distiller.student)
+        distiller.fit(ids, targets, verbose=0)
+        assert changed(distiller.student, before) == FACTORS
+        assert len(distiller.trainable_variables) == 3
+        assert len(distiller.trainable_weights) == 3
+        # Two for each table's variable, the step and the rate.
+        assert len(distiller.optimizer.variables) == 8
+        every = [*distiller.trainable_weights, *distiller.non_trainable_weights]
+        assert {id(v) for v in every} == {id(v) for v in distiller.weights}
+        distiller.save(tmp_path / "distiller.keras")
+        distiller = keras.saving.load_model(
+            tmp_path / "distiller.keras", {"CountCalls": CountCalls}
+        )
+    assert all(layer.trainable for layer in student.layers)
+    with pytest.raises(ValueError, match="`student` must have a .* without"):
+        # Of a model that is not compressed.
+        Distiller(student, teacher, LogitsDistillation(), train="tables")
+
+
 @without_gradient
 def test_only_distillation_needs_no_task():
     models = make_pair()
@@ -396,6 +426,7 @@ def test_bad_models(make, error, message):
         ({"student_loss_weight": 1.1}, ValueError, "weight=1.1"),
         ({"student_loss_weight": "half"}, ValueError, "weight='half'"),
         ({"student_loss_weight": None}, ValueError, "weight=None"),
+        ({"train": "table"}, ValueError, "'tables'. Received: train='table'"),
     ],
 )
 def test_bad_options(options, error, message):

@@ -314,7 +314,7 @@ def test_a_new_layer_has_a_grid_for_its_codes(kind):
 
 
 @pytest.mark.filterwarnings("ignore:Layer InputLayer")
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "int2"])
 @pytest.mark.parametrize("activation", ["relu", None])
 def test_quantizing_a_trained_layer_finds_better_coordinates(
     quantization, activation

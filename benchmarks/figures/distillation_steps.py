@@ -6,9 +6,10 @@ rounds of the ratio within one round. `student alone` is `student.fit` without
 a distiller; `teacher forward` computes the teacher's logits and nothing else;
 where a loss reads the teacher's outputs, what must run is the two together (of
 features, XLA leaves out the layers after them). Both distillers, ours and
-Keras's, have a task loss of weight 0.5. A claim holds `within the noise` where
-the median exceeds the bar and the lower quartile does not. Keras's distiller
-ignores sample weights, which ours applies. Only on TensorFlow.
+Keras's, have a task loss of weight 0.5. `int8`, `int4` and `int2`: the same
+factors, rounded at every step as a file stores them. A claim holds `within the
+noise` where the median exceeds the bar and the lower quartile does not. Keras's
+distiller ignores sample weights, which ours applies. Only on TensorFlow.
 """
 
 from __future__ import annotations
@@ -36,9 +37,18 @@ from benchmarks.tasks.language_model import build
 from benchmarks.tasks.translation import SETTINGS
 from examples.nmt.model import build_transformer
 from examples.nmt.train import LabelSmoothedCrossentropy
+from keras_distilled_embedding.quantization import QUANTIZATIONS
 
 SEED = 0
 GPT2 = Settings(vocabulary=16_000, num_layers=4, length=32)
+LARGE_TABLE = Settings(
+    vocabulary=49_152,
+    hidden_dim=576,
+    num_layers=2,
+    num_heads=9,
+    length=64,
+    batch=4,
+)
 COMPRESSION = 8.0
 BAR = 1.10
 
@@ -61,6 +71,7 @@ class Workload:
         labels: Of the same batch, one for each token.
         loss: The task's.
         layer: Name of the layer whose outputs `FeatureDistillation` compares.
+        rank: Of the student, or that of floats 8x smaller.
     """
 
     description: str
@@ -69,12 +80,24 @@ class Workload:
     labels: np.ndarray
     loss: keras.losses.Loss
     layer: str
+    rank: int | None = None
 
-    def student(self) -> keras.Model:
-        """A fresh student of a fresh teacher."""
-        return kde.compress(
-            self.teacher(), COMPRESSION, quantization=None, verbose=0
+    def student(self, quantization: str | None = None) -> keras.Model:
+        """A fresh student of a fresh teacher, in floats of the same rank.
+
+        Args:
+            quantization: What its codes are rounded to while it is trained.
+        """
+        size = {"compression": COMPRESSION}
+        if self.rank is not None:
+            size = {"rank": self.rank}
+        student = kde.compress(
+            self.teacher(), **size, quantization=None, verbose=0
         )
+        for layer in student.layers if quantization else ():
+            if isinstance(layer, kde.layers.DistilledEmbedding):
+                layer.quantize(quantization)
+        return student
 
     def dataset(self) -> tf.data.Dataset:
         """One batch, with a weight of one for each token, without end."""
@@ -132,7 +155,15 @@ def translation(quick: bool) -> Workload:
 
 def causal_lm(quick: bool) -> Workload:
     """KerasHub's GPT-2."""
-    setting = QUICK if quick else GPT2
+    return _gpt2(QUICK if quick else GPT2)
+
+
+def large_table(quick: bool) -> Workload:
+    """The same with a table as large as SmolLM2's, at the rank of 2 bits."""
+    return _gpt2(QUICK if quick else LARGE_TABLE, rank=16 if quick else 540)
+
+
+def _gpt2(setting: Settings, rank: int | None = None) -> Workload:
     size = setting.batch, setting.length, setting.vocabulary
     tokens, labels = _tokens(2, *size)
 
@@ -145,12 +176,14 @@ def causal_lm(quick: bool) -> Workload:
     return Workload(
         description=f"KerasHub's GPT-2, table {size[2]:,} x "
         f"{setting.hidden_dim}, {setting.num_layers} layers; batches of "
-        f"{size[0]} x {size[1]} tokens.",
+        f"{size[0]} x {size[1]} tokens; the student's rank "
+        f"{rank or f'that of floats {COMPRESSION:g} times smaller'}.",
         teacher=teacher,
         inputs={"token_ids": tokens, "padding_mask": np.ones_like(tokens)},
         labels=labels,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         layer=f"transformer_layer_{(setting.num_layers - 1) // 2}",
+        rank=rank,
     )
 
 
@@ -163,12 +196,17 @@ def _tokens(
     return list(draw.integers(1, vocabulary, size=size, dtype="int32"))
 
 
-MODELS = {"translation": translation, "causal_lm": causal_lm}
+MODELS = {
+    "translation": translation,
+    "causal_lm": causal_lm,
+    "large_table": large_table,
+}
 
 
 # What is measured
 
 ALONE, FORWARD = "student alone", "teacher forward"
+CACHED = "ours: logits, cached"
 
 
 @dataclass(frozen=True)
@@ -201,7 +239,7 @@ def _distilled(
     )
 
 
-def _cached(load: Workload) -> Step:
+def _cached(load: Workload, quantization: str | None = None) -> Step:
     """Learning from what a teacher has predicted before."""
     teacher = load.teacher()
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +248,9 @@ def _cached(load: Workload) -> Step:
         )
         batch = cache[0]
     return load.train(
-        kde.Distiller(teacher, load.student(), [kde.LogitsDistillation()]),
+        kde.Distiller(
+            teacher, load.student(quantization), [kde.LogitsDistillation()]
+        ),
         tf.data.Dataset.from_tensors(batch).repeat(),
     )
 
@@ -245,7 +285,13 @@ ROWS = {
     "ours: logits": Row(
         _distilled(OURS, _logits), _BOTH_RUN, BAR, "Keras: logits"
     ),
-    "ours: logits, cached": Row(_cached),
+    CACHED: Row(_cached),
+    **{
+        f"{CACHED}, {kind}": Row(
+            partial(_cached, quantization=kind), (CACHED,), BAR
+        )
+        for kind in QUANTIZATIONS
+    },
     "ours: both": Row(_distilled(OURS, _embedding, _logits), _BOTH_RUN),
     "ours: features": Row(
         _distilled(OURS, _features), _BOTH_RUN, rival="Keras: features"

@@ -24,6 +24,7 @@ from keras_distilled_embedding.distillation.evaluation import (
 )
 from keras_distilled_embedding.distillation.teacher_cache import TeacherCache
 from keras_distilled_embedding.distillation.teacher_cache import split_inputs
+from keras_distilled_embedding.layers import DistilledEmbedding
 
 
 @keras.saving.register_keras_serializable(package="keras_distilled_embedding")
@@ -58,11 +59,15 @@ class Distiller(keras.Model):
             `False` switches its dropout off and leaves the statistics of its
             normalization layers as they are. Try it for a student that learns
             its teacher's predictions, see docs/distillation.md.
+        train: `"all"` trainable weights of the student, or `"tables"`: those
+            of its `layers.DistilledEmbedding` alone. The others get neither
+            gradients nor optimizer states, which saves time and memory.
 
     Raises:
         TypeError: If `teacher`, `student` or a loss is of another class.
         ValueError: If the weights do not fit the losses, if teacher and
-            student share variables, or if a loss does not accept the models.
+            student share variables, if a loss does not accept the models, or
+            if `train` is neither, or has nothing to train.
 
     Example:
 
@@ -102,9 +107,11 @@ class Distiller(keras.Model):
         student_loss_weight: float = 0.5,
         name: str = "distiller",
         student_training: bool = True,
+        train: str = "all",
         **kwargs: Any,
     ) -> None:
         _check_models(teacher, student)
+        _check_train(train, student)
         losses, weights = _check_losses(
             distillation_losses, distillation_loss_weights
         )
@@ -121,6 +128,7 @@ class Distiller(keras.Model):
         self.student = student
         self.distillation_losses = losses
         self.student_training = bool(student_training)
+        self.train = train
         self._teacher_run, self._student_run = teacher_run, student_run
         # A variable, so that the weights may change between compiled steps.
         # The properties return the same numbers before they are rounded.
@@ -190,11 +198,22 @@ class Distiller(keras.Model):
         self._weight_values = [float(value) for value in values]
         self._weights_in_use.assign(self._weight_values)
 
-    # Only the student is trained. The teacher's `trainable` is not changed.
+    # Only the student is trained. No layer's `trainable` is changed.
+
+    def _trained(self, variables: list[keras.Variable]) -> list[keras.Variable]:
+        """Those that are trained among the student's trainable ones."""
+        if not self.trainable:
+            return []
+        if self.train == "all":
+            return variables
+        tables = {
+            id(v) for layer in _tables_of(self.student) for v in layer.variables
+        }
+        return [v for v in variables if id(v) in tables]
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:
-        return self.student.trainable_variables if self.trainable else []
+        return self._trained(self.student.trainable_variables)
 
     @property
     def non_trainable_variables(self) -> list[keras.Variable]:
@@ -203,7 +222,7 @@ class Distiller(keras.Model):
 
     @property
     def trainable_weights(self) -> list[keras.Variable]:
-        return self.student.trainable_weights if self.trainable else []
+        return self._trained(self.student.trainable_weights)
 
     @property
     def non_trainable_weights(self) -> list[keras.Variable]:
@@ -347,6 +366,7 @@ class Distiller(keras.Model):
             "distillation_loss_weights": list(self.distillation_loss_weights),
             "student_loss_weight": self.student_loss_weight,
             "student_training": self.student_training,
+            "train": self.train,
             "name": self.name,
         }
 
@@ -377,6 +397,27 @@ def _check_models(teacher: keras.Model, student: keras.Model) -> None:
             f"Received: shared variables {shared[:5]}"
         )
     keras_internals.refuse_reads(student, teacher.variables)
+
+
+def _tables_of(student: keras.Model) -> list[DistilledEmbedding]:
+    return [
+        layer
+        for layer in keras_internals.iterate_layers(student)
+        if isinstance(layer, DistilledEmbedding)
+    ]
+
+
+def _check_train(train: str, student: keras.Model) -> None:
+    if train not in ("all", "tables"):
+        raise ValueError(
+            f"`train` must be 'all' or 'tables'. Received: train={train!r}"
+        )
+    if train == "tables" and not _tables_of(student):
+        raise ValueError(
+            "With `train='tables'`, `student` must have a "
+            "`layers.DistilledEmbedding`, as `compress` makes them. "
+            f"Received: student '{student.name}' without one"
+        )
 
 
 def _check_student_loss_weight(weight: Any) -> None:

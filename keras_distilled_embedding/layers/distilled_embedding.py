@@ -192,7 +192,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         # after taking the rows, and to `reverse_dtype` where that is asked.
         self.autocast = False
         if self.dtype_policy.quantization_mode is not None:
-            self._set_quantization(self.dtype_policy.quantization_mode)
+            self.quantize(self.dtype_policy.quantization_mode)
 
     # Weights
 
@@ -290,6 +290,13 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             return None
         return format_of(self.quantization, self.row_scales)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> DistilledEmbedding:
+        layer = super().__new__(cls, *args, **kwargs)
+        # Keras puts a wrapper in front of `quantize`, which refuses modes that
+        # are not its own.
+        layer.__dict__.pop("quantize")
+        return layer
+
     def quantize(
         self,
         mode: str | None = None,
@@ -303,9 +310,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         rounding loses least. `model.quantize("int8")` calls this.
 
         Args:
-            mode: Name of a storage format, `"int8"`, `"int4"` or `"int2"`
-                (the last not through `model.quantize`, which Keras keeps to
-                its own).
+            mode: Name of a storage format, `"int8"`, `"int4"` or `"int2"`;
+                `model.quantize` refuses the last, which is not one of Keras's.
             type_check: Part of Keras's signature; subclasses are quantized
                 like the layer itself.
             config: Optional `keras.quantizers.Int8QuantizationConfig`. Its
@@ -322,10 +328,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
                 "`weight_quantizer` unset. Received: config.weight_quantizer="
                 f"{config.weight_quantizer}"
             )
-        self._set_quantization(mode)
-
-    def _set_quantization(self, mode: str | None) -> None:
-        """The same for a layer not yet built, which Keras would refuse."""
+        if mode is None and config is not None:
+            mode = config.mode
         if mode not in QUANTIZATIONS:
             raise NotImplementedError(
                 f"Layer {type(self).__name__} can be quantized to one of "

@@ -11,6 +11,7 @@ have it. Every row is `compress` as anybody calls it, and nothing else:
   pays.
 - `not calibrated`: without `calibration_data`, which in the others is text
   that is not evaluated. The plan and the rounding then know the table alone.
+- `2 pieces` and so on: calibrated on so many, unlike all others.
 - `nearest int4`, `nearest int2`: the rival, no method of the package. Each
   number is rounded to its nearest level, with a scale of two bytes a row, or
   for each 32 numbers, of twelve the one that loses least. The levels are those
@@ -63,6 +64,8 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     "floats 8x": {"compression": 8.0, "quantization": None},
     f"floats 8x{PLAIN}": {"compression": 8.0, "quantization": None},
 }
+PIECES = {f"int2, {number} pieces": number for number in (2, 8, 32, 64)}
+COMPRESSED |= {name: {"quantization": "int2"} for name in PIECES}
 # Their format, and how many numbers share a scale; a row by default.
 BLOCKS = ", blocks of 32"
 NEAREST: dict[str, tuple[str, int | None]] = {
@@ -102,30 +105,43 @@ def run(options: argparse.Namespace) -> None:
     sizes = options.tokens, options.calibration, options.length
     if options.quick:
         options.model, sizes = "quick", (200, 2, 32)
+    tokens, calibration, length = sizes
+    pieces = {name: PIECES.get(name, calibration) for name in options.rows}
     task = PretrainedTask(
         options.model,
         options.task_dir / "pretrained",
         options.data_dir,
-        *sizes,
+        tokens,
+        max(pieces.values(), default=calibration),
+        length,
     )
     for name in options.rows:
         options.store.finish(
-            f"{name} {options.model} {sizes[0]}",
-            partial(measure, name, options.model, task),
+            f"{name} {options.model} {tokens}",
+            partial(measure, name, options.model, task, pieces[name]),
         )
 
 
-def measure(name: str, model: str, task: PretrainedTask) -> dict:
-    """Makes a row's table and evaluates the model with it."""
+def measure(
+    name: str, model: str, task: PretrainedTask, calibrated: int
+) -> dict:
+    """Makes a row's table and evaluates the model with it.
+
+    Args:
+        name: Of the row.
+        model: That of the task.
+        task: The task.
+        calibrated: How many of its pieces to calibrate on.
+    """
     start = time.perf_counter()
-    layer, about = make_layer(name, task)
+    layer, about = make_layer(name, task, calibrated)
     seconds = time.perf_counter() - start
     gc.collect()  # the rest of the compressed model, a cycle of references
     return {
         "row": name,
         "model": model,
         "text": task.text,
-        "calibrated": sum(len(b["token_ids"]) for b in task.calibration_data),
+        "calibrated": calibrated,
         "length": task.pieces.shape[1],
         "shape": [task.layer.input_dim, task.layer.output_dim],
         "seconds": round(seconds, 1),
@@ -137,7 +153,7 @@ def measure(name: str, model: str, task: PretrainedTask) -> dict:
 
 
 def make_layer(
-    name: str, task: PretrainedTask
+    name: str, task: PretrainedTask, calibrated: int
 ) -> tuple[keras.layers.Layer, dict]:
     """The layer of a row, and its bytes, rank and format."""
     shape = task.layer.input_dim, task.layer.output_dim
@@ -159,6 +175,7 @@ def make_layer(
         options["rank"] = shape[1]
     if not name.endswith(PLAIN):
         options["calibration_data"] = task.calibration_data
+        options["calibration_tokens"] = calibrated * task.pieces.shape[1]
     student = kde.compress(task.model, **options)
     layer = student.backbone.token_embedding
     return layer, {

@@ -14,6 +14,7 @@ TENSORFLOW_TESTS = $(addprefix tests/test_, \
 	$(EXPORTING) $(BENCHMARKS) $(PROCESSES) $(COUNTING))
 # The converter takes TensorFlow's models.
 EXPORTING := export.py export_quantized.py kerashub.py language_model.py \
+	litertlm.py \
 	nmt.py notebook.py runner.py trust.py
 # The figures are made on TensorFlow.
 BENCHMARKS := benchmark_figures.py benchmark_harness.py benchmark_methods.py \

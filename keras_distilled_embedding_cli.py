@@ -3,6 +3,7 @@
     keras-distilled-embedding inspect MODEL
     keras-distilled-embedding compress MODEL -o OUT --compression 8
     keras-distilled-embedding export MODEL -o OUT.tflite
+    keras-distilled-embedding export MODEL -o OUT.litertlm
 
 Results go to standard output, as text or with `--json` for machines; progress
 goes to standard error. The exit status is 2, after one line, on bad use.
@@ -40,6 +41,8 @@ PROGRAM = "keras-distilled-embedding"
 BAD_USE = 2
 _REPORTED_ERRORS = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 _PICTURES = (".pdf", ".png", ".svg")
+_BUNDLE = ".litertlm"
+MAX_LENGTH = 512
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,17 +110,35 @@ def _export(options: argparse.Namespace) -> None:
     quantization = options.quantization
     if quantization == "none":
         quantization = "float32"
+    is_bundle = Path(options.output).suffix == _BUNDLE
+    sizes = {
+        "sequence_length": options.sequence_length,
+        "batch_size": options.batch_size,
+    }
+    if is_bundle and any(sizes.values()):
+        raise ValueError(
+            f"A {_BUNDLE} bundle takes one text of up to --max-length tokens: "
+            "leave --sequence-length and --batch-size out"
+        )
+    if options.max_length is not None and not is_bundle:
+        raise ValueError(
+            f"--max-length is for an output that ends in {_BUNDLE}. "
+            f"Received: {options.output!r}"
+        )
     model = _load(options)
     import keras_distilled_embedding as kde
 
     with _progress(f"Writing {options.output}"):
-        report = kde.export_litert(
-            model,
-            options.output,
-            quantization=quantization,
-            sequence_length=options.sequence_length,
-            verbose=False,
-        )
+        common = {"quantization": quantization, "verbose": False}
+        if is_bundle:
+            report = kde.export_litertlm(
+                model,
+                options.output,
+                max_length=options.max_length or MAX_LENGTH,
+                **common,
+            )
+        else:
+            report = kde.export_litert(model, options.output, **sizes, **common)
     _print(report, options.json)
 
 
@@ -383,9 +404,10 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         parents=[common, output],
-        help="write a LiteRT (TFLite) file",
+        help="write a LiteRT (TFLite) file, or a LiteRT-LM bundle",
         description="Write a LiteRT (TFLite) file with one copy of each table "
-        "and built-in operators only.",
+        "and built-in operators only; of a KerasHub language model, where OUT "
+        f"ends in {_BUNDLE}, a bundle that the LiteRT-LM runtime runs.",
     )
     export.set_defaults(run=_export)
     export.add_argument(
@@ -398,6 +420,19 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         metavar="N",
         help="the one length of sequences, for models that need one",
+    )
+    export.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="the one size of batches, for models that need one",
+    )
+    export.add_argument(
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="tokens of a prompt and its answer, in a bundle (default: "
+        f"{MAX_LENGTH})",
     )
     return parser
 

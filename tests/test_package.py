@@ -69,6 +69,7 @@ DEFAULTS = {
         "student_loss_weight": 0.5,
         "name": "distiller",
         "student_training": True,
+        "train": "all",
     },
     kde.EmbeddingDistillation: {
         "num_rows": None,
@@ -81,6 +82,11 @@ DEFAULTS = {
         "signatures": None,
         "batch_size": None,
         "sequence_length": None,
+        "verbose": True,
+    },
+    kde.export_litertlm: {
+        "prefill_lengths": (8, 32, 128),
+        "quantization": None,
         "verbose": True,
     },
 }

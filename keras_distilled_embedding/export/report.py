@@ -28,11 +28,15 @@ class Fidelity:
         top1_agreement: Share of the positions at which the largest entry
             along the last axis is the same.
         num_inputs: How many batches were compared.
+        divergence: The mean Kullback-Leibler divergence of what the file
+            predicts from what Keras does, in nats, or `None` where outputs
+            need not be logits.
     """
 
     relative_rms_error: float
     top1_agreement: float
     num_inputs: int
+    divergence: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +91,13 @@ class ExportReport:
             f"signatures: {', '.join(self.signatures)}"
         ]
         if self.fidelity is not None:
+            divergence = ""
+            if self.fidelity.divergence is not None:
+                divergence = f", KL {self.fidelity.divergence:.2g} nats"
             lines.append(
                 "against Keras: relative RMS error "
                 f"{self.fidelity.relative_rms_error:.2%}, top-1 agreement "
-                f"{self.fidelity.top1_agreement:.2%} "
+                f"{self.fidelity.top1_agreement:.2%}{divergence} "
                 f"({self.fidelity.num_inputs} inputs)"
             )
         return "\n".join(lines)

@@ -1,0 +1,260 @@
+"""A KerasHub language model, step by step, as Keras models.
+
+A step takes some tokens and the keys and values of those before them, and
+returns these with its own added. Names, shapes and order are what the runtime
+LiteRT-LM expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+TOKENS, POSITIONS, LOGITS = "tokens", "input_pos", "logits"
+PREFILL, DECODE = "prefill", "decode"
+
+
+class CacheForm(NamedTuple):
+    """How a task keeps the keys and values of tokens that it has seen.
+
+    Args:
+        is_nested: Whether they come as a pair for each layer, or else as one
+            tensor `(1, num_layers, 2, max_length, heads, size)`.
+        num_layers: How many layers have keys and values.
+        shape: Of the keys of one layer, `(1, max_length, heads, size)`.
+    """
+
+    is_nested: bool
+    num_layers: int
+    shape: tuple[int, ...]
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """The runtime's names of each layer's keys and values."""
+        return [
+            (f"kv_cache_k_{i}", f"kv_cache_v_{i}")
+            for i in range(self.num_layers)
+        ]
+
+
+class _Found(Exception):
+    """Ends a generation once its cache is known."""
+
+
+def find_cache(task: Any, max_length: int) -> CacheForm:
+    """Finds out what cache a task makes for one text of `max_length` tokens.
+
+    Its class has no method for that: the first call of a generation is
+    watched.
+
+    Raises:
+        ValueError: If it makes none that can be kept layer by layer.
+    """
+    found: list[Any] = []
+
+    def watch(*args: Any, **kwargs: Any) -> None:
+        found.append(kwargs["cache"] if "cache" in kwargs else args[1])
+        raise _Found
+
+    text = {
+        "token_ids": ops.ones((1, max_length), "int32"),
+        "padding_mask": ops.expand_dims(ops.arange(max_length) < 2, 0),
+    }
+    # Past Keras, which would take note of the attribute.
+    object.__setattr__(task, "call_with_cache", watch)
+    try:
+        task.generate_step(text, stop_token_ids=None)
+    except _Found:
+        pass
+    except Exception as error:
+        raise ValueError(
+            "`task` must generate from token ids alone. Received: "
+            f"{type(task).__name__}, which raises {error!r}"
+        ) from error
+    finally:
+        object.__delattr__(task, "call_with_cache")
+    (cache,) = found
+    if isinstance(cache, tuple | list):
+        pairs = [[tuple(x.shape) for x in pair] for pair in cache]
+        if len({shape for pair in pairs for shape in pair}) == 1:
+            return CacheForm(True, len(pairs), pairs[0][0])
+    elif len(cache.shape) == 6 and cache.shape[2] == 2:
+        batch, num_layers, _, *rest = cache.shape
+        return CacheForm(False, num_layers, (batch, *rest))
+    shapes = keras.tree.map_structure(lambda x: tuple(x.shape), cache)
+    raise ValueError(
+        "`task` must keep keys and values of one shape for each layer. "
+        f"Received: {type(task).__name__} with caches {shapes}"
+    )
+
+
+def step_models(
+    task: Any, max_length: int, prefill_lengths: Iterable[int]
+) -> tuple[CacheForm, dict[str, keras.Model]]:
+    """A model for each number of tokens that a step may take.
+
+    All take `tokens (1, n)` int32, their positions `input_pos (n,)` int32, and
+    the caches `kv_cache_k_0 (1, max_length, heads, size)`, ..., and return
+    the caches with the tokens' own written from the first position on.
+
+    Args:
+        task: A `keras_hub.models.CausalLM`.
+        max_length: Tokens of a text, at most.
+        prefill_lengths: Numbers of tokens of a prompt.
+
+    Returns:
+        The form of the caches, and models `"prefill_<n>"`, and `"decode"` of
+        one token, which also returns its `logits (1, 1, V)`.
+    """
+    form = find_cache(task, max_length)
+    # One layer in all of them, so that they share its weights.
+    step = CachedStep(task, form, name="step")
+    models = {
+        f"{PREFILL}_{length}": _step_model(step, length, has_logits=False)
+        for length in prefill_lengths
+    }
+    models[DECODE] = _step_model(step, 1, has_logits=True)
+    return form, models
+
+
+def _step_model(step: CachedStep, length: int, has_logits: bool) -> keras.Model:
+    def tensor(name: str, shape: tuple[int, ...], dtype: str) -> Any:
+        return keras.Input(batch_shape=shape, dtype=dtype, name=name)
+
+    inputs = {
+        TOKENS: tensor(TOKENS, (1, length), "int32"),
+        POSITIONS: tensor(POSITIONS, (length,), "int32"),
+    }
+    for pair in step.form.names:
+        for name in pair:
+            inputs[name] = tensor(name, step.form.shape, "float32")
+    outputs = step(inputs)
+    if not has_logits:
+        outputs = {k: v for k, v in outputs.items() if k != LOGITS}
+    return keras.Model(inputs, outputs)
+
+
+@keras.saving.register_keras_serializable(package="keras_distilled_embedding")
+class CachedStep(keras.layers.Layer):
+    """`call_with_cache` of a task, with the keys and values of each layer.
+
+    Args:
+        task: The task.
+        form: What `find_cache` tells of it.
+    """
+
+    def __init__(self, task: Any, form: Iterable[Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.task = task
+        is_nested, num_layers, shape = form
+        self.form = CacheForm(is_nested, num_layers, tuple(shape))
+        self.built = True
+
+    def call(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        pairs = [
+            (inputs[keys], inputs[values]) for keys, values in self.form.names
+        ]
+        logits, pairs = self._call(inputs[TOKENS], inputs[POSITIONS][0], pairs)
+        outputs = {LOGITS: logits}
+        for names, pair in zip(self.form.names, pairs):
+            outputs |= dict(zip(names, pair))
+        return outputs
+
+    def _call(
+        self, tokens: Any, position: Any, pairs: list[tuple[Any, Any]]
+    ) -> tuple[Any, list[Any]]:
+        if self.form.is_nested:
+            logits, _, cache = self.task.call_with_cache(
+                tokens, tuple(pairs), position
+            )
+            return logits, cache
+        try:
+            logits, _, cache = self.task.call_with_cache(
+                tokens, _Cache([_LayerCache(*pair) for pair in pairs]), position
+            )
+        except (TypeError, ValueError, AttributeError):
+            # It wants to read the cache as a tensor, which is then copied.
+            cache = ops.stack([ops.stack(pair, axis=1) for pair in pairs], 1)
+            logits, _, cache = self.task.call_with_cache(
+                tokens, cache, position
+            )
+        layers = _unstack(cache, self.form.num_layers)
+        return logits, [_unstack(layer, 2) for layer in layers]
+
+    # KerasHub's decoders cannot be called with symbolic tensors and caches.
+    def compute_output_spec(
+        self, inputs: dict[str, Any]
+    ) -> dict[str, keras.KerasTensor]:
+        length, vocabulary = inputs[TOKENS].shape[1], self.task.output.shape[-1]
+        return {
+            name: keras.KerasTensor(inputs[name].shape, "float32")
+            for pair in self.form.names
+            for name in pair
+        } | {LOGITS: keras.KerasTensor((1, length, vocabulary), "float32")}
+
+    def get_config(self) -> dict[str, Any]:
+        task = keras.saving.serialize_keras_object(self.task)
+        task.pop("compile_config", None)
+        return {**super().get_config(), "task": task, "form": list(self.form)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CachedStep:
+        task = keras.saving.deserialize_keras_object(config["task"])
+        return cls(**{**config, "task": task})
+
+
+class _LayerCache:
+    """Keys and values of a layer, `(1, 2, max_length, heads, size)`.
+
+    They stay apart: put together, they would be copied at every step.
+    """
+
+    def __init__(self, keys: Any, values: Any) -> None:
+        self._pair = keys, values
+        self.dtype = keys.dtype
+        self.shape = (1, 2, *keys.shape[1:])
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, tuple) or key[0] != slice(None):
+            raise TypeError("read in another way than by KerasHub's layers")
+        return self._pair[key[1]]
+
+    def __tf_tensor__(self, dtype: Any = None, name: Any = None) -> Any:
+        # Only asked for its shape: the converter leaves it out.
+        return ops.stack(self._pair, axis=1)
+
+
+class _Cache:
+    """The caches of all layers, `(1, num_layers, 2, ...)`."""
+
+    def __init__(self, layers: list[_LayerCache]) -> None:
+        self._layers = layers
+        self.dtype = layers[0].dtype
+        self.shape = (1, len(layers), *layers[0].shape[1:])
+
+    def __getitem__(self, key: Any) -> _LayerCache:
+        if not isinstance(key, tuple) or key[0] != slice(None):
+            raise TypeError("read in another way than by KerasHub's tasks")
+        return self._layers[key[1]]
+
+
+def _unstack(tensor: Any, count: int) -> list[Any]:
+    """The parts of a tensor along axis 1, as they were before `ops.stack`."""
+    packed: Any = getattr(tensor, "op", None)
+    if getattr(packed, "type", "") == "Pack" and packed.get_attr("axis") == 1:
+        return list(packed.inputs)
+    return ops.unstack(tensor, count, axis=1)
+
+
+def empty_caches(form: CacheForm) -> dict[str, np.ndarray]:
+    """Those of no tokens, by the runtime's names."""
+    return {
+        name: np.zeros(form.shape, "float32")
+        for pair in form.names
+        for name in pair
+    }

@@ -1,0 +1,325 @@
+"""Bundles for LiteRT-LM, against Keras's own generation.
+
+The runtime itself generates here, from the bundle alone.
+"""
+
+import io
+import json
+from pydoc_data.topics import topics
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_distilled_embedding import compress
+from keras_distilled_embedding import export_litertlm
+from keras_distilled_embedding.export import causal_lm
+from keras_distilled_embedding.layers import DistilledEmbedding
+
+keras_hub = pytest.importorskip("keras_hub")
+builder = pytest.importorskip("litert_lm_builder.litertlm_builder")
+runtime = pytest.importorskip("litert_lm")
+
+pytestmark = [
+    # KerasHub's `fit` of texts, and a file that it does not close.
+    pytest.mark.filterwarnings("ignore:`shuffle=True` was passed"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in.*vocabulary.spm"),
+]
+
+VOCABULARY = 400
+MAX_LENGTH = 48
+PROMPTS = [
+    "The return statement",
+    "If a class",
+    "An object",
+    "Names refer to",
+    "This is called when",
+]
+
+
+def paragraphs():
+    """Of Python's own manual."""
+    found = (p for text in topics.values() for p in text.split("\n\n"))
+    return [" ".join(p.split()) for p in found if len(p) > 80]
+
+
+def llama():
+    """With SentencePiece, and trained, so that it says different things."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(paragraphs()),
+        model_writer=model,
+        vocab_size=VOCABULARY,
+        minloglevel=2,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+    )
+    tokenizer = keras_hub.tokenizers.LlamaTokenizer(model.getvalue())
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=64,
+        intermediate_dim=128,
+        tie_word_embeddings=True,
+    )
+    task = keras_hub.models.LlamaCausalLM(
+        backbone,
+        keras_hub.models.LlamaCausalLMPreprocessor(
+            tokenizer, sequence_length=32
+        ),
+    )
+    task.compile(
+        keras.optimizers.Adam(5e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[],
+    )
+    task.fit(paragraphs()[:960], batch_size=16, epochs=2, verbose=0)
+    return task
+
+
+def gpt2():
+    """With byte pairs, of random weights."""
+    import tokenizers
+
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False
+    )
+    trained.train_from_iterator(
+        paragraphs(),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
+        model["vocab"], [" ".join(pair) for pair in model["merges"]]
+    )
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=len(model["vocab"]),
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=64,
+        intermediate_dim=128,
+        max_sequence_length=MAX_LENGTH,
+    )
+    for weight in backbone.weights:
+        # As large as makes it sure of its choices.
+        weight.assign(2.0 * weight)
+    return keras_hub.models.GPT2CausalLM(
+        backbone,
+        keras_hub.models.GPT2CausalLMPreprocessor(
+            tokenizer, sequence_length=32
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    keras.utils.set_random_seed(0)
+    made = {"llama": llama(), "gpt2": gpt2()}
+    for task in made.values():
+        task.compile(sampler="greedy")
+    return made
+
+
+def generated(path, prompts):
+    """What the runtime writes, a prompt at a time."""
+    runtime.set_min_log_severity(runtime.LogSeverity.ERROR)
+    processor = runtime.Backend.CPU(thread_count=1)
+    found = []
+    with runtime.Engine(str(path), processor, cache_dir=":nocache") as engine:
+        for prompt in prompts:
+            with engine.create_session(apply_prompt_template=False) as session:
+                session.run_prefill([prompt])
+                found.append(session.run_decode().texts[0])
+    return found
+
+
+def metadata(path, tmp_path):
+    """What a bundle says of itself."""
+    from litert_lm_builder.runtime.proto import llm_metadata_pb2
+
+    folder = tmp_path / "unpacked"
+    builder.LitertLmFileBuilder.unpack(str(path), str(folder))
+    (file,) = folder.glob("*[Ll]lm*etadata*.pb*")
+    found = llm_metadata_pb2.LlmMetadata()
+    found.ParseFromString(file.read_bytes())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "compressed"), [("llama", True), ("gpt2", True), ("llama", False)]
+)
+def test_the_runtime_writes_what_keras_does(tasks, name, compressed, tmp_path):
+    task = tasks[name]
+    if compressed:
+        task = compress(task, 4.0, quantization=None, verbose=0)
+        task.compile(sampler="greedy")
+    path = tmp_path / "model.litertlm"
+    report = export_litertlm(
+        task,
+        path,
+        max_length=MAX_LENGTH,
+        prefill_lengths=[4, 16],
+        prompts=paragraphs()[:2],
+        verbose=False,
+    )
+    assert report.signatures == ("prefill_4", "prefill_16", "decode")
+    assert report.tables == {"token_embedding": 1}
+    assert report.bytes == path.stat().st_size
+    assert report.fidelity.relative_rms_error < 1e-5
+    assert report.fidelity.top1_agreement == 1.0
+    assert report.fidelity.divergence < 1e-9
+    found = generated(path, PROMPTS)
+    for prompt, text in zip(PROMPTS, found):
+        wanted = task.generate(
+            prompt, max_length=MAX_LENGTH - 1, strip_prompt=True
+        )
+        assert len(wanted) > 10
+        assert text[: len(wanted)] == wanted
+    assert len(set(found)) > 1
+
+
+@pytest.mark.slow
+def test_in_few_bits(tasks, tmp_path):
+    """Smaller, and as near as the table's rounding lets it be."""
+    sizes, divergences = [], []
+    for quantization in ("int8", "int2"):
+        report = export_litertlm(
+            tasks["llama"],
+            tmp_path / "model.litertlm",
+            max_length=MAX_LENGTH,
+            prefill_lengths=[4],
+            quantization=quantization,
+            prompts=paragraphs()[:2],
+            verbose=False,
+        )
+        sizes.append(report.table_bytes["token_embedding"])
+        divergences.append(report.fidelity.divergence)
+    assert sizes[1] < sizes[0] / 2
+    assert divergences[0] < 1e-3 < divergences[1] < 0.5
+    # What was there is replaced; nothing else is left.
+    assert [path.name for path in tmp_path.iterdir()] == ["model.litertlm"]
+    assert len(generated(tmp_path / "model.litertlm", PROMPTS[:1])[0]) > 10
+
+
+def test_a_bundle_knows_its_tokens(tasks, tmp_path):
+    path = tmp_path / "model.litertlm"
+    before = [np.asarray(w) for w in tasks["gpt2"].weights]
+    preprocessor = tasks["gpt2"].preprocessor
+    export_litertlm(
+        tasks["gpt2"],
+        path,
+        max_length=16,
+        prompt_template="{{ messages[0].content }}",
+        verbose=False,
+    )
+    found = metadata(path, tmp_path)
+    tokenizer = preprocessor.tokenizer
+    assert found.max_num_tokens == 16
+    assert [*found.start_token.token_ids.ids] == [tokenizer.start_token_id]
+    (stop,) = found.stop_tokens
+    assert [*stop.token_ids.ids] == [tokenizer.end_token_id]
+    assert found.jinja_prompt_template == "{{ messages[0].content }}"
+    assert tasks["gpt2"].preprocessor is preprocessor
+    for weight, old in zip(tasks["gpt2"].weights, before):
+        np.testing.assert_array_equal(np.asarray(weight), old)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"task": "a model"},
+            TypeError,
+            "`keras_hub.models.CausalLM`.*'a model'",
+        ),
+        ({"max_length": 1}, ValueError, "at least 2. Received: max_length=1"),
+        ({"max_length": 49}, ValueError, "at most 48, .* max_length=49"),
+        ({"prefill_lengths": []}, ValueError, r"Received: prefill_lengths=\[]"),
+        (
+            {"prefill_lengths": [8, 17]},
+            ValueError,
+            r"at most max_length=16. Received: prefill_lengths=\[8, 17]",
+        ),
+        (
+            {"prefill_lengths": [0]},
+            ValueError,
+            "positive integer. Received: prefill_lengths=0",
+        ),
+        ({"prompts": "one"}, ValueError, "list of texts. Received: prompts='o"),
+        ({"quantization": "int3"}, ValueError, "Received: quantization='int3'"),
+        ({"filepath": "no/such/folder/x"}, FileNotFoundError, "no/such"),
+    ],
+)
+def test_bad_use(tasks, change, error, message, tmp_path):
+    """Is told before any work, and leaves what was there."""
+    path = tmp_path / "model.litertlm"
+    path.write_text("as it was")
+    arguments = {"task": tasks["gpt2"], "filepath": path, "max_length": 16}
+    with pytest.raises(error, match=message):
+        export_litertlm(**arguments | change, verbose=False)
+    assert path.read_text() == "as it was"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_tasks_that_cannot_be_bundled(tasks, tmp_path):
+    task, path = tasks["gpt2"], tmp_path / "model.litertlm"
+    bare = keras_hub.models.GPT2CausalLM(task.backbone, None)
+    with pytest.raises(ValueError, match="tokenizer.*preprocessor=None"):
+        export_litertlm(bare, path, max_length=16)
+
+    class Words(keras_hub.tokenizers.WordPieceTokenizer):
+        pass
+
+    class Preprocessor:
+        tokenizer = Words(["[UNK]", "a"])
+
+    bare.preprocessor = Preprocessor()
+    with pytest.raises(ValueError, match="byte-pair.* Received: Words"):
+        export_litertlm(bare, path, max_length=16)
+    assert not path.exists()
+
+
+def test_steps_read_a_text_as_the_whole_does(tasks):
+    """Through the caches, in pieces of any size."""
+    student = compress(tasks["llama"], 4.0, quantization=None, verbose=0)
+    (layer,) = (
+        x
+        for x in student._flatten_layers()
+        if isinstance(x, DistilledEmbedding)
+    )
+    assert layer.name == "token_embedding"
+    form, models = causal_lm.step_models(student, 12, [2, 5])
+    assert (form.num_layers, form.shape) == (2, (1, 12, 2, 16))
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=(1, 8))
+    ids = ids.astype("int32")
+    whole = student({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+    state, start = causal_lm.empty_caches(form), 0
+    for name, length in (("prefill_5", 5), ("prefill_2", 2), ("decode", 1)):
+        positions = np.arange(start, start + length, dtype="int32")
+        state = models[name](
+            {
+                "tokens": ops.convert_to_tensor(ids[:, positions]),
+                "input_pos": ops.convert_to_tensor(positions),
+                **keras.tree.map_structure(ops.convert_to_tensor, state),
+            }
+        )
+        start += length
+    np.testing.assert_allclose(
+        np.asarray(state["logits"])[0, 0],
+        np.asarray(whole)[0, -1],
+        atol=1e-4,
+    )

@@ -45,7 +45,7 @@ def paragraphs():
 
 
 def llama():
-    """With SentencePiece, and trained, so that it says different things."""
+    """With SentencePiece."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -69,23 +69,16 @@ def llama():
         intermediate_dim=128,
         tie_word_embeddings=True,
     )
-    task = keras_hub.models.LlamaCausalLM(
+    return keras_hub.models.LlamaCausalLM(
         backbone,
         keras_hub.models.LlamaCausalLMPreprocessor(
             tokenizer, sequence_length=32
         ),
     )
-    task.compile(
-        keras.optimizers.Adam(5e-3),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        weighted_metrics=[],
-    )
-    task.fit(paragraphs()[:960], batch_size=16, epochs=2, verbose=0)
-    return task
 
 
 def gpt2():
-    """With byte pairs, of random weights."""
+    """With byte pairs."""
     import tokenizers
 
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -113,9 +106,6 @@ def gpt2():
         intermediate_dim=128,
         max_sequence_length=MAX_LENGTH,
     )
-    for weight in backbone.weights:
-        # As large as makes it sure of its choices.
-        weight.assign(2.0 * weight)
     return keras_hub.models.GPT2CausalLM(
         backbone,
         keras_hub.models.GPT2CausalLMPreprocessor(
@@ -129,7 +119,14 @@ def tasks():
     keras.utils.set_random_seed(0)
     made = {"llama": llama(), "gpt2": gpt2()}
     for task in made.values():
-        task.compile(sampler="greedy")
+        # So that they do not say one word again and again.
+        task.compile(
+            keras.optimizers.Adam(5e-3),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            sampler="greedy",
+            weighted_metrics=[],
+        )
+        task.fit(paragraphs()[:960], batch_size=16, epochs=2, verbose=0)
     return made
 
 
@@ -148,14 +145,13 @@ def generated(path, prompts):
 
 def metadata(path, tmp_path):
     """What a bundle says of itself."""
+    from google.protobuf import text_format
     from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
     folder = tmp_path / "unpacked"
     builder.LitertLmFileBuilder.unpack(str(path), str(folder))
-    (file,) = folder.glob("*[Ll]lm*etadata*.pb*")
-    found = llm_metadata_pb2.LlmMetadata()
-    found.ParseFromString(file.read_bytes())
-    return found
+    text = (folder / "LlmMetadataProto.pbtext").read_text()
+    return text_format.Parse(text, llm_metadata_pb2.LlmMetadata())
 
 
 @pytest.mark.slow
@@ -208,7 +204,7 @@ def test_in_few_bits(tasks, tmp_path):
         )
         sizes.append(report.table_bytes["token_embedding"])
         divergences.append(report.fidelity.divergence)
-    assert sizes[1] < sizes[0] / 2
+    assert sizes[1] < 0.7 * sizes[0]  # the scales of rows take as much
     assert divergences[0] < 1e-3 < divergences[1] < 0.5
     # What was there is replaced; nothing else is left.
     assert [path.name for path in tmp_path.iterdir()] == ["model.litertlm"]

@@ -432,7 +432,7 @@ def short_training(monkeypatch):
 )
 def test_learned_comes_near_the_optimum(monkeypatch, activation, use_bias):
     if activation != "relu" or not use_bias:  # the default has them all
-        monkeypatch.setattr(learned, "EPOCHS", 15)
+        monkeypatch.setattr(learned, "EPOCHS", 35)
     table = 100 * easy_table()
     result = factorize(
         table,

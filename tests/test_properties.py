@@ -20,7 +20,7 @@ DTYPES = ["int32", "int8", "uint8"]
 EXAMPLES = 10
 if keras.backend.backend() != "jax":  # has 64 bits where asked for only
     DTYPES.append("int64")
-    EXAMPLES = 20  # JAX compiles anew for each
+    EXAMPLES = 25  # JAX compiles anew for each
 
 
 @st.composite

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import field
+from functools import cache
 from typing import Any
 
 import keras
@@ -72,6 +73,14 @@ class Architecture:
             variable.assign(variable + 0.2 * noise)
         return model
 
+    def shared(self) -> keras.Model:
+        """The model that `make` returns, one for all tests.
+
+        They leave it as it is: to make one takes longer than most of what is
+        asked of it.
+        """
+        return _shared(self.name)
+
     def inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
         """A batch of two, as the model's inputs are named and shaped."""
         rng = np.random.default_rng(seed)
@@ -112,7 +121,7 @@ class Architecture:
         }
 
     def _symbolic_inputs(self) -> dict[str, keras.KerasTensor]:
-        inputs = self.make().input
+        inputs = self.shared().input
         if isinstance(inputs, dict):
             return inputs
         return {tensor.name: tensor for tensor in inputs}
@@ -306,6 +315,11 @@ ARCHITECTURES = [
         "one; KerasHub has no task for it",
     ),
 ]
+
+
+@cache
+def _shared(name: str) -> keras.Model:
+    return next(a for a in ARCHITECTURES if a.name == name).make()
 
 
 def supported_table() -> str:

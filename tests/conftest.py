@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import warnings
 
 from tests.jax_settings import JAX_SETTINGS
 
@@ -19,6 +20,8 @@ import keras
 import numpy as np
 import pytest
 from tensorflow.python.eager import context
+
+from tests.shared import made_once
 
 
 def _set_tensorflow_seed(self, seed):
@@ -63,6 +66,21 @@ _GLOBAL_SETTINGS = {
 
 def _global_state():
     return {name: read() for name, read in _GLOBAL_SETTINGS.items()}
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory):
+    """The folder of a run of the main job, for whoever does not change it."""
+    from examples.nmt import __main__ as main_job
+
+    def make(folder):
+        arguments = ["--quick", "--work-dir", str(folder)]
+        with warnings.catch_warnings():
+            # TensorFlow's converter, when it reads a SavedModel.
+            warnings.filterwarnings("ignore", ".*tf.lite.Interpreter")
+            assert main_job.main(arguments) == 0
+
+    return made_once(tmp_path_factory, "quick_run", make)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,8 @@
 """What several test files need: models, references in NumPy, matchers."""
 
+import os
+
+import filelock
 import keras
 import numpy as np
 from keras import ops
@@ -137,3 +140,19 @@ def table_with_spectrum(num_rows, values, seed=0):
 def to_floats(x):
     """A tensor or variable of any precision as a float32 NumPy array."""
     return to_numpy(ops.cast(x, "float32"))
+
+
+def made_once(tmp_path_factory, name, make):
+    """A folder that `make(folder)` has filled, one for all test processes.
+
+    Of those that run side by side the first makes it; the others wait.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with filelock.FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder

@@ -33,8 +33,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-folder, killed_once = Path(sys.argv[1]), Path(sys.argv[2])
-keras.utils.set_random_seed(7)
+killed_once, *folders = map(Path, sys.argv[1:])
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
@@ -45,23 +44,6 @@ from keras_distilled_embedding import compress
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.distillation import EmbeddingDistillation
 from keras_distilled_embedding.distillation import LogitsDistillation
-
-teacher = keras.Sequential([
-    keras.Input((6,), dtype="int32"),
-    keras.layers.Embedding(31, 8, name="tokens"),
-    keras.layers.Dropout(0.4),
-    keras.layers.GlobalAveragePooling1D(),
-    keras.layers.Dense(5),
-])
-student = compress(teacher, rank=3, verbose=0)
-distiller = Distiller(
-    teacher, student, [EmbeddingDistillation(num_rows=5), LogitsDistillation()]
-)
-learning_rate = keras.optimizers.schedules.PolynomialDecay(0.02, 40, 0.001)
-optimizer = keras.optimizers.Adam(learning_rate)
-distiller.compile(
-    optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-)
 
 
 class Kill(keras.callbacks.Callback):
@@ -77,47 +59,75 @@ class Kill(keras.callbacks.Callback):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def set_weight(epoch, logs=None):
-    distiller.student_loss_weight = 0.9 - 0.2 * epoch
+def train(folder):
+    keras.backend.clear_session()  # the same names
+    keras.utils.set_random_seed(7)
+    teacher = keras.Sequential([
+        keras.Input((6,), dtype="int32"),
+        keras.layers.Embedding(31, 8, name="tokens"),
+        keras.layers.Dropout(0.4),
+        keras.layers.GlobalAveragePooling1D(),
+        keras.layers.Dense(5),
+    ])
+    student = compress(teacher, rank=3, verbose=0)
+    distiller = Distiller(
+        teacher,
+        student,
+        [EmbeddingDistillation(num_rows=5), LogitsDistillation()],
+    )
+    learning_rate = keras.optimizers.schedules.PolynomialDecay(0.02, 40, 0.001)
+    optimizer = keras.optimizers.Adam(learning_rate)
+    distiller.compile(
+        optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+
+    def set_weight(epoch, logs=None):
+        distiller.student_loss_weight = 0.9 - 0.2 * epoch
+
+    rng = np.random.default_rng(3)
+    size = 4 * {BATCHES}
+    history = distiller.fit(
+        rng.integers(31, size=(size, 6)).astype("int32"),
+        rng.integers(5, size=size),
+        batch_size=4,
+        epochs={EPOCHS},
+        shuffle=False,
+        verbose=0,
+        callbacks=[
+            keras.callbacks.BackupAndRestore(
+                folder / "backup", save_freq="epoch"
+            ),
+            keras.callbacks.ModelCheckpoint(
+                folder / "best.weights.h5",
+                monitor="loss",
+                save_best_only=True,
+                save_weights_only=True,
+            ),
+            keras.callbacks.ModelCheckpoint(folder / "last.keras"),
+            keras.callbacks.LambdaCallback(on_epoch_begin=set_weight),
+            Kill(),
+        ],
+    ).history
+    to_numpy = keras.ops.convert_to_numpy
+    np.savez(
+        folder / "end.npz",
+        **{{f"student {{v.path}}": to_numpy(v) for v in student.variables}},
+        **{{f"optimizer {{v.path}}": to_numpy(v) for v in optimizer.variables}},
+        **{{f"last {{name}}": values[-1] for name, values in history.items()}},
+        epochs=len(history["loss"]),
+    )
 
 
-rng = np.random.default_rng(3)
-size = 4 * {BATCHES}
-history = distiller.fit(
-    rng.integers(31, size=(size, 6)).astype("int32"),
-    rng.integers(5, size=size),
-    batch_size=4,
-    epochs={EPOCHS},
-    shuffle=False,
-    verbose=0,
-    callbacks=[
-        keras.callbacks.BackupAndRestore(folder / "backup", save_freq="epoch"),
-        keras.callbacks.ModelCheckpoint(
-            folder / "best.weights.h5",
-            monitor="loss",
-            save_best_only=True,
-            save_weights_only=True,
-        ),
-        keras.callbacks.ModelCheckpoint(folder / "last.keras"),
-        keras.callbacks.LambdaCallback(on_epoch_begin=set_weight),
-        Kill(),
-    ],
-).history
-to_numpy = keras.ops.convert_to_numpy
-np.savez(
-    folder / "end.npz",
-    **{{f"student {{v.path}}": to_numpy(v) for v in student.variables}},
-    **{{f"optimizer {{v.path}}": to_numpy(v) for v in optimizer.variables}},
-    **{{f"last {{name}}": values[-1] for name, values in history.items()}},
-    epochs=len(history["loss"]),
-)
+for folder in folders:
+    train(folder)
 """
 
 
-def run_script(script, folder, flag, backend):
-    folder.mkdir(exist_ok=True)
+def run_script(script, flag, folders, backend):
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
     return subprocess.run(
-        [sys.executable, str(script), str(folder), str(flag)],
+        [sys.executable, *map(str, (script, flag, *folders))],
         env=os.environ
         | (JAX_SETTINGS if backend == "jax" else {})
         | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -138,15 +148,15 @@ def test_killed_training_ends_as_one_that_was_not(tmp_path, backend):
     pytest.importorskip(backend)
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    flag, killed = tmp_path / "killed_once", tmp_path / "killed"
-    first = run_script(script, killed, flag, backend)
+    flag = tmp_path / "killed_once"
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    first = run_script(script, flag, [killed], backend)
     assert first.returncode == -signal.SIGKILL, first.stderr
     assert flag.exists()
     assert not (killed / "end.npz").exists()
-    whole = tmp_path / "whole"
-    for folder in (killed, whole):
-        done = run_script(script, folder, flag, backend)
-        assert done.returncode == 0, done.stderr
+    # One process for both: to start one takes the most time.
+    done = run_script(script, flag, [killed, whole], backend)
+    assert done.returncode == 0, done.stderr
     actual, expected = (
         dict(np.load(folder / "end.npz")) for folder in (killed, whole)
     )

@@ -44,7 +44,41 @@ EXPORTED = pytest.mark.parametrize(
         if not a.exports.startswith("no: ")
     ],
 )
+# One of each kind of table, and of each kind of LiteRT file.
+PLANNED = pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, id=a.name)
+        for a in ARCHITECTURES
+        if a.name
+        in (
+            "BERT",
+            "ALBERT",  # its table is narrower than the model
+            "ELECTRA",  # has no projection
+            "GPT-2",
+            "BLOOM",
+            "Llama",  # look-up and projection have tables of their own
+            "Llama, tied",
+            "Gemma 2",  # a soft cap
+            "Gemma 3",
+            "Qwen 3",
+            "BART",
+            "T5 1.1, untied",
+            "Whisper",
+        )
+    ],
+)
 TOLERANCE = 1e-4
+STUDENTS = {}
+
+
+def student_of(architecture):
+    """The shared model with factors of rank 4, made once."""
+    if architecture.name not in STUDENTS:
+        STUDENTS[architecture.name] = compress(
+            architecture.shared(), rank=4, verbose=0
+        )
+    return STUDENTS[architecture.name]
 
 
 def outputs_of(model, batch):
@@ -102,9 +136,11 @@ def weights_by_layer(model):
 
 @MATRIX
 def test_equals_the_dense_model_of_the_reconstructed_tables(architecture):
-    model, batch = architecture.make(), architecture.inputs()
+    model, batch = architecture.shared(), architecture.inputs()
     before = outputs_of(model, batch)
+    weights = model.get_weights()
     student = compress(model, rank=4, verbose=0)
+    STUDENTS[architecture.name] = student
     assert_close(outputs_of(model, batch), before, 0)  # is as it was
     assert type(student) is type(model)
     assert student.name == model.name
@@ -124,7 +160,9 @@ def test_equals_the_dense_model_of_the_reconstructed_tables(architecture):
     changed = outputs_of(student, batch)
     assert np.abs(changed[0] - before[0]).max() > 100 * TOLERANCE
     assign_reconstructed(model, student)
-    assert_close(outputs_of(model, batch), changed)
+    of_products = outputs_of(model, batch)
+    model.set_weights(weights)
+    assert_close(of_products, changed)
 
 
 @MATRIX
@@ -132,7 +170,7 @@ def test_trains_saves_and_loads(architecture, tmp_path):
     """With codes that are rounded to 8 bits."""
     batch = architecture.inputs()
     student = compress(
-        architecture.make(),
+        architecture.shared(),
         rank=4,
         quantization="int8",
         layers="token_embedding",  # in integers segments get smaller, too
@@ -231,7 +269,7 @@ def test_steps_with_caches_are_the_whole(architecture):
 def test_exports(architecture, tmp_path):
     """To LiteRT, one copy of the tables, with the outputs of Keras."""
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")
-    student = compress(architecture.make(), rank=4, verbose=0)
+    student = student_of(architecture)
     path, batch = tmp_path / "student.tflite", architecture.inputs()
     length = LENGTH if architecture.exports == FIXED else None
     report = export_litert(student, path, sequence_length=length, verbose=False)
@@ -247,10 +285,10 @@ def test_exports(architecture, tmp_path):
     )
 
 
-@EXPORTED
+@PLANNED
 def test_exports_at_8x(architecture, tmp_path):
     """Rank and bits as planned, and the file's logits are Keras's."""
-    student = compress(architecture.make(), compression=8.0, verbose=0)
+    student = compress(architecture.shared(), compression=8.0, verbose=0)
     (layer,) = (
         x for x in factorized_layers(student) if x.name == "token_embedding"
     )
@@ -272,7 +310,7 @@ def test_exports_at_8x(architecture, tmp_path):
 
 def test_what_needs_a_fixed_length_says_so(tmp_path):
     architecture = next(a for a in ARCHITECTURES if a.exports == FIXED)
-    student = compress(architecture.make(), rank=4, verbose=0)
+    student = student_of(architecture)
     with pytest.raises(ValueError, match="A `sequence_length` may help"):
         export_litert(student, tmp_path / "x.tflite", verbose=False)
     assert not list(tmp_path.iterdir())

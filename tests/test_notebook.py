@@ -1,5 +1,6 @@
 """The notebook runs from top to bottom, and is committed as it ran."""
 
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -12,8 +13,9 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, monkeypatch):
-    monkeypatch.setenv("NMT_QUICK", "1")
+def test_notebook_runs(path, quick_run, tmp_path, monkeypatch):
+    work_dir = shutil.copytree(quick_run, tmp_path / "run")
+    monkeypatch.setenv("NMT_QUICK", str(work_dir))
     monkeypatch.setenv("PYTHONWARNINGS", "default")
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(

@@ -112,17 +112,17 @@ PRESETS = {
 
 # What `--quick` changes: every stage, none of the quality.
 QUICK = dict(
-    vocabulary_size=1_000,
+    vocabulary_size=500,
     d_model=64,
     num_layers=1,
     num_heads=2,
     feed_forward_dim=64,
-    batching=Batching(widths=(16,), tokens=1_024),
+    batching=Batching(widths=(16, 64), tokens=1_024),
     teacher=Schedule(epochs=2, peak_learning_rate=3e-3),
     student=Recipe(epochs=2, peak_learning_rate=3e-3),
     num_beams=1,
-    max_pairs=2_000,
-    max_sentences=50,
+    max_pairs=500,
+    max_sentences=10,
     jit_compile=False,
 )
 

@@ -44,30 +44,6 @@ EXPORTED = pytest.mark.parametrize(
         if not a.exports.startswith("no: ")
     ],
 )
-# One of each kind of table, and of each kind of LiteRT file.
-PLANNED = pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(a, id=a.name)
-        for a in ARCHITECTURES
-        if a.name
-        in (
-            "BERT",
-            "ALBERT",  # its table is narrower than the model
-            "ELECTRA",  # has no projection
-            "GPT-2",
-            "BLOOM",
-            "Llama",  # look-up and projection have tables of their own
-            "Llama, tied",
-            "Gemma 2",  # a soft cap
-            "Gemma 3",
-            "Qwen 3",
-            "BART",
-            "T5 1.1, untied",
-            "Whisper",
-        )
-    ],
-)
 TOLERANCE = 1e-4
 STUDENTS = {}
 
@@ -240,7 +216,7 @@ def generate(model, prompt):
 )
 def test_steps_with_caches_are_the_whole(architecture):
     """What goes into a bundle of LiteRT-LM: a prompt, then two tokens."""
-    student = compress(architecture.make(), rank=4, verbose=0)
+    student = student_of(architecture)
     ids = np.random.default_rng(0).integers(1, VOCABULARY, size=(1, 6))
     whole = student({"token_ids": ids, "padding_mask": np.ones_like(ids)})
     form, models = causal_lm.step_models(student, LENGTH, [4])
@@ -285,7 +261,7 @@ def test_exports(architecture, tmp_path):
     )
 
 
-@PLANNED
+@EXPORTED
 def test_exports_at_8x(architecture, tmp_path):
     """Rank and bits as planned, and the file's logits are Keras's."""
     student = compress(architecture.shared(), compression=8.0, verbose=0)

@@ -333,13 +333,13 @@ def test_layer_from_an_embedding(quantization, tie_weights):
 
 @pytest.mark.slow
 def test_time_and_memory_of_a_large_table():
-    """65,536 x 640 within a quarter of a minute on two cores."""
+    """262,144 x 640 within a minute of processor time on two cores."""
     import time
 
     rng = np.random.default_rng(0)
-    table = rng.standard_normal((65_536, 640), "float32")
+    table = rng.standard_normal((262_144, 640), "float32")
     start = time.process_time()
     found = factorize(table, 640, activation=None, quantization="int4")
     seconds = time.process_time() - start
     assert found.relative_error < 0.02
-    assert seconds < 30
+    assert seconds < 120

@@ -80,7 +80,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             computes with `f(U)` rounded as a file of that kind stores it,
             `1 m + s * integers`, so that training takes account of it;
             backward, rounding is taken for the identity (a straight-through
-            gradient). The scales `s` are trained too.
+            gradient). The scales `s` of 4 and 2 bits are trained too.
         row_scales: Boolean, whether each row of codes in 4 or 2 bits has a
             scale of its own. It takes 2 bytes a row in 4 bits and 12 in 2, and
             loses less; otherwise each column has one, which takes none. Codes
@@ -264,6 +264,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
 
     def _add_grids(self) -> None:
         """Adds the variables of what the codes are rounded to."""
+        # Steps of 8 bits are so small that an optimizer overshoots.
+        trains_scales = self.format is not None and self.format.bits < 8
         for name, shape in self._grid_shapes().items():
             variable = self.add_weight(
                 name=name,
@@ -271,7 +273,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
                 # Of the codes as they are when the variable is made.
                 initializer=functools.partial(self._grid, name),
                 dtype="float32",  # as a file holds them, whatever the policy
-                trainable="scales" in name,
+                trainable="scales" in name and trains_scales,
                 autocast=False,
             )
             setattr(self, name, variable)

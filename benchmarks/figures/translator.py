@@ -52,13 +52,13 @@ from benchmarks.figures.pretrained import round_to_nearest
 from benchmarks.tasks.bleu import chrf
 from benchmarks.tasks.bleu import paired_scores
 from benchmarks.tasks.bleu import signatures
-from benchmarks.tasks.marian import Translator
 from benchmarks.tasks.marian_file import TABLE
 from benchmarks.tasks.translator import CORPUS
 from benchmarks.tasks.translator import MODULE
 from benchmarks.tasks.translator import TranslatorTask
 from benchmarks.tasks.translator_students import distill
 from benchmarks.tasks.translator_students import in_litert
+from benchmarks.tasks.translator_students import with_table
 from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.sizes import factor_bytes
 
@@ -144,7 +144,13 @@ def make_model(
     if name == FULL:
         return task.model, {"bytes": 4 * shape[0] * shape[1]}
     if name in NEAREST:
-        return _nearest(task, NEAREST[name])
+        kind = format_of("int4")
+        parts = keras.ops.convert_to_numpy(table.embeddings)
+        parts = parts.reshape(-1, NEAREST[name] or shape[1])
+        rounded = round_to_nearest(parts, kind.bits, kind.step, kind.shift)
+        number = parts.size * kind.bits // 8 + 2 * len(parts)
+        about = {"bytes": number, "quantization": kind.name}
+        return with_table(task, rounded.reshape(shape)), about
     arguments = dict(COMPRESSED[name.removesuffix(DISTILLED)])
     if "compression" not in arguments:
         arguments["rank"] = shape[1]
@@ -161,21 +167,6 @@ def make_model(
         size = options.labelled, options.steps
         about |= distill(model, task, *size, TRAINED[name])
     return model, about
-
-
-def _nearest(
-    task: TranslatorTask, block: int | None
-) -> tuple[keras.Model, dict]:
-    """A copy whose table is rounded to its nearest levels of 4 bits."""
-    kind = format_of("int4")
-    model = Translator(task.translator.sizes).model
-    model.set_weights(task.model.get_weights())
-    table = keras.ops.convert_to_numpy(model.get_layer(TABLE).embeddings)
-    parts = table.reshape(-1, block or table.shape[1])
-    rounded = round_to_nearest(parts, kind.bits, kind.step, kind.shift)
-    model.get_layer(TABLE).embeddings.assign(rounded.reshape(table.shape))
-    number = table.size * kind.bits // 8 + 2 * len(parts)
-    return model, {"bytes": number, "quantization": "int4"}
 
 
 def scores(task: TranslatorTask, texts: list[str]) -> dict:
@@ -232,7 +223,7 @@ def report(results: dict, folder: Path) -> Iterator[str]:
         "free software and its translation into Brazilian Portuguese: for the "
         "most part LibreOffice's help, the manuals of GIMP and GNOME, and man "
         "pages, under MPL-2.0, GFDL, CC-BY-SA and GPL, by source. Splits are "
-        "by document. Many references are free, which holds BLEU down for all."
+        "by document. The model may have been trained on such text."
     )
     yield "`" + "`, `".join(signatures()) + "`"
 

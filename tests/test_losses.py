@@ -18,7 +18,7 @@ FORMS = {
     "soft cap": {"logit_soft_cap": 0.5},
     "soft cap, no offset": {"logit_soft_cap": 0.5, "use_bias": False},
     "soft cap, untied": {"logit_soft_cap": 0.5, "tie_weights": False},
-    "rounded": {"quantization": "int8"},
+    "rounded": {"quantization": "int4"},
 }
 
 

@@ -164,6 +164,9 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         if reverse_dtype is not None:
             reverse_dtype = _check_float_dtype("reverse_dtype", reverse_dtype)
         super().__init__(**kwargs)
+        # Keras put a wrapper in front of it, which refuses modes that are not
+        # its own.
+        self.__dict__.pop("quantize", None)
         self.input_dim = input_dim
         self.output_dim = output_dim
         self.rank = rank
@@ -291,13 +294,6 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         if self.quantization is None:
             return None
         return format_of(self.quantization, self.row_scales)
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> DistilledEmbedding:
-        layer = super().__new__(cls, *args, **kwargs)
-        # Keras puts a wrapper in front of `quantize`, which refuses modes that
-        # are not its own.
-        layer.__dict__.pop("quantize")
-        return layer
 
     def quantize(
         self,

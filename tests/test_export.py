@@ -664,6 +664,7 @@ def test_report(path, capsys):
             "relative_rms_error": pytest.approx(0.0, abs=1e-5),
             "top1_agreement": 1.0,
             "num_inputs": 2,
+            "divergence": None,
         },
     }
     assert json.loads(json.dumps(report.to_dict()))["bytes"] == report.bytes

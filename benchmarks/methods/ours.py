@@ -116,9 +116,12 @@ class Factors(Method):
     ) -> keras.Model | None:
         if not self._candidates(task.table, budget):
             return None
+        size = {"max_bytes": budget}
+        if self.fixed_size:
+            size = {"rank": task.table.values.shape[1]}
         student = kde.compress(
             task.teacher(dropout),
-            max_bytes=budget,
+            **size,
             quantization=self._quantization,
             activation=self._options["activation"],
             use_bias=self._options["use_bias"],

@@ -20,6 +20,7 @@ from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.sizes import check_compression
 from keras_distilled_embedding.sizes import factor_bytes
 from keras_distilled_embedding.sizes import rank_for_compression
+from keras_distilled_embedding.sizes import share_of_products
 from keras_distilled_embedding.targets import Target
 from keras_distilled_embedding.targets import heads_of
 from keras_distilled_embedding.targets import is_embedding
@@ -368,16 +369,8 @@ def _report_row(
         ratio=layer.compression_ratio,
         error=error,
         quantization=layer.quantization,
-        speedup=_speedup(layer),
+        speedup=1 / share_of_products(layer.rank, *target.shape, layer.format),
     )
-
-
-def _speedup(layer: DistilledEmbedding) -> float:
-    columns = layer.rank
-    if layer.format is not None:
-        columns = layer.format.stored_columns(columns)
-    rows, width = layer.input_dim, layer.output_dim
-    return rows * width / (columns * (rows + width))
 
 
 def _stored_bytes(target: Target) -> int:

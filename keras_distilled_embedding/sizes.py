@@ -186,9 +186,7 @@ def rank_for_speedup(
         input_dim, output_dim, 1 / min_speedup, quantization
     )
     if rank == 0:
-        kind = as_format(quantization)
-        columns = 1 if kind is None else kind.stored_columns(1)
-        most = input_dim * output_dim / (input_dim + output_dim) / columns
+        most = 1 / share_of_products(1, input_dim, output_dim, quantization)
         raise ValueError(
             f"`min_speedup` must be at most {_rounded_down(most)} for a table "
             f"of shape ({input_dim}, {output_dim}) in "
@@ -215,16 +213,32 @@ def rank_for_products(
     Returns:
         The rank, 0 if there is none.
     """
-    kind = as_format(quantization)
-
-    def columns(rank: int) -> int:
-        return rank if kind is None else kind.stored_columns(rank)
-
     return bisect.bisect_right(
         range(1, output_dim + 1),
-        products * input_dim * output_dim / (input_dim + output_dim),
-        key=columns,
+        products,
+        key=lambda rank: share_of_products(
+            rank, input_dim, output_dim, quantization
+        ),
     )
+
+
+def share_of_products(
+    rank: int,
+    input_dim: int,
+    output_dim: int,
+    quantization: str | Format | None = None,
+) -> float:
+    """Multiplications of a projection over the `V d` with the table.
+
+    Args:
+        rank: Positive integer, which a file may fill up.
+        input_dim: Positive integer, the number of rows `V`.
+        output_dim: Positive integer, the number of columns `d`.
+        quantization: A storage format or its name, or `None` for float32.
+    """
+    kind = as_format(quantization)
+    columns = rank if kind is None else kind.stored_columns(rank)
+    return columns * (input_dim + output_dim) / (input_dim * output_dim)
 
 
 def check_rank(

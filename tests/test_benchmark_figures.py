@@ -485,10 +485,10 @@ def untrained(row, task, store):
 def test_quick_run_on_device(trained_on_jax, tmp_path, monkeypatch):
     """What rows become as files; the test above trains students."""
     monkeypatch.setattr(on_device, "measure", untrained)
-    # Rows that claims are made of, but for time, and one in two bits.
+    # Rows that claims are made of, but for time.
     for name in list(on_device.ROWS):
         gone = "16x", "default", "full, int4", "full, int2", "8x, int2"
-        if any(part in name for part in (*gone, "256, int4", "columns")):
+        if any(part in name for part in gone):
             monkeypatch.delitem(on_device.ROWS, name)
     run(
         *("run", "on_device", "--quick", "--rounds", 1, "--threads", 1),

@@ -156,7 +156,7 @@ def test_one_table_has_the_best_rank_there_is(
     form = {"activation": activation, "use_bias": use_bias}
     energies = values**2 / np.square(values).sum()
     fitting, seen = {}, set()
-    for max_bytes in range(700, 12_000, 1_111):
+    for max_bytes in range(700, 12_000, 777):
         for name, row_scales in FORMATS:
             # Two bits with a scale a row hold no offset in a column.
             refused = (activation, use_bias, name) == ("relu", False, "int2")
@@ -185,7 +185,7 @@ def test_one_table_has_the_best_rank_there_is(
         )
         assert energies[ranks["tokens"] - (not use_bias) :].sum() == best
         seen.add((*chosen, ranks["tokens"]))
-    assert len(seen) > 4
+    assert len(seen) > 5
     assert {r for name, by_row, r in seen if (name, by_row) == FORMATS[2]} <= {
         32,
         64,

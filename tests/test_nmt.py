@@ -489,12 +489,16 @@ def test_main_job_quick(quick_run, tmp_path, capsys):
     (row,) = kde.compression_report(student).rows
     assert row.ratio >= 8.0
 
-    # What is missing is made again, nothing else.
+    # Again: everything is there, so nothing is trained.
+    arguments = ["--quick", "--work-dir", str(work_dir)]
     stages = (work_dir / "stages.jsonl").read_text()
+    assert command.main(arguments) == 0
+    assert (work_dir / "stages.jsonl").read_text() == stages
+
+    # What is missing is made again, nothing else.
     result = work_dir / "result_student.json"
     before = json.loads(result.read_text())
     result.unlink()
-    arguments = ["--quick", "--work-dir", str(work_dir)]
     assert command.main(arguments) == 0
     after = json.loads(result.read_text())
     assert after["bleu"] == before["bleu"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import tempfile
@@ -19,6 +18,7 @@ from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.files import check_destination
 from keras_distilled_embedding._utils.files import write_atomically
+from keras_distilled_embedding._utils.packages import require_package
 from keras_distilled_embedding.export.graph_table import GraphTable
 from keras_distilled_embedding.export.graph_table import StoredTable
 from keras_distilled_embedding.export.report import ExportReport
@@ -130,7 +130,7 @@ def export_litert(
     models = _check_signatures(model, signatures)
     _check_float32(model)
     quantization = _choose_quantization(models.values(), quantization)
-    _check_packages(quantization)
+    check_environment(quantization)
     from keras_distilled_embedding.export import flatbuffer  # needs LiteRT's
 
     sizes = batch_size, sequence_length
@@ -303,7 +303,7 @@ def _check_float32(model: keras.Model) -> None:
         )
 
 
-def _check_packages(quantization: str | None) -> None:
+def check_environment(quantization: str | None) -> None:
     """Refuses to start without what the export needs."""
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
@@ -315,13 +315,7 @@ def _check_packages(quantization: str | None) -> None:
     if quantization is not None:
         packages.append("ai_edge_quantizer.quantizer")
     for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f"Export needs `{error.name}`: "
-                'pip install "keras-distilled-embedding[litert]"'
-            ) from error
+        require_package(package, "litert")
 
 
 def convert(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -16,13 +15,17 @@ import numpy as np
 from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding._utils.files import check_destination
 from keras_distilled_embedding._utils.files import write_atomically
+from keras_distilled_embedding._utils.packages import require_package
 from keras_distilled_embedding.export import causal_lm
 from keras_distilled_embedding.export import tokenizers
+from keras_distilled_embedding.export.litert import check_environment
 from keras_distilled_embedding.export.litert import export_litert
 from keras_distilled_embedding.export.report import ExportReport
 from keras_distilled_embedding.export.report import Fidelity
 
 PREFILL_LENGTHS = (8, 32, 128)
+# Beside those of every export, and the extras that bring them.
+PACKAGES = {"keras_hub": "hub", "litert_lm_builder": "litertlm"}
 # Tokens that are compared with Keras, where no prompts are given.
 _RANDOM_TOKENS = 16
 
@@ -90,7 +93,9 @@ def export_litertlm(
     References:
     - [LiteRT-LM](https://github.com/google-ai-edge/LiteRT-LM)
     """
-    _check_packages()
+    check_environment(quantization)
+    for package, extra in PACKAGES.items():
+        require_package(package, extra, "Export of a language model")
     _check_task(task)
     max_length = _check_max_length(task, max_length)
     lengths = _check_lengths(prefill_lengths, max_length)
@@ -136,20 +141,6 @@ def export_litertlm(
 
 
 # What is checked before any work
-
-
-def _check_packages() -> None:
-    for package, extra in (
-        ("keras_hub", "hub"),
-        ("litert_lm_builder", "litertlm"),
-    ):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f"Export of a language model needs `{error.name}`: "
-                f'pip install "keras-distilled-embedding[{extra}]"'
-            ) from error
 
 
 def _check_task(task: Any) -> None:

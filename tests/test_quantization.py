@@ -377,6 +377,10 @@ def test_quantizing_keeps_other_activations_and_lora():
     table = to_numpy(layer.embeddings)
     layer.quantize("int8")
     assert lost_share(table, to_numpy(layer.embeddings)) < 1e-3
+    layer.quantize("int2")
+    # What LoRA adapts stays frozen, the scales too.
+    trained = {v.name for v in layer.trainable_variables}
+    assert trained == {"lora_codes_a", "lora_codes_b"}
 
 
 @pytest.mark.filterwarnings("ignore:Layer InputLayer")  # is not quantized
@@ -450,6 +454,11 @@ def test_other_modes_are_refused():
     layer = make_layer(None)
     with pytest.raises(NotImplementedError, match="mode='float8'$"):
         layer.quantize("float8")
+    with pytest.raises(ValueError, match="mode=int7"):
+        layer.quantize("int7")
+    for mode in ("int8", "int4", "int2"):
+        with pytest.raises(ValueError, match="isn't yet built"):
+            DistilledEmbedding(10, 8, 2).quantize(mode)
     # Keras warns and leaves the layer alone.
     with pytest.warns(UserWarning, match="'int8', 'int4', 'int2'"):
         make_model(layer).quantize("float8")

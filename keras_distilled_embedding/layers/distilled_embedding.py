@@ -195,7 +195,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         # after taking the rows, and to `reverse_dtype` where that is asked.
         self.autocast = False
         if self.dtype_policy.quantization_mode is not None:
-            self.quantize(self.dtype_policy.quantization_mode)
+            self._set_quantization(self.dtype_policy.quantization_mode)
 
     # Weights
 
@@ -268,7 +268,11 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
     def _add_grids(self) -> None:
         """Adds the variables of what the codes are rounded to."""
         # Steps of 8 bits are so small that an optimizer overshoots.
-        trains_scales = self.format is not None and self.format.bits < 8
+        trained: tuple[str, ...] = ()
+        if self.format is not None and self.format.bits < 8:
+            # LoRA freezes what it adapts.
+            own = () if self.lora_enabled else ("scales",)
+            trained = (*own, "reverse_scales")
         for name, shape in self._grid_shapes().items():
             variable = self.add_weight(
                 name=name,
@@ -276,7 +280,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
                 # Of the codes as they are when the variable is made.
                 initializer=functools.partial(self._grid, name),
                 dtype="float32",  # as a file holds them, whatever the policy
-                trainable="scales" in name and trains_scales,
+                trainable=name in trained,
                 autocast=False,
             )
             setattr(self, name, variable)
@@ -316,9 +320,10 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
                 activation quantizer has nothing to act on.
 
         Raises:
-            NotImplementedError: For any other mode.
-            ValueError: If the config has a weight quantizer: a storage format
-                says how it rounds.
+            NotImplementedError: For any other of Keras's modes.
+            ValueError: If the layer is not built, if Keras has no such mode
+                either, or if the config has a weight quantizer: a storage
+                format says how it rounds.
         """
         if config is not None and config.weight_quantizer is not None:
             raise ValueError(
@@ -328,6 +333,15 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             )
         if mode is None and config is not None:
             mode = config.mode
+        # What Keras's wrapper checks. It does not know of two bits, for which
+        # all holds that does of four.
+        self._check_quantize_args(
+            "int4" if mode == "int2" else mode, self.compute_dtype
+        )
+        self._set_quantization(mode)
+
+    def _set_quantization(self, mode: str | None) -> None:
+        """The same for a layer not yet built, which Keras would refuse."""
         if mode not in QUANTIZATIONS:
             raise NotImplementedError(
                 f"Layer {type(self).__name__} can be quantized to one of "

@@ -29,10 +29,18 @@ OWN_TESTS = ("layer_configurations.py", "kerashub_students.py")
 
 
 class Results:
-    """Plugin of pytest that keeps each test's error; `""` if it passed."""
+    """Plugin of pytest that keeps each test's error; `""` if it passed.
+
+    It seeds each test, as Keras's own do not.
+    """
 
     def __init__(self) -> None:
         self.errors: dict[str, str] = {}
+
+    def pytest_runtest_setup(self) -> None:
+        import keras
+
+        keras.utils.set_random_seed(0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name = report.nodeid.rpartition("/")[2]

@@ -58,7 +58,7 @@ SOURCES = {
             *_DISTILLER,
             (
                 r"distiller\._(teacher|student)_feature_extractor\b",
-                r"distiller._evaluator._\1_run",
+                r"distiller._\1_run",
             ),
         ],
     },

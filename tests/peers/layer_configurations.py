@@ -33,17 +33,29 @@ DTYPES = (
 )
 
 
-def number_of_factors(options):
-    factors = 3 if options.get("use_bias", True) else 2
-    return factors if options.get("tie_weights", True) else 2 * factors
+def numbers_of_weights(options):
+    """Of the factors, and of the scales and centers that they are rounded to.
+
+    Returns how many are trained, and how many are not: centers, and the scales
+    of 8 bits.
+    """
+    trained, others = 3 if options.get("use_bias", True) else 2, 0
+    named = options.get("quantization") or options.get("dtype", "")
+    if named.startswith("int8"):
+        others = 2
+    elif named.startswith("int4"):
+        trained, others = trained + 1, 1
+    tables = 1 if options.get("tie_weights", True) else 2
+    return tables * trained, tables * others
 
 
 class LayerTest(testing.TestCase):
     def check(self, options, **expected):
         """Both directions: look-up, and the projection."""
+        trained, others = numbers_of_weights(options)
         shared = {
-            "expected_num_trainable_weights": number_of_factors(options),
-            "expected_num_non_trainable_weights": 0,
+            "expected_num_trainable_weights": trained,
+            "expected_num_non_trainable_weights": others,
             "expected_num_losses": 0,
             "supports_masking": True,
         }

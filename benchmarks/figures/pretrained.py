@@ -11,7 +11,7 @@ have it. Every row is `compress` as anybody calls it, and nothing else:
   pays.
 - `not calibrated`: without `calibration_data`, which in the others is text
   that is not evaluated. The plan and the rounding then know the table alone.
-- `2 pieces` and so on: calibrated on so many, unlike all others.
+- `2 pieces` and so on: calibrated on fewer, unlike all others.
 - `nearest int4`, `nearest int2`: the rival, no method of the package. Each
   number is rounded to its nearest level, with a scale of two bytes a row, or
   for each 32 numbers, of twelve the one that loses least. The levels are those
@@ -64,7 +64,7 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     "floats 8x": {"compression": 8.0, "quantization": None},
     f"floats 8x{PLAIN}": {"compression": 8.0, "quantization": None},
 }
-PIECES = {f"int2, {number} pieces": number for number in (2, 8, 32, 64)}
+PIECES = {f"int2, {number} pieces": number for number in (2, 8, 32)}
 COMPRESSED |= {name: {"quantization": "int2"} for name in PIECES}
 # Their format, and how many numbers share a scale; a row by default.
 BLOCKS = ", blocks of 32"
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", choices=SOURCES, default="smollm2")
     add("--rows", nargs="*", choices=ROWS, default=ROWS, metavar="ROW")
     add("--tokens", type=int, default=20_000, help="that are predicted")
-    add("--calibration", type=int, default=12, help="pieces to calibrate on")
+    add("--calibration", type=int, default=64, help="pieces to calibrate on")
     add("--length", type=int, default=256, help="tokens of a piece")
 
 

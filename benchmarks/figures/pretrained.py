@@ -1,8 +1,9 @@
-"""Real pretrained language models, only their tables compressed, no training.
+"""Real pretrained language models, only their tables compressed.
 
 SmolLM2-135M and Gemma 3 270M, each with a table that both looks up and
 projects. Everything but the table stays in float32, as the packages' files
-have it. Every row is `compress` as anybody calls it, and nothing else:
+have it. Every row is `compress` as anybody calls it, and nothing else but where
+`distilled` says so:
 
 - `int8`, `int4`, `int2`: `rank` is the table's width, nothing is lost but by
   rounding.
@@ -12,6 +13,10 @@ have it. Every row is `compress` as anybody calls it, and nothing else:
 - `not calibrated`: without `calibration_data`, which in the others is text
   that is not evaluated. The plan and the rounding then know the table alone.
 - `2 pieces` and so on: calibrated on fewer, unlike all others.
+- `distilled`: then `Distiller` trains codes, basis, offset and scales alone, on
+  text that is not evaluated, towards the full model's predictions, which are
+  computed as it goes: so many steps of two pieces, Adam, its learning rate up
+  to 1e-4 and along a cosine to zero.
 - `nearest int4`, `nearest int2`: the rival, no method of the package. Each
   number is rounded to its nearest level, with a scale of two bytes a row, or
   for each 32 numbers, of twelve the one that loses least. The levels are those
@@ -22,7 +27,7 @@ piece. `same choice` is how often the likeliest token is that of the full
 model, `KL` the mean Kullback-Leibler divergence from its predictions, in nats.
 Bytes are those of the table, as `export_litert` stores it; the divisor is
 against float32. `lost` is the share of the table's energy. Seconds are of
-making the table, calibration included.
+making the table, calibration and training included.
 """
 
 from __future__ import annotations
@@ -66,6 +71,16 @@ COMPRESSED: dict[str, dict[str, Any]] = {
 }
 PIECES = {f"int2, {number} pieces": number for number in (2, 8, 32)}
 COMPRESSED |= {name: {"quantization": "int2"} for name in PIECES}
+# Steps of training.
+DISTILLED = {
+    f"{name}, distilled {steps} steps": (name, steps)
+    for name, steps in (
+        ("int2", 60),
+        ("int2", 240),
+        ("int2", 480),
+        ("32x", 480),
+    )
+}
 # Their format, and how many numbers share a scale; a row by default.
 BLOCKS = ", blocks of 32"
 NEAREST: dict[str, tuple[str, int | None]] = {
@@ -75,12 +90,13 @@ NEAREST: dict[str, tuple[str, int | None]] = {
     f"nearest int2{BLOCKS}": ("int2", 32),
 }
 MODELS = [*SOURCES, "quick"]
-ROWS = [FULL, *COMPRESSED, *NEAREST]
+ROWS = [FULL, *COMPRESSED, *DISTILLED, *NEAREST]
 # What one line of the picture is made of.
 KINDS = {
     "full rank": ("int8", "int4", "int2"),
     f"full rank{PLAIN}": (f"int4{PLAIN}", f"int2{PLAIN}"),
     "rank and bits planned": ("8x", "16x", "32x"),
+    "distilled": tuple(name for name in DISTILLED if "480" in name),
     "rank alone": ("floats 2x", "floats 8x"),
     f"rank alone{PLAIN}": (f"floats 2x{PLAIN}", f"floats 8x{PLAIN}"),
     "nearest": ("nearest int4", "nearest int2"),
@@ -114,6 +130,10 @@ def run(options: argparse.Namespace) -> None:
         tokens,
         max(pieces.values(), default=calibration),
         length,
+        max(
+            (DISTILLED[name][1] for name in options.rows if name in DISTILLED),
+            default=0,
+        ),
     )
     for name in options.rows:
         options.store.finish(
@@ -170,15 +190,18 @@ def make_layer(
         layer.embeddings.assign(rounded.reshape(shape))
         number = table.size * kind.bits // 8 + 2 * len(blocks)
         return layer, {"bytes": number, "quantization": quantization}
-    options = dict(COMPRESSED[name])
+    base, steps = DISTILLED.get(name, (name, 0))
+    options = dict(COMPRESSED[base])
     if "compression" not in options:
         options["rank"] = shape[1]
-    if not name.endswith(PLAIN):
+    if not base.endswith(PLAIN):
         options["calibration_data"] = task.calibration_data
         options["calibration_tokens"] = calibrated * task.pieces.shape[1]
     student = kde.compress(task.model, **options)
+    trained = task.distill(student, steps) if steps else {}
     layer = student.backbone.token_embedding
     return layer, {
+        **trained,
         "bytes": factor_bytes(layer.rank, *shape, layer.format, layer.use_bias),
         "rank": layer.rank,
         "quantization": layer.quantization,
@@ -298,7 +321,7 @@ def _plot(groups: dict[tuple, list[dict]], path: Path) -> None:
         yscale="log",
         xlabel="times fewer bytes of the table (log scale)",
         ylabel="perplexity over that of the full table (log scale)",
-        title="Compressed without training",
+        title="Compressed, and distilled where it says so",
     )
 
 

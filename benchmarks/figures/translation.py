@@ -102,6 +102,8 @@ def _one_size(method: str) -> bool:
     )
 
 
+OURS_ROUNDED = ("ours, int8", "ours, int4", "ours, int2")
+
 # What decides most, each at its sizes in the order of their worth.
 KEY_SIZES = {
     CONTROL: (1.0,),
@@ -328,7 +330,7 @@ def find_duels(entries: list[dict], task: Task) -> list[dict]:
         methods: dict[str, list[dict]] = {}
         for entry in entries:
             if entry["ratio"] >= TOLERANCE * size:
-                ours = entry["name"] in (OURS, "ours, int4")
+                ours = entry["name"] in (OURS, *OURS_ROUNDED)
                 name = OURS if ours else label(entry)
                 methods.setdefault(name, []).append(entry)
         best = {
@@ -454,8 +456,7 @@ def _duel_cells(duel: dict) -> dict:
 # What is drawn, in the order of the legend.
 DRAWN = (
     OURS,
-    "ours, int8",
-    "ours, int4",
+    *OURS_ROUNDED,
     "truncated SVD",
     "truncated SVD, int8",
     "GroupReduce",

@@ -26,12 +26,16 @@ from keras import ops
 from keras_hub.src.utils.transformers import convert_gemma3
 from keras_hub.src.utils.transformers import convert_llama3
 
+import keras_distilled_embedding as kde
+
 PROSE = "prose_en.txt.gz"
 # Logits that are in memory at a time, of each of two models.
 LOGITS_AT_A_TIME = 2**25
 PIECES_AT_A_TIME = 8
 # Fewer, for calibration computes their logits.
 CALIBRATED_AT_A_TIME = 2
+TRAINED_AT_A_TIME = 2
+LEARNING_RATE = 1e-4
 # Ids that stand for the bytes of a text, in the model of `--quick`.
 BYTES = 256
 
@@ -352,6 +356,7 @@ class PretrainedTask:
         tokens: How many are predicted, rounded up to whole pieces.
         calibration: Pieces to calibrate on.
         length: Tokens of a piece.
+        steps: Of `distill`, at most.
     """
 
     def __init__(
@@ -362,6 +367,7 @@ class PretrainedTask:
         tokens: int,
         calibration: int,
         length: int,
+        steps: int = 0,
     ) -> None:
         if name == "quick":
             self.model, encode, start = _quick_model(), _bytes_of, []
@@ -375,8 +381,12 @@ class PretrainedTask:
         number = math.ceil(tokens / (length - 1))
         self.pieces = cut(text[half:], encode, number, length, start)
         # Batches of text, none of which is evaluated.
-        other = cut(text[:half], encode, calibration, length, start)
-        self.calibration_data = [*_batches(other, CALIBRATED_AT_A_TIME)]
+        number = max(calibration, steps * TRAINED_AT_A_TIME)
+        other = cut(text[:half], encode, number, length, start)
+        self.calibration_data = [
+            *_batches(other[:calibration], CALIBRATED_AT_A_TIME)
+        ]
+        self.training_data = [*_batches(other, TRAINED_AT_A_TIME)]
 
     @property
     def layer(self) -> keras.layers.Layer:
@@ -427,6 +437,47 @@ class PretrainedTask:
             "agreement": float(same.mean(dtype="float64")),
             "divergence": float(divergence.mean(dtype="float64")),
         }
+
+    def distill(self, student: keras.Model, steps: int) -> dict[str, int]:
+        """Trains the table of a compressed copy towards the model.
+
+        Args:
+            student: The copy.
+            steps: How many batches of other text.
+
+        Returns:
+            This number, and that of the tokens seen.
+        """
+        distiller = kde.Distiller(
+            self.model,
+            student,
+            [kde.LogitsDistillation()],
+            student_loss_weight=0.0,
+            student_training=False,
+            train="tables",
+        )
+        warmup = max(1, steps // 20)
+        schedule = keras.optimizers.schedules.CosineDecay(
+            0.0,
+            max(1, steps - warmup),
+            warmup_target=LEARNING_RATE,
+            warmup_steps=warmup,
+        )
+        distiller.compile(
+            keras.optimizers.Adam(schedule),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=True,
+        )
+        data = self.training_data[:steps]
+        distiller.fit(
+            # The labels are of no weight.
+            ((x, x["token_ids"]) for x in data),
+            steps_per_epoch=len(data),
+            shuffle=False,
+            verbose=2,
+        )
+        tokens = sum(batch["token_ids"].size for batch in data)
+        return {"steps": len(data), "trained_tokens": tokens}
 
 
 def compare(logits: Any, reference: Any, labels: Any) -> tuple[Any, Any, Any]:

@@ -37,8 +37,9 @@ def distill(
     labelled: int,
     steps: int,
     learning_rate: float,
+    train: str = "tables",
 ) -> dict:
-    """Trains the table of a compressed copy towards the model's predictions.
+    """Trains a compressed copy towards the model's predictions.
 
     Args:
         model: The copy.
@@ -46,18 +47,18 @@ def distill(
         labelled: How many sentences, in the model's own translation.
         steps: How many batches.
         learning_rate: The largest of Adam.
+        train: `"tables"` or `"all"` weights.
 
     Returns:
         These numbers, and that of the tokens seen.
     """
-    for layer in model.layers:
-        layer.trainable = layer.name == TABLE
     distiller = kde.Distiller(
         task.model,
         model,
         [kde.LogitsDistillation()],
         student_loss_weight=0.3,
         student_training=False,
+        train=train,
     )
     warmup = max(1, steps // 20)
     distiller.compile(

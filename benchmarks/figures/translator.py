@@ -11,10 +11,10 @@ better than 8 bits.
 - `16x`, `32x`: `compression` alone, rank and bits are planned together.
 - `nearest int4`: the rival, no method of the package. Each number is rounded
   to its nearest level, with a scale of two bytes a row, or for each 32 numbers.
-- `distilled`: then trained, the table alone or the model `as a whole`, towards the model's predictions
-  on its own translations of training sentences. The learning rates, 1e-4 for
-  int2 and 1e-3 for 32x, are the better ones of 40 steps on 100 of the test's
-  sentences, of three and of two.
+- `distilled`: then trained, the table alone or the model `as a whole`, towards
+  the full model's predictions on its own translations of training sentences.
+  The learning rates of the table, 1e-4 for int2 and 1e-3 for 32x, are the
+  better ones of 40 steps on 100 of the test's sentences, of three and of two.
 - `the package`: what its own program says, with its own treatment of the text
   before and after.
 

@@ -11,6 +11,7 @@ import keras_distilled_embedding as kde
 from benchmarks import __main__ as command
 from benchmarks import harness
 from benchmarks.figures import pretrained as figure
+from benchmarks.methods.nearest import round_to_nearest
 from benchmarks.tasks import pretrained
 from keras_distilled_embedding.quantization import format_of
 
@@ -101,7 +102,8 @@ def test_the_rival_has_a_scale_a_row(quantization):
     table = random.normal(size=(50, 64)) * random.uniform(0.01, 9, (50, 1))
     table = table.astype("float32")
     table[3] = 0.0
-    found = figure.round_to_nearest(table, kind.bits, kind.step, kind.shift)
+    found, number = round_to_nearest(table, kind.name)
+    assert number == 50 * (64 * kind.bits // 8 + 2)
     assert all(len(np.unique(row)) <= 2**kind.bits for row in found)
     # No worse in any row than the scale that suits Gaussian numbers.
     scales = kind.step * np.sqrt(np.square(table).mean(axis=1, keepdims=True))

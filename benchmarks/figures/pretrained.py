@@ -46,10 +46,10 @@ from keras import ops
 
 import keras_distilled_embedding as kde
 from benchmarks import harness
+from benchmarks.methods.nearest import round_to_nearest
 from benchmarks.tasks.pretrained import PROSE
 from benchmarks.tasks.pretrained import SOURCES
 from benchmarks.tasks.pretrained import PretrainedTask
-from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.sizes import factor_bytes
 
 FULL = "full table"
@@ -102,8 +102,6 @@ KINDS = {
     "nearest": ("nearest int4", "nearest int2"),
     f"nearest{BLOCKS}": (f"nearest int4{BLOCKS}", f"nearest int2{BLOCKS}"),
 }
-# Scales of a row that are tried, relative to what suits Gaussian numbers.
-RELATIVE_SCALES = np.geomspace(0.6, 2.5, 12)
 ROWS_AT_A_TIME = 16_384
 
 
@@ -181,14 +179,11 @@ def make_layer(
         return task.layer, {"bytes": 4 * shape[0] * shape[1]}
     if name in NEAREST:
         quantization, block = NEAREST[name]
-        kind = format_of(quantization)
         table = ops.convert_to_numpy(task.layer.embeddings)
-        blocks = table.reshape(-1, block or shape[1])
-        rounded = round_to_nearest(blocks, kind.bits, kind.step, kind.shift)
+        rounded, number = round_to_nearest(table, quantization, block)
         layer = keras.layers.ReversibleEmbedding(*shape)
         layer.build()
-        layer.embeddings.assign(rounded.reshape(shape))
-        number = table.size * kind.bits // 8 + 2 * len(blocks)
+        layer.embeddings.assign(rounded)
         return layer, {"bytes": number, "quantization": quantization}
     base, steps = DISTILLED.get(name, (name, 0))
     options = dict(COMPRESSED[base])
@@ -218,33 +213,6 @@ def lost_energy(full: keras.layers.Layer, layer: keras.layers.Layer) -> float:
         change = ops.convert_to_numpy(layer(ids)) - rows
         sums += np.square(change).sum(), np.square(rows).sum()
     return float(sums[0] / sums[1])
-
-
-def round_to_nearest(
-    table: np.ndarray, bits: int, step: float, shift: float
-) -> np.ndarray:
-    """A table with each number at its nearest level, a scale a row.
-
-    Args:
-        table: Float32 `(rows, columns)`.
-        bits: Bits of a number.
-        step: The scale that suits Gaussian numbers of unit variance.
-        shift: How far the levels are from whole numbers.
-    """
-    plain = step * np.sqrt(np.square(table).mean(axis=1, keepdims=True))
-    half = 2 ** (bits - 1)
-    best = np.zeros_like(table)
-    least = np.full(len(table), np.inf)
-    for relative in RELATIVE_SCALES:
-        scales = np.maximum(relative * plain, 1e-7)
-        scales = scales.astype("float16").astype("float32")
-        scales = np.maximum(scales, 6e-8)  # float16's smallest
-        levels = np.clip(np.rint(table / scales - shift), -half, half - 1)
-        rounded = (levels + np.float32(shift)) * scales
-        loss = np.square(rounded - table).sum(axis=1)
-        better = loss < least
-        best[better], least[better] = rounded[better], loss[better]
-    return best
 
 
 # The report

@@ -51,7 +51,7 @@ import numpy as np
 
 import keras_distilled_embedding as kde
 from benchmarks import harness
-from benchmarks.figures.pretrained import round_to_nearest
+from benchmarks.methods.nearest import round_to_nearest
 from benchmarks.tasks.bleu import chrf
 from benchmarks.tasks.bleu import paired_scores
 from benchmarks.tasks.bleu import signatures
@@ -62,7 +62,6 @@ from benchmarks.tasks.translator import TranslatorTask
 from benchmarks.tasks.translator_students import distill
 from benchmarks.tasks.translator_students import in_litert
 from benchmarks.tasks.translator_students import with_table
-from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.sizes import factor_bytes
 
 FULL, PROGRAM = "full table", "the package"
@@ -154,13 +153,10 @@ def make_model(
     if name == FULL:
         return task.model, {"bytes": 4 * shape[0] * shape[1]}
     if name in NEAREST:
-        kind = format_of("int4")
-        parts = keras.ops.convert_to_numpy(table.embeddings)
-        parts = parts.reshape(-1, NEAREST[name] or shape[1])
-        rounded = round_to_nearest(parts, kind.bits, kind.step, kind.shift)
-        number = parts.size * kind.bits // 8 + 2 * len(parts)
-        about = {"bytes": number, "quantization": kind.name}
-        return with_table(task, rounded.reshape(shape)), about
+        values = keras.ops.convert_to_numpy(table.embeddings)
+        rounded, number = round_to_nearest(values, "int4", NEAREST[name])
+        about = {"bytes": number, "quantization": "int4"}
+        return with_table(task, rounded), about
     arguments = dict(COMPRESSED[name.split(DISTILLED)[0]])
     if "compression" not in arguments:
         arguments["rank"] = shape[1]

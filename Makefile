@@ -18,7 +18,8 @@ EXPORTING := export.py export_quantized.py kerashub.py language_model.py \
 	nmt.py notebook.py runner.py trust.py
 # The figures are made on TensorFlow.
 BENCHMARKS := benchmark_figures.py benchmark_harness.py benchmark_marian.py \
-	benchmark_methods.py benchmark_pretrained.py benchmark_tasks.py \
+	benchmark_methods.py benchmark_pretrained.py \
+	benchmark_sentence_encoder.py benchmark_tasks.py \
 	benchmark_translator.py cldr.py mutation.py
 # They start the backends themselves.
 PROCESSES := backends.py distribution.py torch.py

@@ -208,6 +208,26 @@ def test_a_missing_package_is_named(name, tmp_path, monkeypatch):
         pretrained.SOURCES[name].path(tmp_path)
 
 
+def test_distillation_trains_the_table_alone(data_dir, tmp_path):
+    task = pretrained.PretrainedTask("quick", tmp_path, data_dir, 200, 2, 32, 9)
+    assert len(task.training_data) == 9 and len(task.calibration_data) == 1
+    for batch in task.training_data:
+        ids = batch["token_ids"]
+        assert not (task.pieces[:, None] == ids).all(axis=-1).any()
+    student = kde.compress(task.model, 16.0, verbose=0)
+    before = {v.path: np.array(v) for v in student.variables}
+    loss = task.evaluate(student.backbone.token_embedding)["divergence"]
+    assert task.distill(student, 9) == {"steps": 9, "trained_tokens": 9 * 64}
+    changed = {
+        v.path
+        for v in student.variables
+        if not np.array_equal(before[v.path], np.array(v))
+    }
+    table = student.backbone.token_embedding
+    assert changed == {v.path for v in table.trainable_variables}
+    assert task.evaluate(table)["divergence"] < loss
+
+
 # The figure
 
 

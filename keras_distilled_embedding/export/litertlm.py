@@ -97,7 +97,7 @@ def export_litertlm(
     for package, extra in PACKAGES.items():
         require_package(package, extra, "Export of a language model")
     _check_task(task)
-    max_length = _check_max_length(task, max_length)
+    max_length = causal_lm.check_length(task, "max_length", max_length)
     lengths = _check_lengths(prefill_lengths, max_length)
     filepath = Path(filepath)
     check_destination("filepath", filepath)
@@ -151,28 +151,7 @@ def _check_task(task: Any) -> None:
             "`task` must be a `keras_hub.models.CausalLM`; other models are "
             f"for `export_litert`. Received: task={task!r}"
         )
-    if not hasattr(task, "call_with_cache"):
-        raise ValueError(
-            "`task` must be able to keep keys and values between calls, by a "
-            f"method `call_with_cache`. Received: {type(task).__name__}"
-        )
-    if getattr(task.preprocessor, "tokenizer", None) is None:
-        raise ValueError(
-            "`task` must have a preprocessor with a tokenizer, which the "
-            "bundle holds: `task.preprocessor = ...`. "
-            f"Received: task.preprocessor={task.preprocessor!r}"
-        )
-
-
-def _check_max_length(task: Any, max_length: int) -> int:
-    max_length = as_integer("max_length", max_length, minimum=2)
-    most = getattr(task.backbone, "max_sequence_length", None)
-    if most is not None and max_length > most:
-        raise ValueError(
-            f"`max_length` must be at most {most}, the positions that the "
-            f"model has. Received: max_length={max_length}"
-        )
-    return max_length
+    causal_lm.check_task(task, "call_with_cache")
 
 
 def _check_lengths(lengths: Sequence[int], max_length: int) -> list[int]:

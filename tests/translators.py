@@ -8,7 +8,18 @@ import keras
 
 VOCABULARY = 300
 LENGTH = 16
-_NUMBERS = "zero one two three four five six seven eight nine".split()
+_NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+]
 _NAMES = ["Anna", "Ben", "Carla", "the dog", "an old man", "my neighbor"]
 
 

@@ -107,9 +107,7 @@ def find_cache(task: Any, max_length: int) -> CacheForm:
     )
 
 
-def first_call(
-    task: Any, method: str, text: dict[str, Any]
-) -> dict[str, Any]:
+def first_call(task: Any, method: str, text: dict[str, Any]) -> dict[str, Any]:
     """The arguments with which a generation first calls a method of a task.
 
     Raises:

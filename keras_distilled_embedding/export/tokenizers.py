@@ -97,10 +97,11 @@ def append_tokenizer(
             infos = archive.infolist()
             members = {info.filename: archive.read(info) for info in infos}
         content = content[: min(info.header_offset for info in infos)]
-    kinds = runner.SENTENCEPIECE, runner.BYTE_PAIRS
-    for kind in kinds:
-        members.pop(kind, None)
-    members[kinds[not vocabulary.is_sentencepiece]] = vocabulary.content
+    own, other = runner.SENTENCEPIECE, runner.BYTE_PAIRS
+    if not vocabulary.is_sentencepiece:
+        own, other = other, own
+    members.pop(other, None)
+    members[own] = vocabulary.content
     members[runner.SETTINGS] = json.dumps(settings).encode()
     members[runner.DIGEST] = hashlib.sha256(content).hexdigest().encode()
     buffer = io.BytesIO(content)

@@ -7,7 +7,7 @@ from functools import cache
 import keras
 
 VOCABULARY = 300
-LENGTH = 16
+LENGTH = 20
 _NUMBERS = [
     "zero",
     "one",
@@ -26,10 +26,10 @@ _NAMES = ["Anna", "Ben", "Carla", "the dog", "an old man", "my neighbor"]
 def sentences():
     """Commands, and what they ask for: copying, and words of numbers."""
     pairs = []
-    for i in range(10):
+    for i, number in enumerate(_NUMBERS):
         for j, name in enumerate(_NAMES):
-            pairs.append((f"{name} has {i}", f"{name} has {_NUMBERS[i]}."))
-            pairs.append((f"{i} and {j}", f"{_NUMBERS[i]} and {_NUMBERS[j]}."))
+            pairs.append((f"{name} has {i}", f"{name} has {number}."))
+            pairs.append((f"{i} and {j}", f"{number} and {_NUMBERS[j]}."))
     return pairs
 
 
@@ -121,6 +121,6 @@ def translator(name):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=[],
     )
-    bare.fit(x, y, sample_weight=weights, batch_size=20, epochs=60, verbose=0)
+    bare.fit(x, y, sample_weight=weights, batch_size=20, epochs=100, verbose=0)
     task.compile(sampler="greedy")
     return task

@@ -23,6 +23,7 @@ interpreter = pytest.importorskip("ai_edge_litert.interpreter")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`shuffle=True` was passed"),
     # KerasHub's T5, whose layers make masks that they do not read.
     pytest.mark.filterwarnings("ignore:.*does not support masking"),
     pytest.mark.filterwarnings("ignore:Exception ignored in.*vocabulary.spm"),

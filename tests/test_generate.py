@@ -342,6 +342,19 @@ def test_bad_use_of_the_command(files, arguments, match, capsys):
     assert match in line
 
 
+def test_the_export_of_the_command(files, tmp_path, capsys):
+    task, path = files["bart", "small"]
+    saved, out = tmp_path / "student.keras", tmp_path / "student.tflite"
+    kde.save_model(task, saved)
+    arguments = ["export", saved, "-o", out, "--max-length", LENGTH]
+    assert cli.main([str(a) for a in arguments]) == 0
+    assert "encode, decode" in capsys.readouterr().out
+    for source in SOURCES[:3]:
+        assert Runner(out).generate(source) == Runner(path).generate(source)
+    assert cli.main([*map(str, arguments), "--batch-size", "1"]) == 2
+    assert "leave --sequence-length" in capsys.readouterr().err
+
+
 def test_control_c_ends_it(files):
     """While it waits for a line and has written one."""
     process = subprocess.Popen(

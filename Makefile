@@ -13,9 +13,8 @@ PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 TENSORFLOW_TESTS = $(addprefix tests/test_, \
 	$(EXPORTING) $(BENCHMARKS) $(PROCESSES) $(COUNTING))
 # The converter takes TensorFlow's models.
-EXPORTING := export.py export_quantized.py kerashub.py language_model.py \
-	litertlm.py \
-	nmt.py notebook.py runner.py trust.py
+EXPORTING := export.py export_quantized.py generate.py kerashub.py \
+	language_model.py litertlm.py nmt.py notebook.py runner.py trust.py
 # The figures are made on TensorFlow.
 BENCHMARKS := benchmark_figures.py benchmark_harness.py benchmark_marian.py \
 	benchmark_methods.py benchmark_pretrained.py \
@@ -29,7 +28,8 @@ JAX_TESTS = $(filter-out $(TENSORFLOW_TESTS), $(wildcard tests/test_*.py))
 
 # Line and branch coverage of the package and the command line.
 COVERAGE := --cov=keras_distilled_embedding \
-	--cov=keras_distilled_embedding_cli --cov-branch --cov-append
+	--cov=keras_distilled_embedding_cli \
+	--cov=keras_distilled_embedding_runner --cov-branch --cov-append
 
 .PHONY: help demo test test-tensorflow test-jax test-torch test-peers test-fast \
 	lint format site coverage mutants benchmark-packages benchmark-models \

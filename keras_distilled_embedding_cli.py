@@ -1,9 +1,10 @@
-"""The command line: inspect, compress and export saved models.
+"""The command line: inspect, compress and export models, and run them.
 
     keras-distilled-embedding inspect MODEL
     keras-distilled-embedding compress MODEL -o OUT --compression 8
     keras-distilled-embedding export MODEL -o OUT.tflite
     keras-distilled-embedding export MODEL -o OUT.litertlm
+    keras-distilled-embedding generate FILE "A prompt"
 
 Results go to standard output, as text or with `--json` for machines; progress
 goes to standard error. The exit status is 2, after one line, on bad use.
@@ -53,8 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             the process.
 
     Returns:
-        The exit status: 0, or 2 after one line on standard error.
+        The exit status: 0, or 2 after one line on standard error. Those of
+        `generate` are of `keras_distilled_embedding_runner.main`.
     """
+    arguments = sys.argv[1:] if arguments is None else [*arguments]
+    if arguments[:1] == ["generate"]:
+        # The runner is one file, and has its own command line.
+        import keras_distilled_embedding_runner as runner
+
+        return runner.main(arguments[1:], f"{PROGRAM} generate")
     options = _parser().parse_args(arguments)
     # Before TensorFlow is imported: of the notes of its start, few remain.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -110,35 +118,29 @@ def _export(options: argparse.Namespace) -> None:
     quantization = options.quantization
     if quantization == "none":
         quantization = "float32"
-    is_bundle = Path(options.output).suffix == _BUNDLE
+    common = {"quantization": quantization, "verbose": False}
     sizes = {
         "sequence_length": options.sequence_length,
         "batch_size": options.batch_size,
     }
-    if is_bundle and any(sizes.values()):
+    is_bundle = Path(options.output).suffix == _BUNDLE
+    writes = is_bundle or options.max_length is not None
+    if writes and any(sizes.values()):
         raise ValueError(
-            f"A {_BUNDLE} bundle takes one text of up to --max-length tokens: "
+            "A model that writes takes one text of up to --max-length tokens: "
             "leave --sequence-length and --batch-size out"
-        )
-    if options.max_length is not None and not is_bundle:
-        raise ValueError(
-            f"--max-length is for an output that ends in {_BUNDLE}. "
-            f"Received: {options.output!r}"
         )
     model = _load(options)
     import keras_distilled_embedding as kde
 
-    with _progress(f"Writing {options.output}"):
-        common = {"quantization": quantization, "verbose": False}
+    export: Callable[..., Any] = kde.export_litert
+    if writes:
+        export = kde.export_litert_seq2seq
         if is_bundle:
-            report = kde.export_litertlm(
-                model,
-                options.output,
-                max_length=options.max_length or MAX_LENGTH,
-                **common,
-            )
-        else:
-            report = kde.export_litert(model, options.output, **sizes, **common)
+            export = kde.export_litertlm
+        sizes = {"max_length": options.max_length or MAX_LENGTH}
+    with _progress(f"Writing {options.output}"):
+        report = export(model, options.output, **sizes, **common)
     _print(report, options.json)
 
 
@@ -407,7 +409,9 @@ def _parser() -> argparse.ArgumentParser:
         help="write a LiteRT (TFLite) file, or a LiteRT-LM bundle",
         description="Write a LiteRT (TFLite) file with one copy of each table "
         "and built-in operators only; of a KerasHub language model, where OUT "
-        f"ends in {_BUNDLE}, a bundle that the LiteRT-LM runtime runs.",
+        f"ends in {_BUNDLE}, a bundle that the LiteRT-LM runtime runs; of a "
+        "sequence-to-sequence model, with --max-length, a file that translates "
+        "step by step.",
     )
     export.set_defaults(run=_export)
     export.add_argument(
@@ -432,7 +436,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         metavar="N",
         help="tokens of a prompt and its answer, in a bundle (default: "
-        f"{MAX_LENGTH})",
+        f"{MAX_LENGTH}); of a translation, in a file that translates",
+    )
+
+    commands.add_parser(
+        "generate",
+        help="write or translate text with an exported file",
     )
     return parser
 

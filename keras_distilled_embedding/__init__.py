@@ -16,6 +16,7 @@ from keras_distilled_embedding.distillation import TeacherCache
 from keras_distilled_embedding.distillation import cache_teacher
 from keras_distilled_embedding.export import ExportReport
 from keras_distilled_embedding.export import export_litert
+from keras_distilled_embedding.export import export_litert_seq2seq
 from keras_distilled_embedding.export import export_litertlm
 from keras_distilled_embedding.factorization import Factorization
 from keras_distilled_embedding.factorization import factorize
@@ -46,6 +47,7 @@ __all__ = [
     "compress",
     "compression_report",
     "export_litert",
+    "export_litert_seq2seq",
     "export_litertlm",
     "factorize",
     "inspect_model",

@@ -29,6 +29,7 @@ def main() -> None:
     for name in ("student.keras", "out.keras"):
         layer = kde.load_model(name).get_layer("tokens")
         assert isinstance(layer, kde.layers.DistilledEmbedding)
+    subprocess.run([command, "generate", "--help"], check=True)
     print(f"keras-distilled-embedding {kde.__version__} works")
 
 

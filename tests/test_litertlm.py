@@ -17,6 +17,7 @@ from keras_distilled_embedding import export_litertlm
 from keras_distilled_embedding.export import causal_lm
 from keras_distilled_embedding.export.tokenizers import stored_vocabulary
 from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding_runner import Runner
 
 keras_hub = pytest.importorskip("keras_hub")
 builder = pytest.importorskip("litert_lm_builder.litertlm_builder")
@@ -187,6 +188,110 @@ def test_the_runtime_writes_what_keras_does(tasks, name, compressed, tmp_path):
         assert text[: len(wanted)] == wanted
     # GPT-2 ends its text at once: its end is also its start and its padding.
     assert name == "gpt2" or min(map(len, found)) > 10
+
+
+@pytest.fixture(scope="module")
+def bundles(tasks, tmp_path_factory):
+    """One of each tokenizer, read in pieces of four tokens."""
+    folder = tmp_path_factory.mktemp("bundles")
+    made = {}
+    for name, task in tasks.items():
+        made[name] = folder / f"{name}.litertlm"
+        export_litertlm(
+            task,
+            made[name],
+            max_length=MAX_LENGTH,
+            prefill_lengths=[4],
+            verbose=False,
+        )
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_runner_writes_what_keras_does(tasks, bundles, name):
+    """Without the runtime."""
+    task, runner = tasks[name], Runner(bundles[name])
+    bare = type(task)(backbone=task.backbone, preprocessor=None)
+    bare.compile(sampler="greedy")
+    stop = task.preprocessor.tokenizer.end_token_id
+    for prompt in PROMPTS:
+        # For GPT-2 without a stop: KerasHub takes its padding for an end.
+        read = task.preprocessor.generate_preprocess(
+            [prompt], sequence_length=MAX_LENGTH
+        )
+        start = int(np.asarray(read["padding_mask"]).sum())
+        wanted = bare.generate(read, stop_token_ids=None)["token_ids"]
+        wanted = np.asarray(wanted)[0].tolist()
+        ids = list(runner.stream_ids(prompt))
+        assert [*ids, stop][: MAX_LENGTH - start] == (
+            wanted[start : start + len(ids) + 1]
+        )
+        # Ids are read as they are, in pieces or one by one.
+        assert list(runner.stream_ids(wanted[:start])) == ids
+        assert list(runner.stream_ids(prompt, max_tokens=3)) == ids[:3]
+        if name == "llama":
+            assert runner.generate(prompt) == task.generate(
+                prompt, max_length=MAX_LENGTH, strip_prompt=True
+            )
+
+
+@pytest.mark.slow
+def test_prompts_up_to_the_last_place(tasks, bundles):
+    runner = Runner(bundles["llama"])
+    stop = tasks["llama"].preprocessor.tokenizer.end_token_id
+    found = []
+    for seed in range(5):
+        ids = np.random.default_rng(seed).integers(4, VOCABULARY, MAX_LENGTH)
+        whole = ids[None, :-1].astype("int32")
+        logits = tasks["llama"](
+            {"token_ids": whole, "padding_mask": np.ones_like(whole)}
+        )
+        (token,) = [*runner.stream_ids(ids[:-1]), stop][:1]
+        assert token == np.asarray(logits)[0, -1].argmax()
+        found.append(token)
+    assert set(found) - {stop}
+    with pytest.raises(
+        ValueError, match=f"`prompt` must have 1 to {MAX_LENGTH - 1} tok"
+    ):
+        runner.generate(ids)
+    with pytest.raises(ValueError, match="`prompt` must have 1 to"):
+        runner.generate([])
+    # Hypotheses have caches of their own.
+    found = [
+        list(runner.stream_ids(ids[:9], num_beams=beams, max_tokens=5))
+        for beams in (1, 4)
+    ]
+    scores = []
+    for answer in found:
+        text = np.array([[*ids[:9], *answer]], "int32")
+        row = np.asarray(
+            tasks["llama"](
+                {"token_ids": text, "padding_mask": np.ones_like(text)}
+            ),
+            "float64",
+        )[0, 8:-1]
+        row -= row.max(axis=-1, keepdims=True)
+        row -= np.log(np.exp(row).sum(axis=-1, keepdims=True))
+        scores.append(row[np.arange(len(answer)), answer].sum())
+    assert scores[1] >= scores[0] - 1e-3
+
+
+@pytest.mark.slow
+def test_damaged_bundles(bundles, tmp_path):
+    """No part of them is used."""
+    whole = bundles["llama"].read_bytes()
+    path = tmp_path / "model.litertlm"
+    damaged = [whole[: int(share * len(whole))] for share in (1e-4, 0.3, 0.99)]
+    for position in (len(whole) - 20_000, len(whole) - 1):
+        content = bytearray(whole)
+        content[position] ^= 1
+        damaged.append(bytes(content))
+    damaged += [whole[:8], whole[:40] + bytes(20_000)]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"`model_path` must be .*writte"):
+            Runner(path)
 
 
 @pytest.mark.slow

@@ -84,6 +84,11 @@ DEFAULTS = {
         "sequence_length": None,
         "verbose": True,
     },
+    kde.export_litert_seq2seq: {
+        "source_length": None,
+        "quantization": None,
+        "verbose": True,
+    },
     kde.export_litertlm: {
         "prefill_lengths": (8, 32, 128),
         "quantization": None,

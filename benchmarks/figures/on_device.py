@@ -4,8 +4,8 @@ Two models through LiteRT on this machine's processor. One is little more than
 its table: a look-up, a dense layer and the tied projection, with random
 weights, so that its error is of rounding alone, against Keras. The other one
 translates Multi30k (`test_2016_flickr`), encoded once, decoded token by token
-with a key/value cache by `examples/nmt/runner.py`, greedily; one teacher, its
-students distilled by the recipe of the figure `translation`.
+with a key/value cache by `keras_distilled_embedding_runner.py`, greedily; one
+teacher, its students distilled by the recipe of the figure `translation`.
 
 "File / weights" is the file's bytes over those of the weights, each counted
 once: an entry of a table in 4, 1 or half a byte, of another matrix in 4 or 1,
@@ -35,7 +35,7 @@ import keras
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
-import examples.nmt
+import keras_distilled_embedding_runner
 from benchmarks import harness
 from benchmarks.figures.translation import TEACHER
 from benchmarks.figures.translation import Row as Student
@@ -329,13 +329,13 @@ def _peak_mb(path: Path, lines: list[str]) -> float:
     """Resident peak of a process that translates a few sentences."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "from runner import LiteRTRunner\n"
-        "runner = LiteRTRunner(sys.argv[1])\n"
-        "for line in sys.stdin: runner.translate(line.strip())\n"
+        "from keras_distilled_embedding_runner import Runner\n"
+        "runner = Runner(sys.argv[1])\n"
+        "for line in sys.stdin: runner.generate(line.strip())\n"
         "status = open('/proc/self/status').read()\n"
         "print(status.split('VmHWM:')[1].split()[0])\n"
     )
-    folder = Path(examples.nmt.__file__).parent
+    folder = Path(keras_distilled_embedding_runner.__file__).parent
     shown = subprocess.run(
         [sys.executable, "-I", "-c", code, path, folder],
         input="\n".join(lines),

@@ -10,10 +10,10 @@ import tensorflow as tf
 
 import keras_distilled_embedding as kde
 from benchmarks.tasks.translation import Task
-from examples.nmt.runner import LiteRTRunner
 from examples.nmt.stepwise import embed_vocabulary
 from examples.nmt.stepwise import stepwise_signatures
 from keras_distilled_embedding.export.litert import convert
+from keras_distilled_embedding_runner import Runner
 
 # TensorFlow's own way of making integers, which stores a table twice.
 CONVERTER_DEFAULT = "converter default"
@@ -65,13 +65,13 @@ def export_translator(
     """Writes a file that translates step by step, its tokenizer included."""
     signatures = stepwise_signatures(model, task.max_length)
     sizes = export(model, path, quantization, signatures)
-    embed_vocabulary(path, task.vocabulary_path)
+    embed_vocabulary(path, task.vocabulary_path, model, task.max_length)
     return sizes
 
 
 def translate_test(path: Path, task: Task) -> list[str]:
     """Translates the sentences of the test with a file."""
-    return [*map(LiteRTRunner(path).translate, test_sources(task))]
+    return [*map(Runner(path).generate, test_sources(task))]
 
 
 def test_sources(task: Task) -> list[str]:
@@ -90,6 +90,6 @@ def timed_translation(
     path: Path, task: Task, threads: int = 1
 ) -> tuple[Callable[[], object], int]:
     """A call that translates some sentences, and how many they are."""
-    runner = LiteRTRunner(path, num_threads=threads)
+    runner = Runner(path, num_threads=threads)
     sentences = test_sources(task)[:TIMED_SENTENCES]
-    return lambda: [*map(runner.translate, sentences)], len(sentences)
+    return lambda: [*map(runner.generate, sentences)], len(sentences)

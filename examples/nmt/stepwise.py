@@ -1,36 +1,30 @@
 """One decoder step at a time, with a key/value cache, for LiteRT.
 
 Exported with these signatures, a model computes every token once, where
-`model.decoder` computes the whole prefix again for each. `runner.py` searches
-with such a file on a device without Keras; the file carries its tokenizer.
+`model.decoder` computes the whole prefix again for each. The package's
+`keras_distilled_embedding_runner.py` searches with such a file on a device
+without Keras; the file carries its tokenizer.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import math
 import os
-import zipfile
 from pathlib import Path
 
 import keras
+import sentencepiece
 from keras import ops
 from keras_nlp.layers import CachedMultiHeadAttention
 from keras_nlp.layers import TransformerDecoder
 
-from keras_distilled_embedding._utils.files import write_atomically
+from keras_distilled_embedding.export.tokenizers import StoredVocabulary
+from keras_distilled_embedding.export.tokenizers import append_tokenizer
 
 from .model import decoder_layers
 from .tokens import BOS_ID
 from .tokens import EOS_ID
 from .tokens import PAD_ID
-
-# Names in the zip at the end of the file; `runner.py` reads them.
-VOCABULARY_MEMBER = "vocabulary.spm"
-SETTINGS_MEMBER = "translation.json"
-DIGEST_MEMBER = "model.sha256"
 
 # Added to the scores of what must not be attended to.
 _EXCLUDED = -1e9
@@ -234,52 +228,49 @@ def _row(
 
 
 def embed_vocabulary(
-    model_path: str | os.PathLike, vocabulary_path: str | os.PathLike
+    model_path: str | os.PathLike,
+    vocabulary_path: str | os.PathLike,
+    model: keras.Model,
+    max_length: int,
 ) -> None:
     """Puts the tokenizer into a file of `stepwise_signatures`.
 
-    It is appended as a zip of associated files, as TFLite Metadata does: the
-    model stays as valid as it is. Beside it are a JSON object with the ids of
-    the special pieces and the longest sequence, and the model's SHA-256, by
-    which `LiteRTRunner` tells that it is as it was written. What an earlier
-    call has put there is replaced, other associated files stay.
-
     Args:
         model_path: The LiteRT file; replaced by the new one once that is
-            complete.
+            complete. A tokenizer that it has already is replaced, too.
         vocabulary_path: The SentencePiece model.
+        model: The model in the file.
+        max_length: As of `stepwise_signatures`.
 
     Raises:
         FileNotFoundError: If one of the files does not exist.
-        ValueError: If one of them is not what it should be, or if the
-            tokenizer has not as many pieces as the model has logits.
+        ValueError: If the tokenizer is none, or has not as many pieces as the
+            model has logits.
     """
-    # It says what is wrong with files as well on a device as here.
-    from .runner import LiteRTRunner
-
-    model_path, vocabulary_path = Path(model_path), Path(vocabulary_path)
-    runner = LiteRTRunner(model_path, vocabulary_path)
-    settings = {
-        "pad_id": PAD_ID,
-        "bos_id": BOS_ID,
-        "eos_id": EOS_ID,
-        "max_length": runner.max_length,
-    }
-    members = {
-        VOCABULARY_MEMBER: vocabulary_path.read_bytes(),
-        SETTINGS_MEMBER: json.dumps(settings).encode(),
-    }
-    content = model_path.read_bytes()
-    if zipfile.is_zipfile(model_path):
-        with zipfile.ZipFile(model_path) as archive:
-            infos = archive.infolist()
-            members = {i.filename: archive.read(i) for i in infos} | members
-        content = content[: min(info.header_offset for info in infos)]
-    members[DIGEST_MEMBER] = hashlib.sha256(content).hexdigest().encode()
-    buffer = io.BytesIO(content)
-    with zipfile.ZipFile(buffer, "a") as archive:
-        for name, member in members.items():
-            # Not compressed, so that a device can map them; without a date,
-            # so that the same files make the same file.
-            archive.writestr(zipfile.ZipInfo(name), member)
-    write_atomically(model_path, lambda file: file.write(buffer.getbuffer()))
+    proto = Path(vocabulary_path).read_bytes()
+    sentencepiece.set_min_log_level(3)  # it prints what it raises
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    except RuntimeError as error:
+        raise ValueError(
+            "`vocabulary_path` must be a SentencePiece model. Received: "
+            f"{len(proto):,} bytes of {str(vocabulary_path)!r}; SentencePiece "
+            f"says: {error}"
+        ) from error
+    if len(pieces) != model.output.shape[-1]:
+        raise ValueError(
+            "`vocabulary_path` must be the tokenizer that the model was "
+            f"trained with. Received: {len(pieces):,} pieces for a model of "
+            f"{model.output.shape[-1]:,}"
+        )
+    append_tokenizer(
+        model_path,
+        model_path,
+        StoredVocabulary(proto, is_sentencepiece=True),
+        {
+            "pad_id": PAD_ID,
+            "bos_id": BOS_ID,
+            "eos_id": EOS_ID,
+            "max_length": max_length,
+        },
+    )

@@ -7,6 +7,7 @@ LiteRT-LM expects.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 from typing import NamedTuple
@@ -15,8 +16,37 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_distilled_embedding._utils.arguments import as_integer
+
 TOKENS, POSITIONS, LOGITS = "tokens", "input_pos", "logits"
 PREFILL, DECODE = "prefill", "decode"
+
+
+def check_task(task: Any, method: str) -> None:
+    """Refuses what has no caches or no tokenizer."""
+    if not hasattr(task, method):
+        raise ValueError(
+            "`task` must be able to keep keys and values between calls, by a "
+            f"method `{method}`. Received: {type(task).__name__}"
+        )
+    if getattr(task.preprocessor, "tokenizer", None) is None:
+        raise ValueError(
+            "`task` must have a preprocessor with a tokenizer, which the "
+            "file holds: `task.preprocessor = ...`. "
+            f"Received: task.preprocessor={task.preprocessor!r}"
+        )
+
+
+def check_length(task: Any, argument: str, length: int) -> int:
+    """Refuses more tokens than a task has positions for."""
+    length = as_integer(argument, length, minimum=2)
+    most = getattr(task.backbone, "max_sequence_length", None)
+    if most is not None and length > most:
+        raise ValueError(
+            f"`{argument}` must be at most {most}, the positions that the "
+            f"model has. Received: {argument}={length}"
+        )
+    return length
 
 
 class CacheForm(NamedTuple):
@@ -36,14 +66,17 @@ class CacheForm(NamedTuple):
     @property
     def names(self) -> list[tuple[str, str]]:
         """The runtime's names of each layer's keys and values."""
+        return self.names_like("kv_cache_k", "kv_cache_v")
+
+    def names_like(self, keys: str, values: str) -> list[tuple[str, str]]:
+        """Names of each layer's keys and values."""
         return [
-            (f"kv_cache_k_{i}", f"kv_cache_v_{i}")
-            for i in range(self.num_layers)
+            (f"{keys}_{i}", f"{values}_{i}") for i in range(self.num_layers)
         ]
 
 
 class _Found(Exception):
-    """Ends a generation once its cache is known."""
+    """Ends a generation once its first call is known."""
 
 
 def find_cache(task: Any, max_length: int) -> CacheForm:
@@ -55,30 +88,11 @@ def find_cache(task: Any, max_length: int) -> CacheForm:
     Raises:
         ValueError: If it makes none that can be kept layer by layer.
     """
-    found: list[Any] = []
-
-    def watch(*args: Any, **kwargs: Any) -> None:
-        found.append(kwargs["cache"] if "cache" in kwargs else args[1])
-        raise _Found
-
     text = {
         "token_ids": ops.ones((1, max_length), "int32"),
         "padding_mask": ops.expand_dims(ops.arange(max_length) < 2, 0),
     }
-    # Past Keras, which would take note of the attribute.
-    object.__setattr__(task, "call_with_cache", watch)
-    try:
-        task.generate_step(text, stop_token_ids=None)
-    except _Found:
-        pass
-    except Exception as error:
-        raise ValueError(
-            "`task` must generate from token ids alone. Received: "
-            f"{type(task).__name__}, which raises {error!r}"
-        ) from error
-    finally:
-        object.__delattr__(task, "call_with_cache")
-    (cache,) = found
+    cache = first_call(task, "call_with_cache", text)["cache"]
     if isinstance(cache, tuple | list):
         pairs = [[tuple(x.shape) for x in pair] for pair in cache]
         if len({shape for pair in pairs for shape in pair}) == 1:
@@ -91,6 +105,35 @@ def find_cache(task: Any, max_length: int) -> CacheForm:
         "`task` must keep keys and values of one shape for each layer. "
         f"Received: {type(task).__name__} with caches {shapes}"
     )
+
+
+def first_call(task: Any, method: str, text: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which a generation first calls a method of a task.
+
+    Raises:
+        ValueError: If it does not get that far.
+    """
+    signature = inspect.signature(getattr(task, method))
+    found: list[dict[str, Any]] = []
+
+    def watch(*args: Any, **kwargs: Any) -> None:
+        found.append(signature.bind(*args, **kwargs).arguments)
+        raise _Found
+
+    # Past Keras, which would take note of the attribute.
+    object.__setattr__(task, method, watch)
+    try:
+        task.generate_step(text, stop_token_ids=None)
+    except _Found:
+        pass
+    except Exception as error:
+        raise ValueError(
+            "`task` must generate from token ids alone. Received: "
+            f"{type(task).__name__}, which raises {error!r}"
+        ) from error
+    finally:
+        object.__delattr__(task, method)
+    return found[0]
 
 
 def step_models(
@@ -156,35 +199,25 @@ class CachedStep(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        pairs = [
-            (inputs[keys], inputs[values]) for keys, values in self.form.names
-        ]
-        logits, pairs = self._call(inputs[TOKENS], inputs[POSITIONS][0], pairs)
-        outputs = {LOGITS: logits}
-        for names, pair in zip(self.form.names, pairs):
-            outputs |= dict(zip(names, pair))
-        return outputs
-
-    def _call(
-        self, tokens: Any, position: Any, pairs: list[tuple[Any, Any]]
-    ) -> tuple[Any, list[Any]]:
+        tokens, position = inputs[TOKENS], inputs[POSITIONS][0]
+        names = self.form.names
+        pairs = [(inputs[keys], inputs[values]) for keys, values in names]
         if self.form.is_nested:
             logits, _, cache = self.task.call_with_cache(
                 tokens, tuple(pairs), position
             )
-            return logits, cache
-        try:
-            logits, _, cache = self.task.call_with_cache(
-                tokens, _Cache([_LayerCache(*pair) for pair in pairs]), position
-            )
-        except (TypeError, ValueError, AttributeError):
-            # It wants to read the cache as a tensor, which is then copied.
-            cache = ops.stack([ops.stack(pair, axis=1) for pair in pairs], 1)
-            logits, _, cache = self.task.call_with_cache(
-                tokens, cache, position
-            )
-        layers = _unstack(cache, self.form.num_layers)
-        return logits, [_unstack(layer, 2) for layer in layers]
+        else:
+            try:
+                logits, _, cache = self.task.call_with_cache(
+                    tokens, joined(inputs, names), position
+                )
+            except (TypeError, ValueError, AttributeError):
+                # It wants to read the cache as a tensor, which is then copied.
+                cache = ops.stack([ops.stack(p, axis=1) for p in pairs], 1)
+                logits, _, cache = self.task.call_with_cache(
+                    tokens, cache, position
+                )
+        return {LOGITS: logits} | by_name(cache, names)
 
     # KerasHub's decoders cannot be called with symbolic tensors and caches.
     def compute_output_spec(
@@ -241,6 +274,24 @@ class _Cache:
         if not isinstance(key, tuple) or key[0] != slice(None):
             raise TypeError("read in another way than by KerasHub's tasks")
         return self._layers[key[1]]
+
+
+def joined(tensors: dict[str, Any], names: list[tuple[str, str]]) -> _Cache:
+    """Keys and values by name, as KerasHub's tasks read them."""
+    return _Cache(
+        [_LayerCache(tensors[keys], tensors[values]) for keys, values in names]
+    )
+
+
+def by_name(cache: Any, names: list[tuple[str, str]]) -> dict[str, Any]:
+    """Keys and values in a cache as a task returns it."""
+    if not isinstance(cache, tuple | list):
+        cache = [_unstack(layer, 2) for layer in _unstack(cache, len(names))]
+    return {
+        name: tensor
+        for pair, layer in zip(names, cache)
+        for name, tensor in zip(pair, layer)
+    }
 
 
 def _unstack(tensor: Any, count: int) -> list[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable
@@ -22,6 +24,7 @@ from keras_distilled_embedding.export.litert import check_environment
 from keras_distilled_embedding.export.litert import export_litert
 from keras_distilled_embedding.export.report import ExportReport
 from keras_distilled_embedding.export.report import Fidelity
+from keras_distilled_embedding_runner import BUNDLE_SETTINGS
 
 PREFILL_LENGTHS = (8, 32, 128)
 # Beside those of every export, and the extras that bring them.
@@ -97,12 +100,13 @@ def export_litertlm(
     for package, extra in PACKAGES.items():
         require_package(package, extra, "Export of a language model")
     _check_task(task)
-    max_length = _check_max_length(task, max_length)
+    max_length = causal_lm.check_length(task, "max_length", max_length)
     lengths = _check_lengths(prefill_lengths, max_length)
     filepath = Path(filepath)
     check_destination("filepath", filepath)
     tokenizer = task.preprocessor.tokenizer
     vocabulary = tokenizers.stored_vocabulary(tokenizer)
+    settings = _settings(task.preprocessor, max_length)
 
     # The lookup tables of a tokenizer cannot be converted.
     bare = type(task)(backbone=task.backbone, preprocessor=None)
@@ -124,7 +128,8 @@ def export_litertlm(
         builder = _bundle(
             model_file,
             vocabulary,
-            _metadata(task.preprocessor, max_length, prompt_template),
+            settings,
+            _metadata(settings, prompt_template),
             _state_buffers(form),
             Path(folder),
         )
@@ -151,28 +156,7 @@ def _check_task(task: Any) -> None:
             "`task` must be a `keras_hub.models.CausalLM`; other models are "
             f"for `export_litert`. Received: task={task!r}"
         )
-    if not hasattr(task, "call_with_cache"):
-        raise ValueError(
-            "`task` must be able to keep keys and values between calls, by a "
-            f"method `call_with_cache`. Received: {type(task).__name__}"
-        )
-    if getattr(task.preprocessor, "tokenizer", None) is None:
-        raise ValueError(
-            "`task` must have a preprocessor with a tokenizer, which the "
-            "bundle holds: `task.preprocessor = ...`. "
-            f"Received: task.preprocessor={task.preprocessor!r}"
-        )
-
-
-def _check_max_length(task: Any, max_length: int) -> int:
-    max_length = as_integer("max_length", max_length, minimum=2)
-    most = getattr(task.backbone, "max_sequence_length", None)
-    if most is not None and max_length > most:
-        raise ValueError(
-            f"`max_length` must be at most {most}, the positions that the "
-            f"model has. Received: max_length={max_length}"
-        )
-    return max_length
+    causal_lm.check_task(task, "call_with_cache")
 
 
 def _check_lengths(lengths: Sequence[int], max_length: int) -> list[int]:
@@ -220,20 +204,31 @@ def _token_ids(
 # What the bundle holds beside the model
 
 
-def _metadata(preprocessor: Any, max_length: int, template: str | None) -> Any:
-    """Start and stop tokens, and how the runtime samples."""
+def _settings(preprocessor: Any, max_length: int) -> dict[str, Any]:
+    """Ids that start and stop a text, and its length."""
+    tokenizer = preprocessor.tokenizer
+    start = getattr(tokenizer, "start_token_id", None)
+    if not getattr(preprocessor, "add_start_token", True):
+        start = None
+    return {
+        "start_ids": [] if start is None else [int(start)],
+        "stop_ids": tokenizers.stop_tokens(tokenizer),
+        "max_length": max_length,
+    }
+
+
+def _metadata(settings: dict[str, Any], template: str | None) -> Any:
+    """The same, and how the runtime samples."""
     from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
-    tokenizer = preprocessor.tokenizer
     found = llm_metadata_pb2.LlmMetadata(
-        max_num_tokens=max_length,
+        max_num_tokens=settings["max_length"],
         supports_thinking=False,
         supports_function_calling=False,
     )
-    start = getattr(tokenizer, "start_token_id", None)
-    if start is not None and getattr(preprocessor, "add_start_token", True):
-        found.start_token.token_ids.ids.append(int(start))
-    for stop in tokenizers.stop_tokens(tokenizer):
+    if settings["start_ids"]:
+        found.start_token.token_ids.ids.extend(settings["start_ids"])
+    for stop in settings["stop_ids"]:
         found.stop_tokens.add().token_ids.ids.append(stop)
     # Greedy: of the runtime's samplers, on processors it has this one alone.
     sampler = found.sampler_params
@@ -270,6 +265,7 @@ def _state_buffers(form: causal_lm.CacheForm) -> Any:
 def _bundle(
     model_file: Path,
     vocabulary: tokenizers.StoredVocabulary,
+    settings: dict[str, Any],
     metadata: Any,
     state_buffers: Any,
     folder: Path,
@@ -283,13 +279,17 @@ def _bundle(
         return str(path)
 
     builder = litertlm_builder.LitertLmFileBuilder()
-    builder.add_system_metadata(
-        litertlm_builder.Metadata(
-            key="Authors",
-            value="keras-distilled-embedding",
-            dtype=litertlm_builder.DType.STRING,
+    digest = hashlib.sha256(model_file.read_bytes()).hexdigest()
+    for key, value in (
+        ("Authors", "keras-distilled-embedding"),
+        # What the runtime has no use for, but the runner.
+        (BUNDLE_SETTINGS, json.dumps(settings | {"sha256": digest})),
+    ):
+        builder.add_system_metadata(
+            litertlm_builder.Metadata(
+                key=key, value=value, dtype=litertlm_builder.DType.STRING
+            )
         )
-    )
     builder.add_llm_metadata(written("llm.pb", metadata.SerializeToString()))
     builder.add_executor_metadata(
         written("executor.pb", state_buffers.SerializeToString())

@@ -1,10 +1,18 @@
-"""KerasHub's tokenizers as the LiteRT-LM runtime reads them."""
+"""Tokenizers in the files of models that write text."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 from typing import NamedTuple
+
+import keras_distilled_embedding_runner as runner
+from keras_distilled_embedding._utils.files import write_atomically
 
 
 class StoredVocabulary(NamedTuple):
@@ -61,3 +69,47 @@ def stop_tokens(tokenizer: Any) -> list[int]:
             f"no answer ends. Received: {type(tokenizer).__name__}"
         )
     return ids
+
+
+def append_tokenizer(
+    model_file: str | os.PathLike,
+    filepath: str | os.PathLike,
+    vocabulary: StoredVocabulary,
+    settings: dict[str, Any],
+) -> None:
+    """Writes a LiteRT file with a tokenizer, whole or not at all.
+
+    They are appended as a zip of associated files, as TFLite Metadata does:
+    the model stays as valid as it is. Beside the tokenizer are `settings`, as
+    a JSON object, and the model's SHA-256, by which a reader tells that it is
+    as it was written. What an earlier call has put there is replaced.
+
+    Args:
+        model_file: The LiteRT file.
+        filepath: The file to write.
+        vocabulary: The tokenizer.
+        settings: Ids that start, end and pad a text, and `max_length`.
+    """
+    content = Path(model_file).read_bytes()
+    members: dict[str, bytes] = {}
+    if zipfile.is_zipfile(model_file):
+        with zipfile.ZipFile(model_file) as archive:
+            infos = archive.infolist()
+            members = {info.filename: archive.read(info) for info in infos}
+        content = content[: min(info.header_offset for info in infos)]
+    own, other = runner.SENTENCEPIECE, runner.BYTE_PAIRS
+    if not vocabulary.is_sentencepiece:
+        own, other = other, own
+    members.pop(other, None)
+    members[own] = vocabulary.content
+    members[runner.SETTINGS] = json.dumps(settings).encode()
+    members[runner.DIGEST] = hashlib.sha256(content).hexdigest().encode()
+    buffer = io.BytesIO(content)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        for name, member in members.items():
+            # Not compressed, so that a device can map them; without a date,
+            # so that the same files make the same file.
+            archive.writestr(zipfile.ZipInfo(name), member)
+    write_atomically(
+        Path(filepath), lambda file: file.write(buffer.getbuffer())
+    )

@@ -260,10 +260,10 @@ class Targets:
                 return "refused"
             return "read" if status == 0 else f"status {status}"
         else:
-            from examples.nmt.runner import LiteRTRunner
+            from keras_distilled_embedding_runner import Runner
 
             try:
-                LiteRTRunner(path).translate("two dogs")
+                Runner(path).generate("two dogs")
             except ValueError as error:
                 return "refused" if str(error) else "refused without a word"
         return "read"
@@ -305,7 +305,7 @@ def make_files(folder: Path) -> None:
         signatures=stepwise_signatures(translator, 12),
         verbose=False,
     )
-    embed_vocabulary(path, folder / "pieces.spm")
+    embed_vocabulary(path, folder / "pieces.spm", translator, 12)
 
 
 # The run.

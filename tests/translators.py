@@ -1,0 +1,126 @@
+"""Small sequence-to-sequence models of KerasHub, trained."""
+
+import io
+import json
+from functools import cache
+
+import keras
+
+VOCABULARY = 300
+LENGTH = 20
+_NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+]
+_NAMES = ["Anna", "Ben", "Carla", "the dog", "an old man", "my neighbor"]
+
+
+def sentences():
+    """Commands, and what they ask for: copying, and words of numbers."""
+    pairs = []
+    for i, number in enumerate(_NUMBERS):
+        for j, name in enumerate(_NAMES):
+            pairs.append((f"{name} has {i}", f"{name} has {number}."))
+            pairs.append((f"{i} and {j}", f"{number} and {_NUMBERS[j]}."))
+    return pairs
+
+
+def _text():
+    return [line for pair in sentences() for line in pair]
+
+
+def _bart():
+    """With byte pairs."""
+    import keras_hub
+    import tokenizers
+
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False
+    )
+    trained.train_from_iterator(
+        _text(),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = keras_hub.tokenizers.BartTokenizer(
+        model["vocab"], [" ".join(pair) for pair in model["merges"]]
+    )
+    backbone = keras_hub.models.BartBackbone(
+        vocabulary_size=len(model["vocab"]),
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=32,
+        intermediate_dim=64,
+        dropout=0.0,
+        max_sequence_length=LENGTH,
+    )
+    preprocessor = keras_hub.models.BartSeq2SeqLMPreprocessor(
+        tokenizer, LENGTH, LENGTH
+    )
+    return keras_hub.models.BartSeq2SeqLM(backbone, preprocessor)
+
+
+def _t5():
+    """With SentencePiece."""
+    import keras_hub
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_text()),
+        model_writer=model,
+        vocab_size=60,
+        minloglevel=2,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
+    tokenizer = keras_hub.tokenizers.T5Tokenizer(model.getvalue())
+    backbone = keras_hub.models.T5Backbone(
+        vocabulary_size=64,  # more than there are pieces, as T5 has
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=32,
+        intermediate_dim=64,
+        dropout=0.0,
+    )
+    preprocessor = keras_hub.models.T5Seq2SeqLMPreprocessor(
+        tokenizer, LENGTH, LENGTH
+    )
+    return keras_hub.models.T5Seq2SeqLM(backbone, preprocessor)
+
+
+@cache
+def translator(name):
+    """One for all tests, which leave it as it is."""
+    keras.utils.set_random_seed(0)
+    task = {"bart": _bart, "t5": _t5}[name]()
+    sources, targets = zip(*sentences())
+    # Cut into tokens once: KerasHub would do so in every epoch.
+    x, y, weights = task.preprocessor(
+        {"encoder_text": list(sources), "decoder_text": list(targets)}
+    )
+    bare = type(task)(backbone=task.backbone, preprocessor=None)
+    bare.compile(
+        keras.optimizers.Adam(5e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[],
+    )
+    bare.fit(x, y, sample_weight=weights, batch_size=20, epochs=100, verbose=0)
+    task.compile(sampler="greedy")
+    return task

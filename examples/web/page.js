@@ -97,7 +97,8 @@ async function start() {
   }
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    form.elements.go.disabled = true; // one translation at a time
+    if (form.elements.go.disabled) return; // one translation at a time
+    form.elements.go.disabled = true;
     await translate(form.text.value);
     form.elements.go.disabled = false;
   });

@@ -30,7 +30,8 @@ def bundle(folder: Path) -> None:
     modules = SOURCE / "node_modules"
     installed = modules / ".package-lock.json"
     if not installed.exists() or (
-        installed.stat().st_mtime < (SOURCE / "package-lock.json").stat().st_mtime
+        installed.stat().st_mtime
+        < (SOURCE / "package-lock.json").stat().st_mtime
     ):
         _run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund")
     esbuild = [modules / ".bin" / "esbuild", "page.js", "--bundle", "--minify"]

@@ -32,11 +32,12 @@ async function translate(text) {
   for (const card of cards) {
     await new Promise((resolve) => setTimeout(resolve)); // lets the page be drawn
     const output = card.part("output");
+    output.dataset.ids = "[]";
     try {
       const { text: translation, ids, milliseconds } =
         await card.translator.translate(text);
       output.textContent = translation;
-      output.dataset.ids = ids.join(" ");
+      output.dataset.ids = JSON.stringify(ids);
       card.tokens += ids.length;
       card.milliseconds += milliseconds;
       card.part(".speed").textContent = card.tokens

@@ -205,7 +205,8 @@ def test_the_server_tells_what_files_are(serve, tmp_path):
 
 def test_without_npm(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert web.main(["--folder", str(tmp_path)]) == 2
+    arguments = ["--folder", str(tmp_path), "--work-dir", str(tmp_path)]
+    assert web.main(arguments) == 2
     assert "error: npm is missing: install Node.js" in capsys.readouterr().err
 
 

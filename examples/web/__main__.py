@@ -55,14 +55,9 @@ def _run(*command: str | Path) -> None:
 def export(work_dir: Path, folder: Path) -> None:
     """Writes the translators of `work_dir`, and a list of them, to `folder`.
 
-    Unless they are there already. A browser needs fixed sizes: a batch of
-    one, and sentences that are padded to the longest.
+    A browser needs fixed sizes: a batch of one, and sentences that are padded
+    to the longest.
     """
-    index = folder / "translators.json"
-    models = {name: work_dir / f"{name}.keras" for name in TRANSLATORS}
-    newest = max(path.stat().st_mtime for path in models.values())
-    if index.exists() and index.stat().st_mtime > newest:
-        return
     import keras
 
     import keras_distilled_embedding as kde
@@ -73,8 +68,10 @@ def export(work_dir: Path, folder: Path) -> None:
     settings = json.loads((work_dir / "settings.json").read_text())
     length = settings["batching"]["widths"][-1]
     translators = []
-    for name, path in models.items():
-        model = keras.saving.load_model(path, compile=False)
+    for name, shown_name in TRANSLATORS.items():
+        model = keras.saving.load_model(
+            work_dir / f"{name}.keras", compile=False
+        )
         file = folder / f"{name}.tflite"
         report = kde.export_litert(
             model,
@@ -87,14 +84,14 @@ def export(work_dir: Path, folder: Path) -> None:
         embed_vocabulary(file, work_dir / "vocabulary.spm")
         translators.append(
             {
-                "name": TRANSLATORS[name],
+                "name": shown_name,
                 "file": file.name,
                 "table_bytes": sum(report.table_bytes.values()),
             }
         )
     text = load_corpus(settings["dataset"], seed=settings["seed"]).test
     content = {"translators": translators, "examples": text.source[:3]}
-    index.write_text(json.dumps(content), encoding="utf-8")
+    (folder / "translators.json").write_text(json.dumps(content), "utf-8")
 
 
 class Handler(SimpleHTTPRequestHandler):

@@ -201,6 +201,8 @@ def test_the_server_tells_what_files_are(serve, tmp_path):
             assert response.read().decode() == name
             assert response.headers["Content-Type"] == kind
             assert response.headers["Cache-Control"] == "no-cache"
+            policy = response.headers["Cross-Origin-Embedder-Policy"]
+            assert policy == "require-corp"
 
 
 def test_without_npm(monkeypatch, tmp_path, capsys):
@@ -322,6 +324,7 @@ def test_the_page_translates_as_python_does(
     """With a network, and without one; files of fixed sizes and of any."""
     server, address = serve(site)
     assert open_page(page, address).startswith("Ready, and kept")
+    assert page.evaluate("crossOriginIsolated")
     index = json.loads((site / "translators.json").read_text())
     sentences = [s for s in text.source if len(s) < 25][:20]
     found = [translate(page, sentence) for sentence in sentences]

@@ -108,7 +108,9 @@ class Handler(SimpleHTTPRequestHandler):
     def end_headers(self) -> None:
         # Kept, but asked about: a page that is built again is seen at once.
         self.send_header("Cache-Control", "no-cache")
-        self.send_header("X-Content-Type-Options", "nosniff")
+        # Browsers measure time more finely for a page that is on its own.
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         super().end_headers()
 
 

@@ -9,6 +9,10 @@ const number = (value, digits = 0) =>
   value.toLocaleString("en", { maximumFractionDigits: digits });
 const cards = [];
 
+/** Milliseconds a token, of all translations so far. */
+const median = ({ milliseconds: all }) =>
+  all.slice().sort((a, b) => a - b)[all.length >> 1] ?? 0;
+
 /** A card for a file, with an error in it if it cannot be used. */
 async function addCard({ name, file, table_bytes }) {
   const card = document.querySelector("template").content.cloneNode(true)
@@ -21,7 +25,7 @@ async function addCard({ name, file, table_bytes }) {
     await translator.translate("a"); // the first time is slower
     part(".bytes").textContent = number(translator.bytes);
     part(".table").textContent = number(table_bytes);
-    cards.push({ name, table_bytes, translator, part, tokens: 0, milliseconds: 0 });
+    cards.push({ name, table_bytes, translator, part, milliseconds: [] });
   } catch (error) {
     part("output").textContent = error.message;
     card.className = "failed";
@@ -38,11 +42,9 @@ async function translate(text) {
         await card.translator.translate(text);
       output.textContent = translation;
       output.dataset.ids = JSON.stringify(ids);
-      card.tokens += ids.length;
-      card.milliseconds += milliseconds;
-      card.part(".speed").textContent = card.tokens
-        ? `${number(card.milliseconds / card.tokens, 2)} (mean of ${card.tokens})`
-        : "";
+      card.milliseconds.push(...milliseconds);
+      card.part(".speed").textContent =
+        `${number(median(card), 2)} (median of ${card.milliseconds.length})`;
     } catch (error) {
       output.textContent = error.message;
     }
@@ -55,7 +57,7 @@ function showBars() {
   const figures = {
     bytes: ({ translator }) => translator.bytes,
     table: ({ table_bytes }) => table_bytes,
-    speed: ({ milliseconds, tokens }) => milliseconds / (tokens || 1),
+    speed: median,
   };
   for (const [name, figure] of Object.entries(figures)) {
     const largest = Math.max(...cards.map(figure)) || 1;

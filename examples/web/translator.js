@@ -31,13 +31,13 @@ export class Translator {
 
   /**
    * The likeliest token each time, until the end.
-   * @returns {Promise<{text: string, ids: number[], milliseconds: number}>}
-   *     The time is that of all steps of `decode`.
+   * @returns {Promise<{text: string, ids: number[], milliseconds: number[]}>}
+   *     The times are those of the steps, one a token.
    */
   async translate(text) {
     const { pad_id, bos_id, eos_id, start_id = bos_id, max_length } = this.settings;
     const source = this.tokenizer.encode(text);
-    if (!source.length) return { text: "", ids: [], milliseconds: 0 };
+    if (!source.length) return { text: "", ids: [], milliseconds: [] };
     source.push(eos_id);
     const [input] = this.encode.getInputDetails();
     const longest = Math.min(max_length, input.shape[1]);
@@ -51,10 +51,10 @@ export class Translator {
     const cross = await this.encode.run(encoded);
     release(encoded);
 
-    const start = performance.now();
     let caches = this.emptyCaches();
-    const ids = [];
+    const ids = [], milliseconds = [];
     for (let token = start_id, at = 0; at < max_length - 1; at++) {
+      const start = performance.now();
       const step = { token: integers([token], [1, 1]), position: integers([at], [1]) };
       const { logits, ...updated } =
         await this.decode.run({ ...cross, ...caches, ...step });
@@ -64,9 +64,9 @@ export class Translator {
       release({ logits });
       token = scores.reduce((best, score, i) => (score > scores[best] ? i : best), 0);
       ids.push(token);
+      milliseconds.push(performance.now() - start);
       if (token === eos_id) break;
     }
-    const milliseconds = performance.now() - start;
     release({ ...cross, ...caches });
     const special = [pad_id, bos_id, eos_id];
     const words = ids.filter((id) => !special.includes(id));

@@ -382,6 +382,8 @@ def test_what_is_missing_or_broken_is_told(page, site, serve, tmp_path):
     assert "student.tflite is damaged or cut short (there is no" in short
 
     shutil.copy(site / teacher.name, teacher)
+    # HTTP tells times in seconds: later than when it was damaged.
+    os.utime(teacher, (teacher.stat().st_mtime + 5,) * 2)
     os.remove(student)
     assert open_page(page, address + "?2").startswith("Ready")
     assert (

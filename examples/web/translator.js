@@ -35,42 +35,47 @@ export class Translator {
    *     The times are those of the steps, one a token.
    */
   async translate(text) {
-    const { pad_id, bos_id, eos_id, start_id = bos_id, max_length } = this.settings;
+    const { pad_id, bos_id, eos_id, max_length, source_start_ids = [],
+      start_ids = [bos_id], stop_ids = [eos_id] } = this.settings;
     const source = this.tokenizer.encode(text);
     if (!source.length) return { text: "", ids: [], milliseconds: [] };
-    source.push(eos_id);
+    source.unshift(...source_start_ids);
+    source.push(stop_ids[0]);
     const [input] = this.encode.getInputDetails();
-    const longest = Math.min(max_length, input.shape[1]);
+    const longest = input.shape[1];
     if (source.length > longest) {
       throw new RangeError(`The text has ${source.length} tokens, and the ` +
         `model reads ${longest} at most: translate it in parts.`);
     }
-    while (source.length < input.shape[1]) source.push(pad_id);
+    while (source.length < longest) source.push(pad_id);
     const integers = (values, shape) => new Tensor(new Int32Array(values), shape);
     const encoded = { [input.name]: integers(source, [...input.shape]) };
     const cross = await this.encode.run(encoded);
     release(encoded);
 
     let caches = this.emptyCaches();
-    const ids = [], milliseconds = [];
-    for (let token = start_id, at = 0; at < max_length - 1; at++) {
+    const ids = [...start_ids], milliseconds = [];
+    for (let at = 0; at < max_length - 1; at++) {
       const start = performance.now();
-      const step = { token: integers([token], [1, 1]), position: integers([at], [1]) };
+      const step = { token: integers([ids[at]], [1, 1]), position: integers([at], [1]) };
       const { logits, ...updated } =
         await this.decode.run({ ...cross, ...caches, ...step });
       release({ ...caches, ...step });
       caches = updated;
       const scores = await logits.data();
       release({ logits });
-      token = scores.reduce((best, score, i) => (score > scores[best] ? i : best), 0);
-      ids.push(token);
+      const best = scores.reduce((best, score, i) => (score > scores[best] ? i : best), 0);
       milliseconds.push(performance.now() - start);
-      if (token === eos_id) break;
+      if (at + 1 < ids.length) continue; // more to start with
+      ids.push(best);
+      if (stop_ids.includes(best)) break;
     }
     release({ ...cross, ...caches });
-    const special = [pad_id, bos_id, eos_id];
-    const words = ids.filter((id) => !special.includes(id));
-    return { text: this.tokenizer.decode(words), ids, milliseconds };
+    const special = [pad_id, ...source_start_ids, ...start_ids, ...stop_ids];
+    const found = ids.slice(start_ids.length);
+    const text_ids = found.filter(
+      (id) => !special.includes(id) && id < this.tokenizer.pieces.length);
+    return { text: this.tokenizer.decode(text_ids), ids: found, milliseconds };
   }
 
   /** Zeros for the inputs of `decode` that are also its outputs. */

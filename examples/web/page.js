@@ -70,8 +70,9 @@ function showBars() {
 /** Keeps all that the page has read, for when there is no network. */
 async function keep() {
   await navigator.serviceWorker.register("sw.js");
-  const read = performance.getEntriesByType("resource").map(({ name }) => name);
-  const own = read.filter((name) => name.startsWith(location.origin));
+  const own = performance.getEntriesByType("resource")
+    .filter(({ responseStatus }) => !(responseStatus >= 400)) // not what is missing
+    .map(({ name }) => name).filter((name) => name.startsWith(location.origin));
   const cache = await caches.open("translator");
   await cache.addAll(new Set([location.href.split(/[?#]/)[0], ...own]));
 }

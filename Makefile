@@ -14,7 +14,7 @@ TENSORFLOW_TESTS = $(addprefix tests/test_, \
 	$(EXPORTING) $(BENCHMARKS) $(PROCESSES) $(COUNTING))
 # The converter takes TensorFlow's models.
 EXPORTING := export.py export_quantized.py generate.py kerashub.py \
-	language_model.py litertlm.py nmt.py notebook.py runner.py trust.py
+	language_model.py litertlm.py nmt.py notebook.py runner.py trust.py web.py
 # The figures are made on TensorFlow.
 BENCHMARKS := benchmark_figures.py benchmark_harness.py benchmark_marian.py \
 	benchmark_methods.py benchmark_pretrained.py \
@@ -31,9 +31,9 @@ COVERAGE := --cov=keras_distilled_embedding \
 	--cov=keras_distilled_embedding_cli \
 	--cov=keras_distilled_embedding_runner --cov-branch --cov-append
 
-.PHONY: help demo test test-tensorflow test-jax test-torch test-peers test-fast \
-	lint format site coverage mutants benchmark-packages benchmark-models \
-	wheel smoke clean
+.PHONY: help demo web test test-tensorflow test-jax test-torch test-peers \
+	test-fast lint format site coverage mutants benchmark-packages \
+	benchmark-models wheel smoke clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -55,6 +55,15 @@ $(VENV)/installed: setup.cfg pyproject.toml | $(VENV)/created
 
 demo: $(VENV)/demo  ## Train, compress, distill, export and compare
 	$(RUN) -m examples.nmt $(ARGS)
+
+# The run whose translators the page shows.
+DATASET ?= cldr
+
+web: $(VENV)/demo runs/$(DATASET)/student.keras  ## Build the page that translates in a browser; serve it
+	$(RUN) -m examples.web --work-dir runs/$(DATASET) $(ARGS)
+
+runs/%/student.keras:
+	$(MAKE) demo ARGS="--dataset $*"
 
 test: lint site test-jax test-tensorflow  ## Check style and types, build the site, run every test
 
@@ -122,4 +131,5 @@ smoke: wheel  ## Install the wheel into an empty environment; compress a model
 
 clean:  ## Remove the environment, the caches and what was built
 	rm -rf $(VENV) build dist site *.egg-info \
+		examples/web/build examples/web/node_modules \
 		.mypy_cache .pytest_cache .ruff_cache

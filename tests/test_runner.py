@@ -29,6 +29,7 @@ from keras_distilled_embedding_runner import DIGEST as DIGEST_MEMBER
 from keras_distilled_embedding_runner import SENTENCEPIECE as VOCABULARY_MEMBER
 from keras_distilled_embedding_runner import SETTINGS as SETTINGS_MEMBER
 from keras_distilled_embedding_runner import Runner
+from tests.translators import untrained_translator
 
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
@@ -75,27 +76,7 @@ def vocabulary_path(vocabulary, tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(vocabulary):
     """A small translator with weights large enough to have opinions."""
-    model = nmt.build_transformer(
-        vocabulary.size,
-        LENGTH,
-        d_model=16,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_dim=24,
-    )
-    random = np.random.default_rng(1)
-    for variable in model.trainable_variables:
-        noise = random.normal(size=variable.shape, scale=0.3)
-        variable.assign(variable + noise.astype("float32"))
-    # So that some translations end: EOS as likely wherever the decoder is.
-    layer = model.get_layer("decoder_output")
-    center = layer.beta.numpy() / np.linalg.norm(layer.beta)
-    table = model.get_layer("token_embedding").embeddings
-    rows = table.numpy()
-    row = rows[data.EOS_ID] - center * (center @ rows[data.EOS_ID])
-    rows[data.EOS_ID] = 5 * row / np.linalg.norm(row)
-    table.assign(rows)
-    return model
+    return untrained_translator(vocabulary.size, LENGTH, end=5)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
-"""Small sequence-to-sequence models of KerasHub, trained."""
+"""Small translators: the example's, untrained; KerasHub's, trained."""
 
 import io
 import json
 from functools import cache
 
 import keras
+import numpy as np
 
 VOCABULARY = 300
 LENGTH = 20
@@ -124,3 +125,37 @@ def translator(name):
     bare.fit(x, y, sample_weight=weights, batch_size=20, epochs=100, verbose=0)
     task.compile(sampler="greedy")
     return task
+
+
+def untrained_translator(vocabulary_size, max_length, end):
+    """The example's model, with weights large enough to have opinions.
+
+    Args:
+        vocabulary_size: Pieces.
+        max_length: Positions.
+        end: The length of the row of EOS; the larger, the more texts end.
+    """
+    from examples.nmt import data
+    from examples.nmt import model as nmt
+
+    model = nmt.build_transformer(
+        vocabulary_size,
+        max_length,
+        d_model=16,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_dim=24,
+    )
+    random = np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        noise = random.normal(size=variable.shape, scale=0.3)
+        variable.assign(variable + noise.astype("float32"))
+    # So that some translations end: EOS as likely wherever the decoder is.
+    layer = model.get_layer("decoder_output")
+    center = layer.beta.numpy() / np.linalg.norm(layer.beta)
+    table = model.get_layer("token_embedding").embeddings
+    rows = table.numpy()
+    row = rows[data.EOS_ID] - center * (center @ rows[data.EOS_ID])
+    rows[data.EOS_ID] = end * row / np.linalg.norm(row)
+    table.assign(rows)
+    return model

@@ -38,6 +38,7 @@ TRAINED_AT_A_TIME = 2
 LEARNING_RATE = 1e-4
 # Ids that stand for the bytes of a text, in the model of `--quick`.
 BYTES = 256
+END = "<|endoftext|>"
 
 
 # The models
@@ -293,6 +294,34 @@ class Tokenizer:
         ).encode
 
 
+def writer(name: str, folder: Path) -> keras.Model:
+    """A language model with its tokenizer, which writes texts.
+
+    Args:
+        name: `"smollm2"`, or `"quick"`, a model of no quality.
+        folder: For files that come in parts.
+    """
+    if name == "quick":
+        import tokenizers
+
+        letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        tokens, merges = [END, *letters, "th"], ["t h"]
+        model = _quick_model(len(tokens))
+    else:
+        file = GGUF(SOURCES[name].path(folder))
+        tokens = file.field("tokenizer.ggml.tokens")
+        merges = file.field("tokenizer.ggml.merges")
+        model = build(file)
+    # KerasHub has no pre-tokenizer that takes digits apart.
+    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
+        {token: i for i, token in enumerate(tokens)}, [*merges]
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
+        tokenizer, sequence_length=64, add_start_token=False
+    )
+    return type(model)(model.backbone, preprocessor)
+
+
 # The text
 
 
@@ -534,10 +563,10 @@ def _batches(
         yield {"token_ids": ids, "padding_mask": np.ones_like(ids)}
 
 
-def _quick_model() -> keras.Model:
+def _quick_model(vocabulary_size: int = BYTES) -> keras.Model:
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.LlamaBackbone(
-        vocabulary_size=BYTES,
+        vocabulary_size=vocabulary_size,
         num_layers=1,
         num_query_heads=2,
         num_key_value_heads=1,

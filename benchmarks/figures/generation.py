@@ -1,0 +1,230 @@
+"""Text on the device: bundles for LiteRT-LM, their bytes, speed and words.
+
+A pretrained KerasHub language model, its table compressed without training,
+goes into a bundle by `export_litertlm`, and the runtime LiteRT-LM writes with
+it, on this machine's processor.
+
+- `full`: the model as it is, in float32 or 8 bits.
+- `int4`, `int2`: the table in so many bits, nothing is lost but by rounding,
+  everything else in 8 bits.
+- `rank d/8, int8`: for speed alone. Without training its text is lost.
+
+Prompts are continued greedily. `as Keras` is for how many prompts the first
+tokens are those of the same model in Keras, which computes in float32; a bundle
+in few bits rounds the activations too, and departs from it at the first token
+that is nearly as likely as another. KL and `same choice` are of
+the bundle beside Keras, on two paragraphs. Tokens a second are of the runtime's
+own benchmark, medians of three runs; `load` is the time until the first of them
+can begin. Peak memory is that of a process that only loads and writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import keras
+
+import keras_distilled_embedding as kde
+from benchmarks import harness
+from benchmarks.tasks import pretrained
+
+PROMPTS = [
+    "The capital of France is",
+    "To read a file in Python, you",
+    "Once upon a time",
+    "The most important thing about databases is",
+    "A tokenizer is",
+]
+NEW_TOKENS, MAX_LENGTH, PREFILL = 50, 128, (8, 32)
+ROUNDS, PREFILLED, DECODED = 3, 64, 32
+# Options of `compress`, none for the model as it is; what the bundle stores.
+ROWS: dict[str, tuple[dict[str, Any] | None, str | None]] = {
+    "full, float32": (None, None),
+    "full, int8": (None, "int8"),
+    "int4": ({"quantization": "int4"}, "int4"),
+    "int2": ({"quantization": "int2"}, "int2"),
+    "rank d/8, int8": ({"quantization": "int8"}, "int8"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", choices=["smollm2"], default="smollm2")
+    add("--rows", nargs="*", choices=ROWS, default=[*ROWS], metavar="ROW")
+    add("--threads", nargs="+", type=int, default=[1, 2])
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures the chosen rows of a model."""
+    if options.quick:
+        options.model = "quick"
+    folder = options.task_dir / "pretrained"
+    task = pretrained.writer(options.model, folder)
+    _, text = pretrained.paragraphs(options.data_dir)
+    text = [p for p in text if 200 < len(p) < 600]
+    for name in options.rows:
+        options.store.finish(
+            f"{name} {options.model}",
+            partial(measure, name, options.model, task, text, options.threads),
+        )
+
+
+def measure(
+    name: str,
+    model: str,
+    task: keras.Model,
+    text: list[str],
+    threads: list[int],
+) -> dict:
+    """Makes a row's bundle and writes with it.
+
+    Args:
+        name: Of the row.
+        model: What `task` is called.
+        task: The language model.
+        text: Paragraphs to calibrate on, and to compare with Keras.
+        threads: Numbers of threads.
+    """
+    compression, quantization = ROWS[name]
+    if compression is not None:
+        width = task.backbone.token_embedding.output_dim
+        rank = width // 8 if "d/8" in name else width
+        task = kde.compress(
+            task, rank=rank, calibration_data=text[2:], **compression
+        )
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.litertlm"
+        report = kde.export_litertlm(
+            task,
+            path,
+            max_length=MAX_LENGTH,
+            prefill_lengths=PREFILL,
+            quantization=quantization,
+            prompts=text[:2],
+            verbose=False,
+        )
+        seconds = time.process_time() - start
+        row = {
+            "row": name,
+            "model": model,
+            "bundle_bytes": report.bytes,
+            "table_bytes": sum(report.table_bytes.values()),
+            "exported_s": round(seconds, 1),
+            "divergence": report.fidelity.divergence,
+            "agreement": report.fidelity.top1_agreement,
+        }
+        written = harness.in_new_process(_written, str(path))
+        speeds = harness.in_new_process(_speeds, str(path), threads)
+    texts = written.pop("texts")
+    task.compile(sampler="greedy")
+    lengths = [len(task.preprocessor.tokenizer(prompt)) for prompt in PROMPTS]
+    expected = [
+        task.generate(prompt, max_length=length + NEW_TOKENS, strip_prompt=True)
+        for prompt, length in zip(PROMPTS, lengths)
+    ]
+    equal = [a.startswith(b) for a, b in zip(texts, expected)]
+    return {**row, **written, **speeds, "texts": texts, "equal": sum(equal)}
+
+
+def _written(path: str) -> dict:
+    """What the runtime writes, and what it takes for that."""
+    import litert_lm
+
+    litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
+    processor = litert_lm.Backend.CPU(thread_count=2)
+    before = harness.peak_mb()
+    texts = []
+    with litert_lm.Engine(path, processor, cache_dir=":nocache") as engine:
+        for prompt in PROMPTS:
+            with engine.create_session(apply_prompt_template=False) as session:
+                session.run_prefill([prompt])
+                texts.append(session.run_decode().texts[0])
+    return {"texts": texts, "peak_mb": round(harness.peak_mb() - before)}
+
+
+def _speeds(path: str, threads: list[int]) -> dict:
+    """Tokens a second, by the number of threads."""
+    import litert_lm
+
+    litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
+    found: dict[str, Any] = {"prefill": {}, "decode": {}, "load_s": {}}
+    for number in threads:
+        rounds = [
+            litert_lm.Benchmark(
+                path,
+                litert_lm.Backend.CPU(thread_count=number),
+                prefill_tokens=PREFILLED,
+                decode_tokens=DECODED,
+                max_num_tokens=MAX_LENGTH,
+                cache_dir=":nocache",
+            ).run()
+            for _ in range(ROUNDS)
+        ]
+        for kind, attribute in (
+            ("prefill", "last_prefill_tokens_per_second"),
+            ("decode", "last_decode_tokens_per_second"),
+            ("load_s", "init_time_in_second"),
+        ):
+            found[kind][str(number)] = statistics.median(
+                getattr(info, attribute) for info in rounds
+            )
+    return found
+
+
+# The report
+
+
+def collect(options: argparse.Namespace, earlier: dict) -> dict:
+    """Returns the rows in the order of `ROWS`, by model."""
+
+    def key(row: dict) -> tuple:
+        return row["model"], [*ROWS].index(row["row"])
+
+    rows = harness.merged(
+        options.store.read_all(), earlier.get("rows", []), key
+    )
+    return {"rows": sorted(rows, key=key)} if rows else {}
+
+
+def report(results: dict, folder: Path) -> Iterator[str]:
+    """Writes a table for each model, and what is written."""
+    rows = results["rows"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        source = pretrained.SOURCES.get(model)
+        yield f"## {source.title if source else 'A model of no quality'}"
+        if source:
+            yield f"License: {source.license}."
+        of_model = [row for row in rows if row["model"] == model]
+        yield harness.markdown_table([*map(_cells, of_model)])
+        yield f"What they write after {PROMPTS[0]!r}:"
+        yield "\n".join(
+            f"- {row['row']}: {row['texts'][0][:200]!r}" for row in of_model
+        )
+
+
+def _cells(row: dict) -> dict:
+    cells = {
+        "table": row["row"],
+        "bundle": f"{row['bundle_bytes'] / 1e6:,.1f} MB",
+        "its table": f"{row['table_bytes'] / 1e6:,.1f} MB",
+        "KL": f"{row['divergence']:.4f}",
+        "same choice": f"{row['agreement']:.3f}",
+        "as Keras": f"{row['equal']} of {len(PROMPTS)}",
+        "peak MB": f"{row['peak_mb']:,}",
+    }
+    for kind, label in (
+        ("load_s", "load, s"),
+        ("prefill", "prefill"),
+        ("decode", "decode"),
+    ):
+        for threads, value in row[kind].items():
+            cells[f"{label}, {threads} thr."] = f"{value:.1f}"
+    return cells | {"export, s": f"{row['exported_s']:.0f}"}

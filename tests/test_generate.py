@@ -302,15 +302,16 @@ def test_the_command(files, capsys):
         for source in SOURCES[:2]
     ]
     assert capsys.readouterr().out.splitlines() == wanted
-    drawing = ["--temperature", "2", "--top-k", "9", "--top-p", "0.9"]
+    drawing = ["--temperature", "9", "--top-k", "9", "--top-p", "0.9"]
     arguments = [str(path), SOURCES[0], *drawing, "--seed", "5", "--json"]
     assert cli.main(["generate", *arguments]) == 0
     shown = json.loads(capsys.readouterr().out)
     ids = list(
         runner.stream_ids(
-            SOURCES[0], temperature=2.0, top_k=9, top_p=0.9, seed=5
+            SOURCES[0], temperature=9.0, top_k=9, top_p=0.9, seed=5
         )
     )
+    assert ids != list(runner.stream_ids(SOURCES[0]))
     assert shown == {
         "prompt": SOURCES[0],
         "text": runner.decode(ids),

@@ -121,21 +121,19 @@ def measure(
             "divergence": report.fidelity.divergence,
             "agreement": report.fidelity.top1_agreement,
         }
-        written = harness.in_new_process(_written, str(path))
-        speeds = harness.in_new_process(_speeds, str(path), threads)
-    texts = written.pop("texts")
+        row |= harness.in_new_process(_in_the_runtime, str(path), threads)
     task.compile(sampler="greedy")
     lengths = [len(task.preprocessor.tokenizer(prompt)) for prompt in PROMPTS]
     expected = [
         task.generate(prompt, max_length=length + NEW_TOKENS, strip_prompt=True)
         for prompt, length in zip(PROMPTS, lengths)
     ]
-    equal = [a.startswith(b) for a, b in zip(texts, expected)]
-    return {**row, **written, **speeds, "texts": texts, "equal": sum(equal)}
+    equal = [a.startswith(b) for a, b in zip(row["texts"], expected)]
+    return row | {"equal": sum(equal)}
 
 
-def _written(path: str) -> dict:
-    """What the runtime writes, and what it takes for that."""
+def _in_the_runtime(path: str, threads: list[int]) -> dict:
+    """What it writes, in which memory, and how fast, by the threads."""
     import litert_lm
 
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
@@ -147,14 +145,7 @@ def _written(path: str) -> dict:
             with engine.create_session(apply_prompt_template=False) as session:
                 session.run_prefill([prompt])
                 texts.append(session.run_decode().texts[0])
-    return {"texts": texts, "peak_mb": round(harness.peak_mb() - before)}
-
-
-def _speeds(path: str, threads: list[int]) -> dict:
-    """Tokens a second, by the number of threads."""
-    import litert_lm
-
-    litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
+    peak = round(harness.peak_mb() - before)
     found: dict[str, Any] = {"prefill": {}, "decode": {}, "load_s": {}}
     for number in threads:
         rounds = [
@@ -176,7 +167,7 @@ def _speeds(path: str, threads: list[int]) -> dict:
             found[kind][str(number)] = statistics.median(
                 getattr(info, attribute) for info in rounds
             )
-    return found
+    return {"texts": texts, "peak_mb": peak, **found}
 
 
 # The report

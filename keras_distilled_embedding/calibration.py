@@ -31,7 +31,7 @@ _TEXTS_AT_A_TIME = 8  # that the preprocessor is given
 # looks up too, which wants its entries themselves, and where it only projects:
 # a few thousand states do not show every direction.
 _TIED_SHARE, _PROJECTION_SHARE = 0.1, 0.02
-# Chosen with room: 3,072 gave the figures of docs/pretrained.md.
+# Of 512 to as many, each step lost less, the last little (docs/pretrained.md).
 CALIBRATION_TOKENS = 16_384
 
 

@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 
 import keras
-import sentencepiece
 from keras import ops
 from keras_nlp.layers import CachedMultiHeadAttention
 from keras_nlp.layers import TransformerDecoder
@@ -247,6 +246,8 @@ def embed_vocabulary(
         ValueError: If the tokenizer is none, or has not as many pieces as the
             model has logits.
     """
+    import sentencepiece  # which the signatures do not need
+
     proto = Path(vocabulary_path).read_bytes()
     sentencepiece.set_min_log_level(3)  # it prints what it raises
     try:

@@ -15,6 +15,7 @@ from keras import ops
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import export_litertlm
 from keras_distilled_embedding.export import causal_lm
+from keras_distilled_embedding.export import litertlm
 from keras_distilled_embedding.export.tokenizers import stored_vocabulary
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding_runner import Runner
@@ -315,6 +316,19 @@ def test_in_few_bits(tasks, tmp_path):
     # What was there is replaced; nothing else is left.
     assert [path.name for path in tmp_path.iterdir()] == ["model.litertlm"]
     assert len(generated(tmp_path / "model.litertlm", PROMPTS[:1])[0]) > 10
+
+
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_prompts_start_as_kerashubs(tasks, name, starts):
+    """Which takes a start token for prompts, whatever it trains with."""
+    old = tasks[name].preprocessor
+    preprocessor = type(old)(old.tokenizer, 32, add_start_token=starts)
+    read = preprocessor.generate_preprocess([PROMPTS[0]])
+    length = int(np.asarray(read["padding_mask"]).sum())
+    ids = np.asarray(read["token_ids"])[0, :length].tolist()
+    start = litertlm._settings(preprocessor, 32)["start_ids"]
+    assert start and ids == [*start, *map(int, old.tokenizer(PROMPTS[0]))]
 
 
 def test_byte_pairs_are_kerashubs(tasks):

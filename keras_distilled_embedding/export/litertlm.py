@@ -206,13 +206,12 @@ def _token_ids(
 
 def _settings(preprocessor: Any, max_length: int) -> dict[str, Any]:
     """Ids that start and stop a text, and its length."""
-    tokenizer = preprocessor.tokenizer
-    start = getattr(tokenizer, "start_token_id", None)
-    if not getattr(preprocessor, "add_start_token", True):
-        start = None
+    # KerasHub generates with a start token even where it trains without one.
+    empty = preprocessor.generate_preprocess([""], sequence_length=max_length)
+    length = int(np.asarray(empty["padding_mask"]).sum())
     return {
-        "start_ids": [] if start is None else [int(start)],
-        "stop_ids": tokenizers.stop_tokens(tokenizer),
+        "start_ids": np.asarray(empty["token_ids"])[0, :length].tolist(),
+        "stop_ids": tokenizers.stop_tokens(preprocessor.tokenizer),
         "max_length": max_length,
     }
 

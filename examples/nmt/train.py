@@ -161,7 +161,12 @@ def fit(
     )
     callbacks = list(callbacks or [])
     if backup_dir is not None:
-        callbacks.append(keras.callbacks.BackupAndRestore(str(backup_dir)))
+        # The one before, too, should a kill cut the last one short.
+        callbacks.append(
+            keras.callbacks.BackupAndRestore(
+                str(backup_dir), double_checkpoint=True
+            )
+        )
     return model.fit(
         training,
         validation_data=validation,

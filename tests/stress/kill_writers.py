@@ -127,7 +127,9 @@ class Training:
             epochs=6,
             shuffle=False,
             verbose=0,
-            callbacks=[keras.callbacks.BackupAndRestore(path)],
+            callbacks=[
+                keras.callbacks.BackupAndRestore(path, double_checkpoint=True)
+            ],
         )
         return student.get_layer("tokens").basis.numpy()
 

@@ -18,8 +18,8 @@ better than 8 bits.
 - `the package`: what its own program says, with its own treatment of the text
   before and after.
 
-All but these are calibrated on 16,384 tokens of the training text, and
-not trained. BLEU and chrF are of greedy translations beside the references, ±
+All but these are calibrated on as many tokens of the training text as the
+table tells, and not trained. BLEU and chrF are of greedy translations beside the references, ±
 is half of the 95 % confidence interval, p that of BLEU being the full model's,
 by paired bootstrap; `same` is the share of translations that are the full
 model's. Nats are of a token of the reference, given those before it; `first` is
@@ -168,6 +168,7 @@ def make_model(
         "bytes": factor_bytes(layer.rank, *shape, layer.format, layer.use_bias),
         "rank": layer.rank,
         "quantization": layer.quantization,
+        "calibrated": options.calibration,
     }
     if name in TRAINED:
         about |= distill(
@@ -246,6 +247,7 @@ def _cells(row: dict) -> dict:
         "table": row["row"],
         "rank": form(row.get("rank"), "{}"),
         "stored": row.get("quantization") or "",
+        "calibrated": form(row.get("calibrated"), "{:,}"),
         "bytes": form(row.get("bytes"), "{:,}"),
         "÷": form(_ratio(row), "{:.1f}"),
         "BLEU": f"{row['bleu']:.2f}",

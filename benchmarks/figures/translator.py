@@ -19,9 +19,9 @@ better than 8 bits.
   before and after.
 
 All but these are calibrated on as many tokens of the training text as the
-table tells, and not trained. BLEU and chrF are of greedy translations beside the references, ±
-is half of the 95 % confidence interval, p that of BLEU being the full model's,
-by paired bootstrap; `same` is the share of translations that are the full
+table tells, and not trained. BLEU and chrF are of greedy translations beside
+the references, ± is half of the 95 % confidence interval, p that of BLEU being
+the full model's, by paired bootstrap; `same` is the share of translations that are the full
 model's. Nats are of a token of the reference, given those before it; `first` is
 how often the likeliest token is the full model's, KL the mean divergence from
 its predictions. Bytes are those of the table, as `export_litert` stores it.

@@ -21,10 +21,11 @@ better than 8 bits.
 All but these are calibrated on as many tokens of the training text as the
 table tells, and not trained. BLEU and chrF are of greedy translations beside
 the references, ± is half of the 95 % confidence interval, p that of BLEU being
-the full model's, by paired bootstrap; `same` is the share of translations that are the full
-model's. Nats are of a token of the reference, given those before it; `first` is
-how often the likeliest token is the full model's, KL the mean divergence from
-its predictions. Bytes are those of the table, as `export_litert` stores it.
+the full model's, by paired bootstrap; `same` is the share of translations that
+are the full model's. Nats are of a token of the reference, given those before
+it; `first` is how often the likeliest token is the full model's, KL the mean
+divergence from its predictions.
+Bytes are those of the table, as `export_litert` stores it.
 
 `file` is of `export_litert` with the signatures for step by step search, which
 stores other matrices in 8 bits too where the table is rounded; `ms` the

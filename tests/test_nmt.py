@@ -23,6 +23,7 @@ from examples.nmt import translate
 from examples.nmt.model import build_transformer
 from examples.nmt.model import decoder
 from examples.nmt.model import encoder
+from tests.translators import add_noise
 
 pytestmark = [
     # TensorFlow's converter, when it reads a SavedModel.
@@ -55,10 +56,7 @@ def model(vocabulary):
         num_heads=2,
         feed_forward_dim=24,
     )
-    random = np.random.default_rng(1)
-    for variable in model.trainable_variables:
-        noise = random.normal(size=variable.shape, scale=0.3)
-        variable.assign(variable + noise.astype("float32"))
+    add_noise(model)
     return model
 
 

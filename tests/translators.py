@@ -146,10 +146,7 @@ def untrained_translator(vocabulary_size, max_length, end):
         num_heads=2,
         feed_forward_dim=24,
     )
-    random = np.random.default_rng(1)
-    for variable in model.trainable_variables:
-        noise = random.normal(size=variable.shape, scale=0.3)
-        variable.assign(variable + noise.astype("float32"))
+    add_noise(model)
     # So that some translations end: EOS as likely wherever the decoder is.
     layer = model.get_layer("decoder_output")
     center = layer.beta.numpy() / np.linalg.norm(layer.beta)
@@ -159,3 +156,11 @@ def untrained_translator(vocabulary_size, max_length, end):
     rows[data.EOS_ID] = end * row / np.linalg.norm(row)
     table.assign(rows)
     return model
+
+
+def add_noise(model):
+    """Makes weights large enough to have opinions."""
+    random = np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        noise = random.normal(size=variable.shape, scale=0.3)
+        variable.assign(variable + noise.astype("float32"))

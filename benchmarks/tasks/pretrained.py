@@ -117,7 +117,33 @@ _GEMMA_NAMES = {
 }
 
 
-class GGUF:
+class WeightFile:
+    """A file as KerasHub's converters read it."""
+
+    def get_tensor(self, key: str) -> np.ndarray:
+        """The float32 values of a name in Hugging Face's files."""
+        raise NotImplementedError
+
+    def port_weight(
+        self,
+        keras_variable: Any,
+        hf_weight_key: str,
+        hook_fn: Callable | None = None,
+    ) -> None:
+        """Assigns a variable: what KerasHub's converters call.
+
+        Args:
+            keras_variable: The variable.
+            hf_weight_key: Its name in Hugging Face's files.
+            hook_fn: Makes the variable's values of those in such a file.
+        """
+        values = self.get_tensor(hf_weight_key)
+        if hook_fn is not None:
+            values = hook_fn(values, list(keras_variable.shape))
+        keras_variable.assign(values)
+
+
+class GGUF(WeightFile):
     """What a file of Llama's or Gemma 3's architecture holds.
 
     Args:
@@ -142,24 +168,6 @@ class GGUF:
     def size(self, name: str) -> Any:
         """The same, of the architecture."""
         return self.field(f"{self.architecture}.{name}")
-
-    def port_weight(
-        self,
-        keras_variable: Any,
-        hf_weight_key: str,
-        hook_fn: Callable | None = None,
-    ) -> None:
-        """Assigns a variable: what KerasHub's converters call.
-
-        Args:
-            keras_variable: The variable.
-            hf_weight_key: Its name in Hugging Face's files.
-            hook_fn: Makes the variable's values of those in such a file.
-        """
-        values = self.get_tensor(hf_weight_key)
-        if hook_fn is not None:
-            values = hook_fn(values, list(keras_variable.shape))
-        keras_variable.assign(values)
 
     def get_tensor(self, key: str) -> np.ndarray:
         """The float32 values of a name in Hugging Face's files."""
@@ -485,13 +493,7 @@ class PretrainedTask:
             student_training=False,
             train="tables",
         )
-        warmup = max(1, steps // 20)
-        schedule = keras.optimizers.schedules.CosineDecay(
-            0.0,
-            max(1, steps - warmup),
-            warmup_target=LEARNING_RATE,
-            warmup_steps=warmup,
-        )
+        schedule = warm_cosine(LEARNING_RATE, steps)
         distiller.compile(
             keras.optimizers.Adam(schedule),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -507,6 +509,17 @@ class PretrainedTask:
         )
         tokens = sum(batch["token_ids"].size for batch in data)
         return {"steps": len(data), "trained_tokens": tokens}
+
+
+def warm_cosine(peak: float, steps: int) -> Any:
+    """Rates that rise for a twentieth of the steps, then fall to zero."""
+    warmup = max(1, steps // 20)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0,
+        max(1, steps - warmup),
+        warmup_target=peak,
+        warmup_steps=warmup,
+    )
 
 
 def compare(logits: Any, reference: Any, labels: Any) -> tuple[Any, Any, Any]:

@@ -10,16 +10,15 @@ import importlib.util
 import json
 import random
 import zipfile
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import keras
 import keras_hub
 import numpy as np
 from keras_hub.src.utils.transformers import convert_bert
 
+from benchmarks.tasks.pretrained import WeightFile
 from benchmarks.tasks.tables import MINILM_PACKAGE
 from benchmarks.tasks.translator import read_corpus
 
@@ -28,7 +27,7 @@ SENTENCES_AT_A_TIME = 64
 NEIGHBORS = 10
 
 
-class Weights:
+class Weights(WeightFile):
     """The package's file, as KerasHub's converter reads it."""
 
     def __init__(self) -> None:
@@ -49,24 +48,6 @@ class Weights:
     def get_tensor(self, key: str) -> np.ndarray:
         """The values of a name in Hugging Face's files."""
         return self._tensors[key]
-
-    def port_weight(
-        self,
-        keras_variable: Any,
-        hf_weight_key: str,
-        hook_fn: Callable | None = None,
-    ) -> None:
-        """Assigns a variable: what KerasHub's converters call.
-
-        Args:
-            keras_variable: The variable.
-            hf_weight_key: Its name in Hugging Face's files.
-            hook_fn: Makes the variable's values of those in such a file.
-        """
-        values = self.get_tensor(hf_weight_key)
-        if hook_fn is not None:
-            values = hook_fn(values, list(keras_variable.shape))
-        keras_variable.assign(values)
 
 
 def pretrained_encoder() -> keras.Model:

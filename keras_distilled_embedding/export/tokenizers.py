@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
+import numpy as np
+
 import keras_distilled_embedding_runner as runner
 from keras_distilled_embedding._utils.files import write_atomically
 
@@ -69,6 +71,17 @@ def stop_tokens(tokenizer: Any) -> list[int]:
             f"no answer ends. Received: {type(tokenizer).__name__}"
         )
     return ids
+
+
+def ids_without_padding(read: Any, side: str = "") -> list[int]:
+    """The ids of one text that a preprocessor has read.
+
+    Args:
+        read: What `generate_preprocess` returns for a list of one text.
+        side: `"encoder_"` or `"decoder_"`, where there are two.
+    """
+    length = int(np.asarray(read[f"{side}padding_mask"]).sum())
+    return np.asarray(read[f"{side}token_ids"])[0, :length].tolist()
 
 
 def append_tokenizer(

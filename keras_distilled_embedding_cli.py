@@ -24,7 +24,9 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -43,6 +45,11 @@ BAD_USE = 2
 _REPORTED_ERRORS = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 _PICTURES = (".pdf", ".png", ".svg")
 _BUNDLE = ".litertlm"
+# absl's lines, as in "I0000 00:00:1700000000.123456    12 port.cc:153] ...",
+# and LiteRT's.
+_NATIVE_NOTE = re.compile(
+    rb"[IWE]\d{4} \d\d:\d\d:|WARNING: All log messages before absl|INFO: "
+)
 MAX_LENGTH = 512
 
 
@@ -64,10 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return runner.main(arguments[1:], f"{PROGRAM} generate")
     options = _parser().parse_args(arguments)
-    # Before TensorFlow is imported: of the notes of its start, few remain.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        with warnings.catch_warnings():
+        with quiet_frameworks(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             options.run(options)
     except _REPORTED_ERRORS as error:
@@ -156,6 +161,49 @@ def _load(options: argparse.Namespace) -> keras.Model:
         import keras_distilled_embedding as kde
 
         return kde.load_model(options.model)
+
+
+@contextlib.contextmanager
+def quiet_frameworks() -> Iterator[None]:
+    """Keeps what TensorFlow and LiteRT note for their developers to itself.
+
+    They write past Python, to the descriptor of standard error, whatever
+    TF_CPP_MIN_LOG_LEVEL says; what is no such note passes. Everything is
+    shown where that variable is 0.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+        yield
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    terminal, python_stderr = os.dup(2), sys.stderr
+    reading, writing = os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def pass_on() -> None:
+        with open(reading, "rb") as lines:
+            for line in lines:
+                if not _NATIVE_NOTE.match(line):
+                    os.write(terminal, line)
+
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    if _is_standard_error(python_stderr):
+        # Python's own words need not take the detour.
+        sys.stderr = os.fdopen(terminal, "w", buffering=1, closefd=False)
+    try:
+        yield
+    finally:
+        sys.stderr = python_stderr
+        os.dup2(terminal, 2)  # the pipe's last writer is gone: it ends
+        thread.join(timeout=1.0)
+        os.close(terminal)
+
+
+def _is_standard_error(stream: Any) -> bool:
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        return stream.fileno() == 2
+    return False
 
 
 @contextlib.contextmanager

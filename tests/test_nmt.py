@@ -1,6 +1,5 @@
 """The translation example: data, model, training, search, main job."""
 
-import dataclasses
 import gzip
 import json
 import shutil
@@ -21,8 +20,9 @@ from examples.nmt import pipeline
 from examples.nmt import train
 from examples.nmt import translate
 from examples.nmt.model import build_transformer
-from examples.nmt.model import decoder
-from examples.nmt.model import encoder
+from examples.nmt.stepwise import write_file
+from keras_distilled_embedding_runner import Runner
+from tests.keras_search import translate as translate_with_keras
 from tests.translators import add_noise
 
 pytestmark = [
@@ -31,8 +31,6 @@ pytestmark = [
 ]
 
 BATCHING = data.Batching(widths=(8, 12), tokens=96)
-# For each width a search is compiled anew.
-ONE_WIDTH = data.Batching(widths=(8,), tokens=96)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +180,69 @@ def test_multi30k_is_downloaded_with_its_checksum(tmp_path, monkeypatch):
     }
 
 
+def write_pairs(folder, source, target, ending=""):
+    paths = [folder / f"text.{side}{ending}" for side in ("en", "pt")]
+    for path, lines in zip(paths, (source, target)):
+        content = "\n".join(lines).encode("utf-8")
+        path.write_bytes(gzip.compress(content) if ending else content)
+    return paths
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_corpus_of_ones_own(tmp_path, ending):
+    source = [f"sentence {i}\u2028" for i in range(100)]
+    target = [f"frase {i}" for i in range(100)]
+    # Twice, without a translation, and what another sentence says, too.
+    source += ["sentence 0\u2028", "nothing", *(f"same {i}" for i in range(50))]
+    target += ["frase 0", " ", *(f"frase {i}" for i in range(50))]
+    paths = write_pairs(tmp_path, source, target, ending)
+    corpus = data.read_corpus(*paths)
+    assert corpus.name == f"text.en{ending} to text.pt{ending}"
+    assert len(corpus.validation) == len(corpus.test) == 150 // 20
+    held, parts = [set(), set()], []
+    for part in (corpus.validation, corpus.test):
+        for sides, sentences in zip(held, (part.source, part.target)):
+            sides |= set(sentences)
+        parts += zip(part.source, part.target)
+    trained = set(zip(corpus.train.source, corpus.train.target))
+    wanted = {
+        pair
+        for pair in zip(map(str.strip, source), map(str.strip, target))
+        if all(pair)
+    }
+    assert trained.isdisjoint(parts)
+    assert not held[0] & {s for s, _ in trained}
+    assert not held[1] & {t for _, t in trained}
+    # All that is left out has a held-out sentence on one side.
+    for pair in wanted - trained - set(parts):
+        assert pair[0] in held[0] or pair[1] in held[1]
+    assert data.read_corpus(*paths) == corpus
+    assert data.read_corpus(*paths, seed=1).test != corpus.test
+
+
+def test_files_that_are_no_corpus(tmp_path):
+    source = [str(i) for i in range(30)]
+    with pytest.raises(ValueError, match="30 lines of .*en and 29 of .*pt"):
+        data.read_corpus(*write_pairs(tmp_path, source, source[1:]))
+    with pytest.raises(ValueError, match="at least 20 .*Received: 19"):
+        data.read_corpus(*write_pairs(tmp_path, source[:19], source[:19]))
+    paths = write_pairs(tmp_path, source, source)
+    paths[1].write_bytes("Bräuche".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"text\.pt must be text in UTF-8"):
+        data.read_corpus(*paths)
+
+
+def test_a_vocabulary_as_large_as_the_text_bears(text):
+    vocabulary = data.Vocabulary.train(text)
+    assert vocabulary.size == 500
+    # Nine pieces of ten would occur ten times, if only the text were longer.
+    longer = data.ParallelText(text.source * 10, text.target * 10)
+    larger = data.Vocabulary.train(longer)
+    counts = larger.token_frequencies(longer)
+    assert larger.size > 500
+    assert np.mean(counts >= 10) >= 0.9
+
+
 def test_missing_data_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file train\.en\.gz"):
         data.load_corpus("multi30k", tmp_path)
@@ -221,17 +282,6 @@ def test_decoder_does_not_look_ahead(model):
     ]
     np.testing.assert_allclose(logits[0][:, :2], logits[1][:, :2], atol=1e-6)
     assert not np.allclose(logits[0][:, 2], logits[1][:, 2], atol=1e-3)
-
-
-def test_halves_make_the_whole(model):
-    inputs = {"source": np.array([[5, 6, 7]]), "target": np.array([[2, 8]])}
-    memory = encoder(model)({"source": inputs["source"]}, training=False)
-    inputs_and_memory = {"memory": np.asarray(memory), **inputs}
-    np.testing.assert_allclose(
-        decoder(model)(inputs_and_memory, training=False),
-        model(inputs, training=False)[:, -1],
-        atol=1e-5,
-    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -299,105 +349,53 @@ def test_interrupted_training_goes_on(batches, model, train_eagerly, tmp_path):
 # Search
 
 
-def test_greedy_search_is_the_argmax_of_the_model(model, text, vocabulary):
-    sentences = text.source[:3]
-    found = translate.Translator(model, vocabulary, BATCHING).translate(
-        sentences, batch_size=2
+@pytest.fixture
+def vocabulary_path(vocabulary, tmp_path):
+    path = tmp_path / "vocabulary.spm"
+    path.write_bytes(vocabulary.proto)
+    return path
+
+
+def test_files_translate_by_turns(
+    model, text, vocabulary, vocabulary_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(translate, "TURN", 4)
+    student = kde.compress(model, 4.0, verbose=0, quantization=None)
+    models = {"full": model, "small": student}
+    paths = {name: tmp_path / f"{name}.tflite" for name in models}
+    for name, translator in models.items():
+        write_file(
+            translator,
+            paths[name],
+            vocabulary_path,
+            BATCHING.max_length,
+            verbose=False,
+        )
+    sentences = text.source[:15]  # some are too long
+    lengths = vocabulary.encode(sentences).row_lengths().numpy()
+    assert max(lengths) > BATCHING.max_length > min(lengths)
+    found = translate.translate_by_turns(
+        paths, sentences, vocabulary, BATCHING.max_length
     )
-    for sentence, translation in zip(sentences, found):
-        source = vocabulary.encode([sentence]).to_list()[0]
-        inputs = {"source": np.array([source[: BATCHING.max_length]])}
-        target = [data.BOS_ID]
-        while len(target) < BATCHING.max_length and target[-1] != data.EOS_ID:
-            padded = target + [data.PAD_ID] * (12 - len(target))
-            logits = model({**inputs, "target": np.array([padded])})
-            target.append(int(np.argmax(logits[0, len(target) - 1])))
-        assert vocabulary.decode(np.array([target[1:]])) == [translation]
+    for name, translator in models.items():
+        expected = translate_with_keras(
+            translator,
+            vocabulary,
+            [s for s, n in zip(sentences, lengths) if n <= 12],
+            BATCHING.max_length,
+        )
+        lines = found[name].lines
+        assert len(lines) == 15
+        assert [x for x, n in zip(lines, lengths) if n <= 12] == expected
+        assert found[name].ms_per_sentence > 0
+        # What is cut still ends.
+        longest = int(np.argmax(lengths))
+        ids = vocabulary.encode(sentences).to_list()[longest][:11]
+        runner = Runner(paths[name])
+        assert lines[longest] == runner.generate([*ids, data.EOS_ID])
 
 
-def test_beam_search_finds_likelier_translations(model, text, vocabulary):
-    sentences = text.source[:6]
-
-    def log_likelihood(translation, source):
-        if data.EOS_ID in translation:
-            translation = translation[: translation.index(data.EOS_ID) + 1]
-        target = [data.BOS_ID, *translation]
-        inputs = {
-            "source": np.array([source]),
-            "target": np.array([target[:-1]]),
-        }
-        log_p = tf.nn.log_softmax(model(inputs, training=False)[0])
-        return sum(float(log_p[i, t]) for i, t in enumerate(target[1:]))
-
-    totals = {}
-    for beams in (1, 8):
-        translator = translate.Translator(model, vocabulary, ONE_WIDTH, beams)
-        totals[beams] = 0.0
-        for _, source in data.sentence_batches(
-            sentences, vocabulary, ONE_WIDTH, size=1
-        ):
-            ids = translator._generate(source).numpy()[0, 1:].tolist()
-            row = [i for i in source[0].tolist() if i != data.PAD_ID]
-            totals[beams] += log_likelihood(ids, row)
-    assert totals[8] > totals[1]
-
-
-class Shouter:
-    """Stands in for a translator; breaks at a sentence if asked to."""
-
-    def __init__(self, breaks_at=None):
-        self.breaks_at = breaks_at
-        self.seen = []
-
-    def translate(self, sentences):
-        if self.breaks_at in sentences:
-            raise KeyboardInterrupt
-        self.seen += sentences
-        return [sentence.upper() for sentence in sentences]
-
-
-def test_a_long_text_is_translated_on_from_where_it_stopped(tmp_path):
-    # Other separators than a newline do not end a line.
-    sentences = ["a", "b\u2028c", "d", "e", "f"]
-    path = tmp_path / "translations.txt"
-    with pytest.raises(KeyboardInterrupt):
-        translate.translate_to_file(Shouter("e"), sentences, path, 2)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("cut in the mid")
-    translator = Shouter()
-    lines = translate.translate_to_file(translator, sentences, path, 2)
-    assert translator.seen == sentences[2:]
-    assert lines == ["A", "B\u2028C", "D", "E", "F"]
-    assert path.read_text(encoding="utf-8") == "A\nB\u2028C\nD\nE\nF\n"
-
-
-def test_compiled_search_finds_the_same(model, text, vocabulary):
-    arguments = (model, vocabulary, ONE_WIDTH, 2)
-    plain, compiled = (
-        translate.Translator(*arguments, jit_compile=jit_compile)
-        for jit_compile in (False, True)
-    )
-    sentences = text.source[:3]
-    assert compiled.translate(sentences) == plain.translate(sentences)
-
-
-def test_the_student_may_learn_its_teachers_translations(tmp_path, monkeypatch):
-    settings = dataclasses.replace(
-        pipeline.PRESETS["cldr"],
-        **{**pipeline.QUICK, "max_pairs": 200, "vocabulary_size": 120},
-    )
-    settings = dataclasses.replace(
-        settings,
-        student=dataclasses.replace(settings.student, sequence_level=True),
-    )
-    run = pipeline.Run(settings, tmp_path, verbose=False)
-    monkeypatch.setattr(run, "model", lambda name: name)
-    monkeypatch.setattr(
-        pipeline, "Translator", lambda *arguments, **options: Shouter()
-    )
-    text = run.training_text
-    assert text.source == run.corpus.train.source
-    assert text.target == [sentence.upper() for sentence in text.source]
+# Training as a recipe says
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 0.5, 2.0)])
@@ -428,28 +426,6 @@ def test_a_recipe_without_distillation_is_training(
     assert set(history) == {"loss", "nll", "val_loss", "val_nll"}
 
 
-def test_litert_translates_as_keras_does(model, text, vocabulary, tmp_path):
-    student = kde.compress(model, 4.0, verbose=0, quantization=None)
-    for name, translator in (("teacher", model), ("student", student)):
-        path = tmp_path / f"{name}.tflite"
-        kde.export_litert(
-            translator,
-            path,
-            signatures={
-                "encode": encoder(translator),
-                "decode": decoder(translator),
-            },
-            verbose=False,
-        )
-        keras_text = translate.Translator(
-            translator, vocabulary, BATCHING
-        ).translate(text.source[:10])
-        litert = translate.LiteRTTranslator(
-            path, vocabulary, BATCHING.max_length
-        )
-        assert litert.translate(text.source[:10]) == keras_text
-
-
 # Results
 
 
@@ -460,18 +436,36 @@ def test_score_is_sacrebleu():
     assert "tok:13a" in evaluate.signature()
 
 
+RESULTS = [
+    evaluate.Result("full, float32", 30.0, 8_000_000, 20_000_000, 2.0, 31.0),
+    evaluate.Result("full, int8", 29.9, 2_000_000, 5_000_000, 1.6),
+    evaluate.Result("small", 29.5, 1_000_000, 4_000_000, 1.2),
+]
+
+
 def test_table_compares_with_the_first_row():
-    results = [
-        evaluate.Result("teacher", 30.0, 8_000_000, 20_000_000, 2.0, 31.0),
-        evaluate.Result("student", 29.5, 1_000_000, 13_000_000, 1.5),
-    ]
-    headings, teacher, student = evaluate.table_cells(results)
+    headings, full, _, small = evaluate.table_cells(RESULTS)
     assert headings.index("BLEU beam") == 3
-    assert teacher[1:5] == ["30.00", "+0.00", "31.00", "8.000 MB"]
-    assert student[1:5] == ["29.50", "-0.50", "", "1.000 MB"]
-    lines = evaluate.markdown_table([headings, teacher, student]).splitlines()
+    assert full[1:5] == ["30.00", "+0.00", "31.00", "8.000 MB"]
+    assert small[1:5] == ["29.50", "-0.50", "", "1.000 MB"]
+    lines = evaluate.markdown_table([headings, full, small]).splitlines()
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-    assert lines[3].startswith("| student | 29.50 | -0.50 |")
+    assert lines[3].startswith("| small | 29.50 | -0.50 |")
+
+
+def test_the_conclusion_compares_with_the_fastest_full_file():
+    said = evaluate.conclusion(RESULTS)
+    assert "20% of the bytes" in said
+    assert "its table 12.5%" in said
+    assert "BLEU -0.50" in said
+    assert "60% of the time, and 75% of that of the fastest" in said
+
+
+def test_samples_stand_side_by_side():
+    texts = {"source": ["a", "b", "c"], "full": ["A", "B", "C"]}
+    assert evaluate.samples(texts, 2) == (
+        "source  a\n  full  A\n\nsource  b\n  full  B"
+    )
 
 
 # The main job
@@ -480,12 +474,30 @@ def test_table_compares_with_the_first_row():
 def test_main_job_quick(quick_run, tmp_path, capsys):
     work_dir = tmp_path / "run"
     shutil.copytree(quick_run, work_dir)
-    for name in ("training.png", "quality.png", "student.tflite", "report.md"):
+    for name in ("training.png", "quality.png", "translator.tflite"):
         assert (work_dir / name).stat().st_size > 1_000
     assert not list(work_dir.glob("part_*"))
     student = keras.saving.load_model(work_dir / "student.keras")
     (row,) = kde.compression_report(student).rows
     assert row.ratio >= 8.0
+    results = json.loads((work_dir / "results.json").read_text())
+    assert [row["name"] for row in results] == [
+        "full, float32",
+        "full, int8",
+        "compressed, not distilled",
+        "compressed, distilled",
+    ]
+    for result, name in zip(results, pipeline.EXPORTS):
+        path = work_dir / f"{name}.tflite"
+        assert result["file_bytes"] == path.stat().st_size
+        lines = (work_dir / f"test_{name}.txt").read_text().split("\n")
+        runner = Runner(path)
+        source = (work_dir / "test_source.txt").read_text().split("\n")
+        assert lines[:3] == [runner.generate(s) for s in source[:3]]
+        references = (work_dir / "test_reference.txt").read_text().split("\n")
+        assert result["bleu"] == evaluate.score(lines[:-1], references[:-1])
+    assert results[0]["table_bytes"] == 4 * 500 * 64
+    assert results[-1]["table_bytes"] == row.bytes_after
 
     # Again: everything is there, so nothing is trained.
     arguments = ["--quick", "--work-dir", str(work_dir)]
@@ -494,16 +506,53 @@ def test_main_job_quick(quick_run, tmp_path, capsys):
     assert (work_dir / "stages.jsonl").read_text() == stages
 
     # What is missing is made again, nothing else.
-    result = work_dir / "result_student.json"
-    before = json.loads(result.read_text())
-    result.unlink()
+    (work_dir / "results.json").unlink()
+    capsys.readouterr()
     assert command.main(arguments) == 0
-    after = json.loads(result.read_text())
-    assert after["bleu"] == before["bleu"]
+    again = json.loads((work_dir / "results.json").read_text())
+    assert [row["bleu"] for row in again] == [row["bleu"] for row in results]
     added = (work_dir / "stages.jsonl").read_text().removeprefix(stages)
     (stage,) = added.splitlines()
-    assert json.loads(stage)["stage"] == "evaluate student"
-    assert "compressed, distilled, LiteRT" in capsys.readouterr().out
+    assert json.loads(stage)["stage"] == "translate"
+    shown = capsys.readouterr().out
+    assert "compressed, distilled" in shown
+    assert f"python -m examples.web --work-dir {work_dir}" in shown
+    report = (work_dir / "report.md").read_text()
+    assert evaluate.conclusion([evaluate.Result(**r) for r in again]) in report
+
+
+@pytest.mark.slow
+def test_main_job_of_ones_own_files(text, tmp_path, capfd):
+    source, target = write_pairs(tmp_path, text.source, text.target)
+    work_dir = tmp_path / "run"
+    arguments = ["--quick", "--work-dir", str(work_dir)]
+    arguments += ["--source", str(source), "--target", str(target)]
+    assert command.main(arguments) == 0
+    shown, noted = capfd.readouterr()
+    assert "text.en to text.pt: table of 500 x 64" in shown
+    assert (work_dir / "translator.tflite").exists()
+    # Nothing of the frameworks' notes on themselves.
+    assert noted == ""
+    target.write_text("\n".join(text.target[1:]))
+    (work_dir / "results.json").unlink()
+    assert command.main(arguments) == 2
+    noted = capfd.readouterr().err
+    assert noted.startswith("error: `source` and `target` must have a line")
+    assert noted.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "here"], "--source and --target: give both, or none"),
+        (["--source", "no", "--target", "no"], "--source: no file no"),
+    ],
+)
+def test_ones_own_files_are_looked_for_first(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_work_dir_of_another_run(tmp_path, capsys):

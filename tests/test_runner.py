@@ -20,7 +20,6 @@ import keras_distilled_embedding as kde
 import keras_distilled_embedding_runner as runner_file
 from examples.nmt import data
 from examples.nmt import model as nmt
-from examples.nmt import translate
 from examples.nmt.stepwise import embed_vocabulary
 from examples.nmt.stepwise import stepwise_signatures
 from keras_distilled_embedding.export.tokenizers import StoredVocabulary
@@ -29,6 +28,7 @@ from keras_distilled_embedding_runner import DIGEST as DIGEST_MEMBER
 from keras_distilled_embedding_runner import SENTENCEPIECE as VOCABULARY_MEMBER
 from keras_distilled_embedding_runner import SETTINGS as SETTINGS_MEMBER
 from keras_distilled_embedding_runner import Runner
+from tests.keras_search import translate
 from tests.translators import untrained_translator
 
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")
@@ -246,9 +246,7 @@ def test_caches_have_positions_of_the_model(teacher, max_length):
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_the_text_is_that_of_keras(files, vocabulary, sentences, num_beams):
     model, _, path = files
-    expected = translate.Translator(
-        model, vocabulary, BATCHING, num_beams
-    ).translate(sentences)
+    expected = translate(model, vocabulary, sentences, LENGTH, num_beams)
     runner = Runner(path)
     found = [runner.generate(s, num_beams=num_beams) for s in sentences]
     assert found == expected

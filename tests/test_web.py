@@ -215,12 +215,13 @@ def test_without_npm(monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def work_dir(vocabulary, tmp_path_factory):
+def work_dir(vocabulary, text, tmp_path_factory):
     """As the main job leaves it; untrained, but with opinions."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "vocabulary.spm").write_bytes(vocabulary.proto)
     settings = dict(dataset="cldr", seed=0, batching=dict(widths=[8, LENGTH]))
     (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "test_source.txt").write_text("\n".join(text.source[:9]) + "\n")
     teacher = untrained_translator(vocabulary.size, LENGTH, end=9)
     teacher.save(folder / "teacher.keras")
     student = kde.compress(teacher, rank=11, verbose=0)

@@ -10,8 +10,7 @@ import tensorflow as tf
 
 import keras_distilled_embedding as kde
 from benchmarks.tasks.translation import Task
-from examples.nmt.stepwise import embed_vocabulary
-from examples.nmt.stepwise import stepwise_signatures
+from examples.nmt.stepwise import write_file
 from keras_distilled_embedding.export.litert import convert
 from keras_distilled_embedding_runner import Runner
 
@@ -50,6 +49,10 @@ def export(
         signatures=signatures,
         verbose=False,
     )
+    return _sizes(report)
+
+
+def _sizes(report: kde.ExportReport) -> dict:
     fidelity = report.fidelity
     return {
         "bytes": report.bytes,
@@ -63,10 +66,16 @@ def export_translator(
     model: keras.Model, task: Task, path: Path, quantization: str | None
 ) -> dict:
     """Writes a file that translates step by step, its tokenizer included."""
-    signatures = stepwise_signatures(model, task.max_length)
-    sizes = export(model, path, quantization, signatures)
-    embed_vocabulary(path, task.vocabulary_path, model, task.max_length)
-    return sizes
+    return _sizes(
+        write_file(
+            model,
+            path,
+            task.vocabulary_path,
+            task.max_length,
+            quantization=quantization,
+            verbose=False,
+        )
+    )
 
 
 def translate_test(path: Path, task: Task) -> list[str]:

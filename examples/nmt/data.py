@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
-from collections.abc import Iterator
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,12 +100,66 @@ def load_corpus(
     )
 
 
+def read_corpus(
+    source: str | Path, target: str | Path, seed: int = 0
+) -> Corpus:
+    """Reads a corpus of one's own, and holds some of it out.
+
+    A twentieth of the pairs, 1,000 at most, is for validation, and as much
+    for the test. No sentence of either side of these is trained on.
+
+    Args:
+        source: Text file, a sentence a line; may be compressed (`.gz`).
+        target: The same of their translations, line by line.
+        seed: Seed of the choice.
+
+    Returns:
+        A `Corpus`, without lines that are empty on either side, and each pair
+        once.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If a file is not UTF-8, if they have different numbers of
+            lines, or too few pairs to hold some out.
+    """
+    sides = [_read_lines(Path(path)) for path in (source, target)]
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            "`source` and `target` must have a line each per pair. Received: "
+            f"{len(sides[0]):,} lines of {source} and {len(sides[1]):,} of "
+            f"{target}"
+        )
+    pairs = [pair for pair in dict.fromkeys(zip(*sides)) if all(pair)]
+    random.Random(seed).shuffle(pairs)
+    held_out = min(1_000, len(pairs) // 20)
+    if not held_out:
+        raise ValueError(
+            "`source` and `target` must have at least 20 different pairs. "
+            f"Received: {len(pairs)} in {source} and {target}"
+        )
+    held = pairs[: 2 * held_out]
+    known = [{pair[side] for pair in held} for side in (0, 1)]
+    train = [
+        (sentence, translation)
+        for sentence, translation in pairs[2 * held_out :]
+        if sentence not in known[0] and translation not in known[1]
+    ]
+    return Corpus(
+        f"{Path(source).name} to {Path(target).name}",
+        *map(_parallel, (train, held[:held_out], held[held_out:])),
+    )
+
+
+def _parallel(pairs: list[tuple[str, str]]) -> ParallelText:
+    return ParallelText([s for s, _ in pairs], [t for _, t in pairs])
+
+
 def _load_cldr(seed: int) -> Corpus:
     from .cldr import generate_pairs
     from .cldr import split_pairs
 
     splits = split_pairs(generate_pairs(seed=seed))
-    return Corpus("cldr", *(ParallelText(*map(list, zip(*s))) for s in splits))
+    return Corpus("cldr", *map(_parallel, splits))
 
 
 def _load_multi30k(data_dir: Path | None) -> Corpus:
@@ -143,8 +198,15 @@ def _multi30k_file(name: str, data_dir: Path | None) -> Path:
 
 
 def _read_lines(path: Path) -> list[str]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [line.strip() for line in lines]
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    try:
+        # Not splitlines(): a sentence may hold other separators than \n.
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    return [line.strip() for line in lines[: None if lines[-1] else -1]]
 
 
 class Vocabulary:
@@ -166,12 +228,20 @@ class Vocabulary:
         return SentencePieceTokenizer(proto=self.proto)
 
     @classmethod
-    def train(cls, text: ParallelText, size: int) -> Vocabulary:
-        """Learns `size` pieces from both sides of `text`.
+    def train(cls, text: ParallelText, size: int | None = None) -> Vocabulary:
+        """Learns pieces from both sides of a text.
+
+        Args:
+            text: The text.
+            size: How many pieces. By default as many as the text bears: the
+                largest of 16,000, 8,000 and so on of which nine in ten occur
+                ten times or more.
 
         Raises:
             ValueError: If the text has not that many different pieces.
         """
+        if size is None:
+            return cls._as_large_as(text)
         sentencepiece.set_min_log_level(2)  # errors only
         sentences = tf.data.Dataset.from_tensor_slices(
             text.source + text.target
@@ -183,6 +253,18 @@ class Vocabulary:
                 "`size` must be a number of pieces that the text can give. "
                 f"Received: size={size}; SentencePiece says: {error}"
             ) from error
+
+    @classmethod
+    def _as_large_as(cls, text: ParallelText) -> Vocabulary:
+        """As large as a text bears."""
+        *sizes, smallest = (16_000, 8_000, 4_000, 2_000, 1_000, 500)
+        for size in sizes:
+            with contextlib.suppress(ValueError):
+                vocabulary = cls.train(text, size)
+                counts = vocabulary.token_frequencies(text)
+                if np.mean(counts >= 10) >= 0.9:
+                    return vocabulary
+        return cls.train(text, smallest)
 
     def encode(self, sentences: list[str]) -> tf.RaggedTensor:
         """Turns strings into ragged ids, each row ending with EOS."""
@@ -314,31 +396,3 @@ def _teacher_forcing(source: tf.Tensor, labels: tf.Tensor) -> tuple:
     # The EOS that the shift may leave in the input predicts only padding.
     weights = tf.cast(labels != PAD_ID, "float32")
     return {"source": source, "target": target}, labels, weights
-
-
-def sentence_batches(
-    sentences: list[str], vocabulary: Vocabulary, batching: Batching, size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields `(row numbers, source ids)` batches, sentences of like length.
-
-    Sentences longer than the widest width are cut there, so that every
-    sentence gets its translation; batches are filled up with empty rows.
-
-    Args:
-        sentences: What to translate.
-        vocabulary: Turns sentences into ids.
-        batching: Gives the widths.
-        size: Rows a batch.
-    """
-    ids = vocabulary.encode(sentences).to_list()
-    ids = [row[: batching.max_length] for row in ids]
-    widths = np.array(batching.widths)
-    bucket = np.searchsorted(widths, [len(row) for row in ids])
-    for index, width in enumerate(batching.widths):
-        rows = np.flatnonzero(bucket == index)
-        for start in range(0, len(rows), size):
-            chosen = rows[start : start + size]
-            batch = np.full((size, width), PAD_ID, "int32")
-            for position, row in enumerate(chosen):
-                batch[position, : len(ids[row])] = ids[row]
-            yield chosen, batch

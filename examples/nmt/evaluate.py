@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +15,22 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table: a model, and how it translates the test set.
+    """One row of the table: a file, and how it translates the test set.
 
     Args:
-        name: What was evaluated.
+        name: What the file holds.
         bleu: sacreBLEU of greedy search.
-        embedding_bytes: Bytes of the table, or of its factors.
-        model_bytes: Bytes of the weights of a Keras model, of the file of an
-            exported one.
-        ms_per_sentence: Milliseconds a sentence, greedy; batches of 64 with
-            Keras, one sentence at a time on one thread with LiteRT.
+        table_bytes: Bytes of the table in the file, all its factors.
+        file_bytes: Bytes of the file.
+        ms_per_sentence: Milliseconds a sentence, greedy, one at a time on one
+            thread.
         beam_bleu: sacreBLEU of beam search, where it was run.
     """
 
     name: str
     bleu: float
-    embedding_bytes: int
-    model_bytes: int
+    table_bytes: int
+    file_bytes: int
     ms_per_sentence: float
     beam_bleu: float | None = None
 
@@ -55,16 +55,16 @@ def table_cells(results: list[Result]) -> list[list[str]]:
 
     The losses of BLEU are against the first row.
     """
-    rows = [["model", "BLEU", "Δ", "embedding", "model size", "ms/sentence"]]
+    rows = [["file", "BLEU", "Δ", "table", "file size", "ms/sentence"]]
     for result in results:
         rows.append(
             [
                 result.name,
                 f"{result.bleu:.2f}",
                 f"{result.bleu - results[0].bleu:+.2f}",
-                f"{result.embedding_bytes / 1e6:.3f} MB",
-                f"{result.model_bytes / 1e6:.2f} MB",
-                f"{result.ms_per_sentence:.1f}",
+                f"{result.table_bytes / 1e6:.3f} MB",
+                f"{result.file_bytes / 1e6:.2f} MB",
+                f"{result.ms_per_sentence:.2f}",
             ]
         )
     if any(result.beam_bleu is not None for result in results):
@@ -73,6 +73,38 @@ def table_cells(results: list[Result]) -> list[list[str]]:
         for row, cell in zip(rows, ["BLEU beam", *column]):
             row.insert(3, cell)
     return rows
+
+
+def conclusion(results: list[Result]) -> str:
+    """The last row beside the others, in a sentence."""
+    *others, last = results
+    full = others[0]
+    fastest = min(other.ms_per_sentence for other in others[:2])
+    return (
+        f"The {last.name} file has {last.file_bytes / full.file_bytes:.0%} of "
+        f"the bytes of the {full.name} one, its table "
+        f"{last.table_bytes / full.table_bytes:.1%}; BLEU "
+        f"{last.bleu - full.bleu:+.2f}; a sentence takes "
+        f"{last.ms_per_sentence / full.ms_per_sentence:.0%} of the time, and "
+        f"{last.ms_per_sentence / fastest:.0%} of that of the fastest full "
+        "file."
+    )
+
+
+def samples(texts: dict[str, list[str]], count: int = 5) -> str:
+    """The first lines of each text, one above the other.
+
+    Args:
+        texts: As many lines each, by what they are called.
+        count: How many lines.
+    """
+    width = max(map(len, texts))
+    return "\n\n".join(
+        "\n".join(
+            f"{name:>{width}}  {line}" for name, line in zip(texts, lines)
+        )
+        for lines in itertools.islice(zip(*texts.values()), count)
+    )
 
 
 def print_table(results: list[Result], title: str) -> None:
@@ -122,20 +154,26 @@ def plot_training(histories: dict[str, Path], path: Path) -> None:
 
 
 def plot_quality(results: list[Result], path: Path) -> None:
-    """Draws BLEU against the bytes of the embedding."""
+    """Draws BLEU against the bytes of the files.
+
+    An arrow leads from the first, the full one, to the last.
+    """
     figure, axes = _new_figure()
-    for index, result in enumerate(results):
+    points = [(result.file_bytes / 1e6, result.bleu) for result in results]
+    for index, (point, result) in enumerate(zip(points, results)):
         axes.scatter(
-            result.embedding_bytes / 1e6,
-            result.bleu,
-            s=80,
-            label=result.name,
-            marker="osD^vP"[index % 6],
+            *point, s=80, label=result.name, marker="osD^vP"[index % 6]
         )
+    axes.annotate(
+        "",
+        points[-1],
+        points[0],
+        arrowprops=dict(arrowstyle="->", color="0.5", shrinkA=6, shrinkB=6),
+    )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(
-        xlabel="embedding, MB (log scale)",
+        xlabel="file, MB (log scale)",
         ylabel="sacreBLEU",
         title="Quality against size",
     )

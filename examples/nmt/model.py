@@ -25,7 +25,7 @@ def build_transformer(
 
     One table, the layer `"token_embedding"`, embeds the source and the
     target and, transposed, projects to the logits. The layers' names are what
-    `encoder`, `decoder` and `translate.Translator` find them by.
+    `stepwise` finds them by.
 
     Args:
         vocabulary_size: Rows of the table.
@@ -94,41 +94,3 @@ def decoder_layers(model: keras.Model) -> list[TransformerDecoder]:
     return [
         layer for layer in model.layers if isinstance(layer, TransformerDecoder)
     ]
-
-
-def encoder(model: keras.Model) -> keras.Model:
-    """The half of `model` from source ids to the memory `(b, s, d_model)`."""
-    return keras.Model(
-        {"source": model.get_layer("source").output},
-        model.get_layer("memory").output,
-        name="encoder",
-    )
-
-
-def decoder(model: keras.Model) -> keras.Model:
-    """The half of `model` from the memory to the next token's logits.
-
-    Only the last target position is projected to the vocabulary: a search
-    has no use for the others.
-
-    Returns:
-        A Functional model of `{"memory": (b, s, d_model), "source": (b, s),
-        "target": (b, t)}` to logits `(b, vocabulary_size)`.
-    """
-    layer = model.get_layer
-    d_model = layer("memory").output.shape[-1]
-    memory = keras.Input((None, d_model), name="memory")
-    source = keras.Input((None,), dtype="int32", name="source")
-    target = keras.Input((None,), dtype="int32", name="target")
-    embedding = layer("token_embedding")
-    x = layer("embedding_scale")(embedding(target))
-    x = layer("target_sum")([x, layer("target_position")(x)])
-    padding = keras.ops.not_equal(source, PAD_ID)
-    for decoder_layer in decoder_layers(model):
-        x = decoder_layer(x, memory, encoder_padding_mask=padding)
-    hidden = layer("decoder_output")(x)
-    return keras.Model(
-        {"memory": memory, "source": source, "target": target},
-        embedding(hidden[:, -1], reverse=True),
-        name="decoder",
-    )

@@ -19,33 +19,38 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
 
 import keras
 from rich.console import Console
 
 from .data import Batching
 from .data import Corpus
-from .data import ParallelText
 from .data import Vocabulary
 from .data import load_corpus
+from .data import read_corpus
 from .evaluate import Result
+from .evaluate import conclusion
 from .evaluate import markdown_table
 from .evaluate import plot_quality
 from .evaluate import plot_training
 from .evaluate import print_table
+from .evaluate import samples
 from .evaluate import score
 from .evaluate import signature
 from .evaluate import table_cells
 from .model import build_transformer
-from .model import decoder
-from .model import encoder
+from .stepwise import write_file
 from .train import Recipe
 from .train import Schedule
 from .train import distill
 from .train import fit
-from .translate import LiteRTTranslator
-from .translate import Translator
-from .translate import translate_to_file
+from .translate import Translations
+from .translate import translate_by_turns
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,11 @@ class Settings:
     """Everything that decides a run's outcome.
 
     Args:
-        dataset: `"cldr"` or `"multi30k"`.
-        vocabulary_size: Joint SentencePiece pieces.
+        dataset: `"cldr"`, `"multi30k"`, or `"files"`.
+        source: Text file of `"files"`, a sentence a line.
+        target: The same of the translations.
+        vocabulary_size: Joint SentencePiece pieces; by default as many as the
+            text bears, see `Vocabulary.train`.
         d_model: Width of the Transformer and of its table.
         num_layers: Encoder layers; as many decoder layers.
         num_heads: Attention heads a layer.
@@ -63,8 +71,7 @@ class Settings:
         batching: Batch shapes.
         teacher: The teacher's training.
         student: The student's distillation.
-        compression: How many times smaller the student's table is, in floats.
-        activation: f in E ~ f(U) W + 1 c; `None` is plain low rank.
+        compression: How many times fewer bytes the student's table takes.
         num_beams: Above 1, beam search is scored beside greedy search.
         max_pairs: Training pairs to use, all by default.
         max_sentences: Validation and test pairs to use, all by default.
@@ -72,20 +79,19 @@ class Settings:
         seed: Seed of data, initial weights and dropout.
     """
 
-    dataset: str = "cldr"
-    vocabulary_size: int = 1_000
-    d_model: int = 192
-    num_layers: int = 1
-    num_heads: int = 4
-    feed_forward_dim: int = 256
-    dropout: float = 0.05
-    batching: Batching = Batching(widths=(12, 20, 44), tokens=2_048)
-    teacher: Schedule = Schedule(epochs=4, peak_learning_rate=3e-3)
-    student: Recipe = Recipe(
-        epochs=5, peak_learning_rate=3e-3, warmup=0.1, embedding_weight=0.01
-    )
-    compression: float = 8.0
-    activation: str | None = "relu"
+    dataset: str = "files"
+    source: str | None = None
+    target: str | None = None
+    vocabulary_size: int | None = None
+    d_model: int = 256
+    num_layers: int = 2
+    num_heads: int = 8
+    feed_forward_dim: int = 512
+    dropout: float = 0.2
+    batching: Batching = Batching()
+    teacher: Schedule = Schedule(epochs=9, peak_learning_rate=1.2e-3)
+    student: Recipe = Recipe()
+    compression: float = 16.0
     num_beams: int = 1
     max_pairs: int | None = None
     max_sentences: int | None = None
@@ -94,20 +100,22 @@ class Settings:
 
 
 PRESETS = {
-    "cldr": Settings(),
-    "multi30k": Settings(
-        dataset="multi30k",
-        vocabulary_size=8_000,
-        d_model=256,
-        num_layers=2,
-        num_heads=8,
-        feed_forward_dim=512,
-        dropout=0.2,
-        batching=Batching(),
-        teacher=Schedule(epochs=9, peak_learning_rate=1.2e-3),
-        student=Recipe(),
-        num_beams=4,
+    "cldr": Settings(
+        dataset="cldr",
+        vocabulary_size=4_000,
+        d_model=192,
+        num_layers=1,
+        num_heads=4,
+        feed_forward_dim=256,
+        dropout=0.05,
+        batching=Batching(widths=(9, 16, 44), tokens=2_048),
+        teacher=Schedule(epochs=4, peak_learning_rate=3e-3),
+        student=Recipe(epochs=4, peak_learning_rate=3e-3, warmup=0.1),
     ),
+    "multi30k": Settings(
+        dataset="multi30k", vocabulary_size=8_000, num_beams=4
+    ),
+    "files": Settings(),
 }
 
 # What `--quick` changes: every stage, none of the quality.
@@ -120,20 +128,38 @@ QUICK = dict(
     batching=Batching(widths=(16, 64), tokens=1_024),
     teacher=Schedule(epochs=2, peak_learning_rate=3e-3),
     student=Recipe(epochs=2, peak_learning_rate=3e-3),
+    compression=8.0,
     num_beams=1,
     max_pairs=500,
     max_sentences=10,
     jit_compile=False,
 )
 
-# The rows of the table: what is evaluated, and how it is called there.
-EVALUATED = {
-    "teacher": "teacher",
-    "compressed": "compressed, before distillation",
-    "student": "compressed, distilled",
-    "teacher_litert": "teacher, LiteRT",
-    "student_litert": "compressed, distilled, LiteRT",
+
+@dataclass(frozen=True)
+class Export:
+    """A file that is written and compared.
+
+    Args:
+        model: The stage whose model it holds.
+        quantization: As of `kde.export_litert`: by default as the table was
+            trained, with 8 bits for all else.
+        title: What it is called in the table of results.
+    """
+
+    model: str
+    quantization: str | None
+    title: str
+
+
+# By the names of the files.
+EXPORTS = {
+    "full_float32": Export("teacher", "float32", "full, float32"),
+    "full_int8": Export("teacher", "int8", "full, int8"),
+    "undistilled": Export("compressed", None, "compressed, not distilled"),
+    "translator": Export("student", None, "compressed, distilled"),
 }
+FULL, SHIPPED = "full_float32", "translator"
 
 
 class Run:
@@ -184,7 +210,7 @@ class Run:
             self.compress,
             self.distill,
             self.export,
-            self.evaluate,
+            self.translate,
         ):
             stage()
         return self.report()
@@ -194,7 +220,14 @@ class Run:
     @cached_property
     def corpus(self) -> Corpus:
         settings = self.settings
-        corpus = load_corpus(settings.dataset, self._data_dir, settings.seed)
+        if settings.source and settings.target:
+            corpus = read_corpus(
+                settings.source, settings.target, settings.seed
+            )
+        else:
+            corpus = load_corpus(
+                settings.dataset, self._data_dir, settings.seed
+            )
         few = slice(settings.max_sentences)
         return Corpus(
             corpus.name,
@@ -205,31 +238,13 @@ class Run:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        path = self.work_dir / "vocabulary.spm"
+        path = self._vocabulary_path
         if not path.exists():
             vocabulary = Vocabulary.train(
                 self.corpus.train, self.settings.vocabulary_size
             )
             _write(path, lambda part: part.write_bytes(vocabulary.proto))
         return Vocabulary(path.read_bytes())
-
-    @property
-    def training_text(self) -> ParallelText:
-        """What the student learns: the corpus, or its teacher's translation."""
-        text = self.corpus.train
-        if not self.settings.student.sequence_level:
-            return text
-        translator = Translator(
-            self.model("teacher"),
-            self.vocabulary,
-            self.settings.batching,
-            num_beams=4,
-            jit_compile=True,
-        )
-        path = self.work_dir / "train_teacher_beam4.txt"
-        return ParallelText(
-            text.source, translate_to_file(translator, text.source, path)
-        )
 
     # Stages.
 
@@ -240,88 +255,131 @@ class Run:
             teacher = self._build(self.settings.dropout)
             fit(
                 teacher,
-                **self._training(
-                    "teacher", self.corpus.train, self.settings.teacher
-                ),
+                self._batches(training=True),
+                **self._training("teacher", self.settings.teacher),
             )
             return teacher
 
         return self._model_stage("teacher", train)
 
     def compress(self) -> Path:
-        """Replaces the table by factors, all rows weighed alike."""
+        """Replaces the table by factors in few bits, planned by the bytes."""
 
         def compress() -> keras.Model:
             import keras_distilled_embedding as kde
 
+            model = self._build(self.settings.student.dropout)
+            model.set_weights(self.model("teacher").get_weights())
             return kde.compress(
-                self.teacher_with_dropout(self.settings.student.dropout),
+                model,
                 self.settings.compression,
-                quantization=None,
-                activation=self.settings.activation,
+                calibration_data=self._batches(training=True),
                 verbose=int(self._verbose),
             )
 
         return self._model_stage("compressed", compress)
 
     def distill(self) -> Path:
-        """Trains the compressed model to translate as its teacher does."""
+        """Trains the compressed model to translate as its teacher does.
+
+        Its codes are rounded at every step as the file rounds them.
+        """
 
         def train() -> keras.Model:
             student = self.model("compressed")
             distill(
                 self.model("teacher"),
                 student,
-                **self._training(
-                    "student", self.training_text, self.settings.student
-                ),
+                self._batches(training=True),
+                **self._training("student", self.settings.student),
             )
             return student
 
         return self._model_stage("student", train)
 
     def export(self) -> None:
-        """Writes teacher and student as LiteRT files."""
-        import keras_distilled_embedding as kde
-
-        for name in ("teacher", "student"):
-            path = self.work_dir / f"{name}.tflite"
-            if path.exists():
+        """Writes files that translate, token by token, tokenizer included."""
+        for name, export in EXPORTS.items():
+            sizes = self.work_dir / f"{name}.json"
+            if sizes.exists():
                 continue
             with self._stage(f"export {name}"):
-                model = self.model(name)
-                kde.export_litert(
+                model = self.model(export.model)
+                path = self.work_dir / f"{name}.tflite"
+                report = write_file(
                     model,
                     path,
-                    signatures={
-                        "encode": encoder(model),
-                        "decode": decoder(model),
-                    },
+                    self._vocabulary_path,
+                    self.settings.batching.max_length,
+                    quantization=export.quantization,
                     verbose=self._verbose,
                 )
+                table = model.get_layer("token_embedding")
+                _write_json(
+                    sizes,
+                    {
+                        # A table that is neither factorized nor rounded is
+                        # one matrix among others in the file.
+                        "table_bytes": sum(report.table_bytes.values())
+                        or 4 * table.count_params(),
+                        "file_bytes": path.stat().st_size,
+                    },
+                )
 
-    def evaluate(self) -> None:
-        """Translates the test set with every model; a file for each."""
-        for name in EVALUATED:
-            path = self._result_path(name)
-            if not path.exists():
-                with self._stage(f"evaluate {name}"):
-                    _write_json(path, self._evaluate(name).to_dict())
+    def translate(self) -> None:
+        """Translates the test set with every file, and scores that."""
+        path = self.work_dir / "results.json"
+        if path.exists():
+            return
+        test = self.corpus.test
+        with self._stage("translate"):
+            found = self._translations()
+            beams = (
+                self._translations(self.settings.num_beams)
+                if self.settings.num_beams > 1
+                else {}
+            )
+            results = []
+            for name, export in EXPORTS.items():
+                lines = found[name].lines
+                self._write_text(f"test_{name}.txt", lines)
+                results.append(
+                    Result(
+                        name=export.title,
+                        bleu=score(lines, test.target),
+                        ms_per_sentence=found[name].ms_per_sentence,
+                        beam_bleu=score(beams[name].lines, test.target)
+                        if beams
+                        else None,
+                        **self._read_json(f"{name}.json"),
+                    ).to_dict()
+                )
+            self._write_text("test_source.txt", test.source)
+            self._write_text("test_reference.txt", test.target)
+            _write_json(path, results)
 
     def report(self) -> list[Result]:
         """Prints the table of results and draws the pictures."""
-        results = [
-            Result(**json.loads(self._result_path(name).read_text()))
-            for name in EVALUATED
-        ]
-        settings = self.settings
+        results = [Result(**row) for row in self._read_json("results.json")]
         title = (
-            f"{settings.dataset} en-de, table "
-            f"{self.vocabulary.size} x {settings.d_model}, "
-            f"compressed {settings.compression:g}x"
+            f"{self.corpus.name}: table of {self.vocabulary.size:,} x "
+            f"{self.settings.d_model}, {self.settings.compression:g}x smaller"
         )
-        print_table(results, title)
-        self._write_report(results, title)
+        lines = {
+            title: self._read_text(f"test_{name}.txt")
+            for title, name in (
+                ("source", "source"),
+                ("reference", "reference"),
+                (EXPORTS[FULL].title, FULL),
+                (EXPORTS[SHIPPED].title, SHIPPED),
+            )
+        }
+        picture = self.work_dir / "quality.png"
+        if self._verbose:
+            print_table(results, title)
+            self._console.print(f"\n{samples(lines)}\n", highlight=False)
+            self._console.print(conclusion(results))
+        self._write_report(results, title, samples(lines))
         plot_training(
             {
                 name: self.work_dir / f"{name}_history.csv"
@@ -329,11 +387,29 @@ class Run:
             },
             self.work_dir / "training.png",
         )
-        plot_quality(results, self.work_dir / "quality.png")
-        self._console.print(f"Files and pictures: {self.work_dir}")
+        plot_quality(results, picture)
+        translator = self.work_dir / f"{SHIPPED}.tflite"
+        self._console.print(
+            f"The file to ship: {translator}\n"
+            f"Translate with it: python keras_distilled_embedding_runner.py "
+            f"{translator} {lines['source'][0]!r}\n"
+            f"Pictures: {picture}, {self.work_dir / 'training.png'}; all "
+            f"figures: {self.work_dir / 'report.md'}\n"
+            f"In a browser: {self._web_command()}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return results
 
-    def _write_report(self, results: list[Result], title: str) -> None:
+    def _web_command(self) -> str:
+        if self.work_dir == Path("runs") / self.settings.dataset:
+            dataset = self.settings.dataset
+            return "make web" + f" DATASET={dataset}" * (dataset != "cldr")
+        return f"python -m examples.web --work-dir {self.work_dir}"
+
+    def _write_report(
+        self, results: list[Result], title: str, samples: str
+    ) -> None:
         """Writes the table, and what one needs to know about it, to a file."""
         stages = [["stage", "wall seconds", "processor seconds"]]
         for line in (self.work_dir / "stages.jsonl").read_text().splitlines():
@@ -345,8 +421,10 @@ class Run:
         parts = [
             f"# {title}",
             markdown_table(table_cells(results)),
-            f"sacreBLEU `{signature()}`. Milliseconds: Keras in batches of "
-            "64; LiteRT one sentence at a time, one thread.",
+            conclusion(results),
+            f"sacreBLEU `{signature()}`. Milliseconds: one sentence at a time "
+            "by the file, one thread; the files take turns.",
+            f"```text\n{samples}\n```",
             markdown_table(stages),
             f"Python {platform.python_version()}, {versions}; "
             f"{os.cpu_count()} cores, {platform.machine()}. Settings:",
@@ -354,10 +432,19 @@ class Run:
         ]
         _write(
             self.work_dir / "report.md",
-            lambda part: part.write_text("\n\n".join(parts) + "\n"),
+            lambda part: part.write_text("\n\n".join(parts) + "\n", "utf-8"),
         )
 
     # Parts of stages.
+
+    def _translations(self, num_beams: int = 1) -> dict[str, Translations]:
+        return translate_by_turns(
+            {name: self.work_dir / f"{name}.tflite" for name in EXPORTS},
+            self.corpus.test.source,
+            self.vocabulary,
+            self.settings.batching.max_length,
+            num_beams,
+        )
 
     def _build(self, dropout: float) -> keras.Model:
         settings = self.settings
@@ -371,12 +458,6 @@ class Run:
             dropout=dropout,
             seed=settings.seed,
         )
-
-    def teacher_with_dropout(self, dropout: float) -> keras.Model:
-        """The trained teacher, rebuilt with another dropout."""
-        model = self._build(dropout)
-        model.set_weights(self.model("teacher").get_weights())
-        return model
 
     def model(self, name: str) -> keras.Model:
         """Loads the model a stage has saved."""
@@ -394,18 +475,21 @@ class Run:
                 _write(path, model.save)
         return path
 
-    def _training(
-        self, name: str, text: ParallelText, schedule: Schedule
-    ) -> dict:
+    def _batches(self, training: bool) -> tf.data.Dataset:
+        corpus, settings = self.corpus, self.settings
+        return settings.batching.batches(
+            corpus.train if training else corpus.validation,
+            self.vocabulary,
+            shuffle_seed=settings.seed if training else None,
+        )
+
+    def _training(self, name: str, schedule: Schedule) -> dict:
         """Arguments of `train.fit` and `train.distill` for one model."""
-        settings = self.settings
-        batches = settings.batching.batches
         return dict(
-            training=batches(text, self.vocabulary, shuffle_seed=settings.seed),
-            validation=batches(self.corpus.validation, self.vocabulary),
+            validation=self._batches(training=False),
             schedule=schedule,
             backup_dir=self.work_dir / f"{name}_backup",
-            jit_compile=settings.jit_compile,
+            jit_compile=self.settings.jit_compile,
             callbacks=[
                 keras.callbacks.CSVLogger(
                     str(self.work_dir / f"{name}_history.csv"), append=True
@@ -420,51 +504,20 @@ class Run:
             return 0
         return 1 if sys.stdout.isatty() else 2
 
-    def _result_path(self, name: str) -> Path:
-        return self.work_dir / f"result_{name}.json"
+    @property
+    def _vocabulary_path(self) -> Path:
+        return self.work_dir / "vocabulary.spm"
 
-    def _evaluate(self, name: str) -> Result:
-        settings = self.settings
-        model = self.model(name.removesuffix("_litert"))
-        beam_bleu = None
-        if name.endswith("_litert"):
-            file = self.work_dir / f"{name.removesuffix('_litert')}.tflite"
-            model_bytes = file.stat().st_size
-            translator = LiteRTTranslator(
-                file, self.vocabulary, settings.batching.max_length
-            )
-        else:
-            model_bytes = _weights_bytes(model)
-            arguments = (model, self.vocabulary, settings.batching)
-            translator = Translator(*arguments)
-            if settings.num_beams > 1:
-                beam_bleu, _ = self._score(
-                    f"{name}_beam", Translator(*arguments, settings.num_beams)
-                )
-        bleu, milliseconds = self._score(name, translator)
-        return Result(
-            name=EVALUATED[name],
-            bleu=bleu,
-            embedding_bytes=_weights_bytes(model.get_layer("token_embedding")),
-            model_bytes=model_bytes,
-            ms_per_sentence=milliseconds,
-            beam_bleu=beam_bleu,
-        )
+    def _read_json(self, name: str) -> Any:
+        return json.loads((self.work_dir / name).read_text())
 
-    def _score(
-        self, name: str, translator: Translator | LiteRTTranslator
-    ) -> tuple[float, float]:
-        """BLEU, and milliseconds a sentence once everything is warm."""
-        sentences = self.corpus.test.source
-        translator.translate(sentences[:1])
-        start = time.perf_counter()
-        translations = translator.translate(sentences)
-        seconds = time.perf_counter() - start
-        (self.work_dir / f"translations_{name}.txt").write_text(
-            "\n".join(translations) + "\n", encoding="utf-8"
-        )
-        bleu = score(translations, self.corpus.test.target)
-        return bleu, 1_000 * seconds / len(sentences)
+    def _write_text(self, name: str, lines: list[str]) -> None:
+        text = "".join(line.replace("\n", " ") + "\n" for line in lines)
+        (self.work_dir / name).write_text(text, "utf-8")
+
+    def _read_text(self, name: str) -> list[str]:
+        # Not splitlines(): a sentence may hold other separators than \n.
+        return (self.work_dir / name).read_text("utf-8").split("\n")[:-1]
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -484,10 +537,6 @@ class Run:
             log.write(json.dumps(seconds) + "\n")
 
 
-def _weights_bytes(layer: keras.layers.Layer) -> int:
-    return sum(weight.numpy().nbytes for weight in layer.weights)
-
-
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file whole or not at all."""
     part = path.with_name(f"part_{path.name}")
@@ -495,6 +544,6 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(part, path)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2) + "\n"
     _write(path, lambda part: part.write_text(text))

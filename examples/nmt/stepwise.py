@@ -17,6 +17,7 @@ from keras import ops
 from keras_nlp.layers import CachedMultiHeadAttention
 from keras_nlp.layers import TransformerDecoder
 
+import keras_distilled_embedding as kde
 from keras_distilled_embedding.export.tokenizers import StoredVocabulary
 from keras_distilled_embedding.export.tokenizers import append_tokenizer
 
@@ -223,7 +224,43 @@ def _row(
     return ops.reshape(row, (1, width))
 
 
-# The tokenizer in the file
+# The file
+
+
+def write_file(
+    model: keras.Model,
+    filepath: str | os.PathLike,
+    vocabulary_path: str | os.PathLike,
+    max_length: int,
+    quantization: str | None = None,
+    verbose: bool = True,
+    **sizes: int,
+) -> kde.ExportReport:
+    """Writes a file that translates, its tokenizer included.
+
+    Args:
+        model: A model of `model.build_transformer`, compressed or not.
+        filepath: The file.
+        vocabulary_path: The SentencePiece model.
+        max_length: Longest sentence, in tokens.
+        quantization: As of `kde.export_litert`.
+        verbose: As of `kde.export_litert`.
+        **sizes: `batch_size` and `sequence_length` of `kde.export_litert`,
+            where they are to be fixed.
+
+    Returns:
+        An `ExportReport`.
+    """
+    report = kde.export_litert(
+        model,
+        filepath,
+        quantization=quantization,
+        signatures=stepwise_signatures(model, max_length),
+        verbose=verbose,
+        **sizes,
+    )
+    embed_vocabulary(filepath, vocabulary_path, model, max_length)
+    return report
 
 
 def embed_vocabulary(

@@ -100,8 +100,6 @@ class Recipe(Schedule):
             last hidden states.
         temperature: Of the predictions compared.
         dropout: Share of units dropped in the student.
-        sequence_level: Whether the student learns the teacher's own
-            translations of the training text instead of the reference ones.
     """
 
     epochs: int = 4
@@ -113,7 +111,6 @@ class Recipe(Schedule):
     hidden_weight: float = 0.0
     temperature: float = 1.0
     dropout: float = 0.0
-    sequence_level: bool = False
 
 
 def fit(
@@ -194,8 +191,8 @@ def distill(
         training: As in `fit`.
         validation: As in `fit`.
         schedule: The recipe. A loss of weight zero is not computed.
-        quantization: `"int8"` or `"int4"`: how the student's codes are rounded
-            from now on, as a file of that quantization stores them.
+        quantization: `"int8"`, `"int4"` or `"int2"`: how the student's codes
+            are rounded from now on. By default as they are.
         **options: Those of `fit`.
     """
     import keras_distilled_embedding as kde

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,13 +12,14 @@ from http.server import SimpleHTTPRequestHandler
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from keras_distilled_embedding_cli import quiet_frameworks
 
 SOURCE = Path(__file__).parent
-# The models of a work directory of `examples.nmt`, as they are shown.
+# The models of a work directory of `examples.nmt`: what they are called, and
+# how they are stored, by default as they were trained.
 TRANSLATORS = {
-    "teacher": "Full table, int8",
-    "student": "Compressed table, int8",
+    "teacher": ("Full table", "int8"),
+    "student": ("Compressed table", None),
 }
 
 
@@ -60,39 +60,31 @@ def export(work_dir: Path, folder: Path) -> None:
     """
     import keras
 
-    import keras_distilled_embedding as kde
-    from examples.nmt.data import load_corpus
-    from examples.nmt.stepwise import embed_vocabulary
-    from examples.nmt.stepwise import stepwise_signatures
+    from examples.nmt.stepwise import write_file
 
     settings = json.loads((work_dir / "settings.json").read_text())
     length = settings["batching"]["widths"][-1]
     translators = []
-    for name, shown_name in TRANSLATORS.items():
-        model = keras.saving.load_model(
-            work_dir / f"{name}.keras", compile=False
-        )
+    for name, (title, quantization) in TRANSLATORS.items():
         file = folder / f"{name}.tflite"
-        report = kde.export_litert(
-            model,
+        report = write_file(
+            keras.saving.load_model(work_dir / f"{name}.keras", compile=False),
             file,
-            quantization="int8",
-            signatures=stepwise_signatures(model, length),
+            work_dir / "vocabulary.spm",
+            length,
+            quantization=quantization,
             batch_size=1,
             sequence_length=length,
         )
-        embed_vocabulary(
-            file, work_dir / "vocabulary.spm", model, max_length=length
-        )
         translators.append(
             {
-                "name": shown_name,
+                "name": f"{title}, {report.quantization}",
                 "file": file.name,
                 "table_bytes": sum(report.table_bytes.values()),
             }
         )
-    text = load_corpus(settings["dataset"], seed=settings["seed"]).test
-    content = {"translators": translators, "examples": text.source[:3]}
+    test = (work_dir / "test_source.txt").read_text("utf-8").split("\n")
+    content = {"translators": translators, "examples": test[:3]}
     (folder / "translators.json").write_text(json.dumps(content), "utf-8")
 
 
@@ -134,7 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
         bundle(options.folder.resolve())
-        export(options.work_dir, options.folder)
+        with quiet_frameworks():
+            export(options.work_dir, options.folder)
         with server(options.folder, options.port) as pages:
             print(f"http://localhost:{options.port}", flush=True)
             pages.serve_forever()

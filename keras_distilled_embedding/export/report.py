@@ -126,7 +126,7 @@ def measure_fidelity(
     for name, batches in inputs.items():
         runner = interpreter.get_signature_runner(name)
         # In a graph, which does not transpose a whole table to multiply it.
-        in_keras = tf.function(signatures[name].call)
+        in_keras = tf.function(signatures[name].call, reduce_retracing=True)
         for batch in batches:
             try:
                 arrays = signatures[name].by_name(batch)

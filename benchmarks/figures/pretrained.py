@@ -93,16 +93,20 @@ MODELS = [*SOURCES, "quick"]
 ROWS = [FULL, *COMPRESSED, *DISTILLED, *NEAREST]
 # What one line of the picture is made of.
 KINDS = {
-    "full rank": ("int8", "int4", "int2"),
-    f"full rank{PLAIN}": (f"int4{PLAIN}", f"int2{PLAIN}"),
+    "bits alone": ("int8", "int4", "int2"),
+    f"bits alone{PLAIN}": (f"int4{PLAIN}", f"int2{PLAIN}"),
     "rank and bits planned": ("8x", "16x", "32x"),
-    "distilled": tuple(name for name in DISTILLED if "480" in name),
+    "bits alone, distilled": DISTILLED,
     "rank alone": ("floats 2x", "floats 8x"),
     f"rank alone{PLAIN}": (f"floats 2x{PLAIN}", f"floats 8x{PLAIN}"),
-    "nearest": ("nearest int4", "nearest int2"),
-    f"nearest{BLOCKS}": (f"nearest int4{BLOCKS}", f"nearest int2{BLOCKS}"),
+    "nearest levels": ("nearest int4", "nearest int2"),
+    f"nearest levels{BLOCKS}": (
+        f"nearest int4{BLOCKS}",
+        f"nearest int2{BLOCKS}",
+    ),
 }
 ROWS_AT_A_TIME = 16_384
+TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 15)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,7 +280,8 @@ def _plot(groups: dict[tuple, list[dict]], path: Path) -> None:
             continue
         full = rows[FULL]["perplexity"]
         for index, (kind, names) in enumerate(KINDS.items()):
-            label = f"{model}, {kind}"
+            title = SOURCES[model].title if model in SOURCES else model
+            label = f"{title.removesuffix('-Instruct')}: {kind}"
             found = [rows[name] for name in names if name in rows]
             lines[label] = [(_ratio(r), r["perplexity"] / full) for r in found]
             styles[label] = {"color": f"C{index}", "linestyle": drawn[model]}
@@ -287,9 +292,11 @@ def _plot(groups: dict[tuple, list[dict]], path: Path) -> None:
         log_x=True,
         x_format="{x:g}",
         yscale="log",
+        yticks=TICKS,
+        yticklabels=[f"{tick:g}x" for tick in TICKS],
         xlabel="times fewer bytes of the table (log scale)",
-        ylabel="perplexity over that of the full table (log scale)",
-        title="Compressed, and distilled where it says so",
+        ylabel="perplexity, times that of the full table (log scale)",
+        title="A pretrained model's table in fewer bytes",
     )
 
 

@@ -40,6 +40,10 @@ AUTO = "auto"
 DEFAULT_COMPRESSION = 8.0
 # What a planned projection may multiply more than with the table.
 MORE_PRODUCTS = 1.05
+# From so many rows on, a format whose product LiteRT does not delegate, which
+# is about ten times slower, is taken only where it loses so many times less.
+LARGE_VOCABULARY = 16_384
+SLOW_PRODUCT = 1.5
 
 Tables = Mapping[Target, Sequence[Table]]
 
@@ -212,25 +216,36 @@ class _Planner:
     def least_loss(self, plans: list[Plan]) -> Plan:
         """The plan that is expected to lose the least of the tables' energy.
 
-        Rounding only adds to what a rank loses: plans that lose more by their
-        ranks alone are not tried.
+        One that is slow has to lose much less. Rounding only adds to what a
+        rank loses: plans that lose more by their ranks alone are not tried.
         """
         if len(plans) == 1:
             return plans[0]
+        penalties = [self._penalty(plan) for plan in plans]
         bounds = [self._loss(plan, rounded=False) for plan in plans]
         losses: dict[str, float] = {}
-        best, least = plans[0], np.inf
-        for index in np.argsort(bounds, kind="stable"):
-            plan, loss = plans[index], bounds[index]
-            if loss < least and plan.kind is not None:
+        best, least, of_best = plans[0], np.inf, np.inf
+        for index in np.argsort(np.multiply(bounds, penalties), kind="stable"):
+            plan, loss, penalty = plans[index], bounds[index], penalties[index]
+            if loss * penalty < least and plan.kind is not None:
                 loss = self._loss(plan, rounded=True)
             name = name_of(plan.kind)
             losses[name] = min(loss, losses.get(name, np.inf))
-            if loss < least:
-                best, least = plan, loss
+            if loss * penalty < least:
+                best, least, of_best = plan, loss * penalty, loss
         if len(losses) == 1:
             return best
+        losses[name_of(best.kind)] = of_best
         return best._replace(reason=self._reason(best, losses))
+
+    def _penalty(self, plan: Plan) -> float:
+        """What the loss of a plan is multiplied by, to be compared."""
+        is_slow = plan.kind is not None and not plan.kind.is_delegated
+        is_felt = any(
+            target.projects and target.shape[0] >= LARGE_VOCABULARY
+            for target in plan.ranks
+        )
+        return SLOW_PRODUCT if is_slow and is_felt else 1.0
 
     def _reason(self, best: Plan, losses: Mapping[str, float]) -> str:
         """Why this plan, in one line."""

@@ -45,6 +45,12 @@ class Target:
         return isinstance(self.layer, keras.layers.Dense)
 
     @property
+    def projects(self) -> bool:
+        """Whether it can project to the vocabulary, and not only look up."""
+        kinds = keras.layers.ReversibleEmbedding, DistilledEmbedding
+        return self.is_dense or isinstance(self.layer, kinds)
+
+    @property
     def is_factorized(self) -> bool:
         return isinstance(self.layer, DistilledEmbedding)
 

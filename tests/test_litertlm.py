@@ -3,10 +3,6 @@
 The runtime itself generates here, from the bundle alone.
 """
 
-import io
-import json
-from pydoc_data.topics import topics
-
 import keras
 import numpy as np
 import pytest
@@ -19,6 +15,9 @@ from keras_distilled_embedding.export import litertlm
 from keras_distilled_embedding.export.tokenizers import stored_vocabulary
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding_runner import Runner
+from tests.vocabularies import byte_pairs
+from tests.vocabularies import paragraphs
+from tests.vocabularies import sentence_pieces
 
 keras_hub = pytest.importorskip("keras_hub")
 builder = pytest.importorskip("litert_lm_builder.litertlm_builder")
@@ -41,28 +40,12 @@ PROMPTS = [
 ]
 
 
-def paragraphs():
-    """Of Python's own manual."""
-    found = (p for text in topics.values() for p in text.split("\n\n"))
-    return [" ".join(p.split()) for p in found if len(p) > 80]
-
-
 def llama():
     """With SentencePiece."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(paragraphs()),
-        model_writer=model,
-        vocab_size=VOCABULARY,
-        minloglevel=2,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
+    pieces = sentence_pieces(
+        paragraphs(), VOCABULARY, pad_id=0, bos_id=1, eos_id=2, unk_id=3
     )
-    tokenizer = keras_hub.tokenizers.LlamaTokenizer(model.getvalue())
+    tokenizer = keras_hub.tokenizers.LlamaTokenizer(pieces)
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=VOCABULARY,
         num_layers=2,
@@ -82,27 +65,10 @@ def llama():
 
 def gpt2():
     """With byte pairs."""
-    import tokenizers
-
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False
-    )
-    trained.train_from_iterator(
-        paragraphs(),
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    model = json.loads(trained.to_str())["model"]
-    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
-        model["vocab"], [" ".join(pair) for pair in model["merges"]]
-    )
+    pairs = byte_pairs(paragraphs(), VOCABULARY, ["<|endoftext|>"])
+    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(*pairs)
     backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=len(model["vocab"]),
+        vocabulary_size=len(pairs[0]),
         num_layers=2,
         num_heads=4,
         hidden_dim=64,

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_distilled_embedding_runner as runner_file
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import export_litertlm
 from keras_distilled_embedding.export import causal_lm
 from keras_distilled_embedding.export import litertlm
+from keras_distilled_embedding.export.tokenizers import StoredVocabulary
 from keras_distilled_embedding.export.tokenizers import stored_vocabulary
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding_runner import Runner
@@ -259,6 +261,71 @@ def test_damaged_bundles(bundles, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"`model_path` must be .*writte"):
             Runner(path)
+
+
+def rebuilt(path, folder, tokenizer=None, **settings):
+    """A bundle of the same model with another tokenizer, other settings."""
+    parts = runner_file._read_parts(path)
+    (content,) = parts.tokenizer.values()
+    model_file = folder / "model.tflite"
+    model_file.write_bytes(parts.model)
+    settings = parts.settings | settings
+    changed = folder / "changed.litertlm"
+    with changed.open("wb") as file:
+        litertlm._bundle(
+            model_file,
+            StoredVocabulary(tokenizer or content, is_sentencepiece=True),
+            settings,
+            litertlm._metadata(settings, None),
+            litertlm._state_buffers(causal_lm.CacheForm(False, 0, ())),
+            folder,
+        ).build(file)
+    return changed
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_does_not_belong_there(bundles, tmp_path):
+    other = sentence_pieces(paragraphs(), VOCABULARY + 50)
+    changed = rebuilt(bundles["llama"], tmp_path, other)
+    with pytest.raises(ValueError, match="450 pieces for a model of 400"):
+        Runner(changed)
+
+
+@pytest.mark.slow
+def test_a_stop_that_is_never_met(bundles, tmp_path):
+    """The text fills the caches; with one that is, it ends there."""
+    ids = list(Runner(bundles["llama"]).stream_ids(PROMPTS[0]))
+    unmet = next(i for i in range(4, VOCABULARY) if i not in ids)
+    whole = Runner(rebuilt(bundles["llama"], tmp_path, stop_ids=[unmet]))
+    longer = list(whole.stream_ids(PROMPTS[0]))
+    start = len(whole._prompt_ids(PROMPTS[0]))
+    assert longer[: len(ids)] == ids
+    assert unmet in longer or len(longer) == MAX_LENGTH - start
+    met = Runner(rebuilt(bundles["llama"], tmp_path, stop_ids=[ids[3]]))
+    assert list(met.stream_ids(PROMPTS[0])) == ids[: ids.index(ids[3])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ids_out_of_range(bundles, name):
+    runner = Runner(bundles[name])
+    for wrong in (-1, runner.vocabulary_size):
+        with pytest.raises(
+            ValueError, match=rf"`prompt` must have ids from 0.*\[{wrong}\]"
+        ):
+            runner.generate([5, wrong])
+
+
+@pytest.mark.slow
+def test_control_c_while_it_writes(bundles, interrupted, capsys):
+    """What is written stays, and no traceback follows."""
+    path, prompt = str(bundles["llama"]), PROMPTS[0]
+    whole = Runner(path).generate(prompt)
+    interrupted(after=12)
+    assert runner_file.main([path, prompt]) == 130
+    shown, errors = capsys.readouterr()
+    assert errors == "" and shown.endswith("\n")
+    assert 0 < len(shown) - 1 < len(whole) and whole.startswith(shown[:-1])
 
 
 @pytest.mark.slow

@@ -132,14 +132,15 @@ def _check_task(task: Any) -> None:
             "are for `export_litertlm`, others for `export_litert`. "
             f"Received: task={task!r}"
         )
-    causal_lm.check_task(task, _METHOD)
-    arguments = list(inspect.signature(getattr(task, _METHOD)).parameters)
+    method = getattr(task, _METHOD, None)
+    arguments = list(inspect.signature(method).parameters) if method else []
     if not _ARGUMENTS.issubset(arguments):
         raise ValueError(
             "`task` must read a text, and keep keys and values, as BART and "
             f"T5 do. Received: {type(task).__name__} with a `{_METHOD}` of "
             f"{arguments}"
         )
+    causal_lm.check_task(task, _METHOD)
 
 
 def _settings(preprocessor: Any, max_length: int) -> dict[str, Any]:

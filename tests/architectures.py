@@ -2,7 +2,7 @@
 
 What the matrix of `test_kerashub.py` and the table in docs/ are made from:
 
-    python -m tests.architectures  # writes docs/architectures.md
+    python -m tests.architectures  # prints the table
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from typing import Any
 import keras
 import numpy as np
 
+from tests.vocabularies import byte_pairs
+from tests.vocabularies import paragraphs
+from tests.vocabularies import sentence_pieces
+
 VOCABULARY = 48
 WIDTH = 16
 LENGTH = 8
+# Of models that write: bytes and special tokens are pieces, too.
+PIECES = 300
+TEXT_LENGTH = 24
 
 _COMMON = dict(
     vocabulary_size=VOCABULARY,
@@ -42,6 +49,7 @@ class Architecture:
         tables: What becomes of the tables, for the documentation.
         exports: How it becomes a LiteRT file: for sequences of any length, of
             one fixed length, or why not.
+        refused: Why it goes into no file that writes texts, if it generates.
     """
 
     name: str
@@ -50,17 +58,37 @@ class Architecture:
     options: dict[str, Any] = field(default_factory=dict)
     tables: str = "one, tied"
     exports: str = "any length"
+    refused: str = ""
 
     @property
     def generates(self) -> bool:
         return self.task is not None and not self.task.endswith("MaskedLM")
 
-    def make(self, seed: int = 0) -> keras.Model:
-        """A model with random weights, no dropout, and no preprocessor."""
+    @property
+    def translates(self) -> bool:
+        return self.generates and "Seq2Seq" in self.task
+
+    @property
+    def writes(self) -> str:
+        """In which file it writes texts, for the documentation."""
+        if not self.generates:
+            return ""
+        if self.refused:
+            return f"no: {self.refused}"
+        own = "no, but [a file of its own](on-device.md#sequence-to-sequence)"
+        return own if self.translates else "yes"
+
+    def make(self, seed: int = 0, **changes: Any) -> keras.Model:
+        """A model with random weights, no dropout, and no preprocessor.
+
+        Args:
+            seed: Of the weights.
+            **changes: Of the backbone's arguments.
+        """
         import keras_hub
 
         keras.utils.set_random_seed(seed)
-        options = {**_COMMON, **self.options}
+        options = {**_COMMON, **self.options, **changes}
         options = {k: v for k, v in options.items() if v is not None}
         backbone = getattr(keras_hub.models, self.backbone)(**options)
         model = backbone
@@ -80,6 +108,31 @@ class Architecture:
         asked of it.
         """
         return _shared(self.name)
+
+    def writer(self) -> keras.Model:
+        """A language model with a tokenizer, for `TEXT_LENGTH` tokens.
+
+        It is not trained, but what it writes varies.
+        """
+        changes = {"vocabulary_size": PIECES}
+        if "max_sequence_length" in self.options:
+            changes["max_sequence_length"] = TEXT_LENGTH
+        task = self.make(**changes)
+        # So that no token calls for itself, as in a tied table it would.
+        *_, norm = (
+            layer
+            for layer in task.backbone.layers
+            if "norm" in layer.name and layer.weights
+        )
+        scale = norm.weights[0]
+        rng = np.random.default_rng(0)
+        scale.assign(2 * rng.normal(size=scale.shape).astype("float32"))
+        preprocessor = task.preprocessor_cls
+        tokenizer = _tokenizer(preprocessor.tokenizer_cls)
+        return type(task)(
+            backbone=task.backbone,
+            preprocessor=preprocessor(tokenizer=tokenizer),
+        )
 
     def inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
         """A batch of two, as the model's inputs are named and shaped."""
@@ -107,7 +160,7 @@ class Architecture:
 
     def prompt(self) -> dict[str, np.ndarray]:
         """Inputs of `generate`: four tokens of eight are given."""
-        if "Seq2Seq" not in self.task:
+        if not self.translates:
             return _half_prompt()
         encoder, decoder = self.inputs(), _half_prompt()
         return {
@@ -133,6 +186,41 @@ def _half_prompt() -> dict[str, np.ndarray]:
     return {"token_ids": ids, "padding_mask": (ids != 0).astype("int32")}
 
 
+@cache
+def _tokenizer(kind: type) -> Any:
+    """Of a class of KerasHub, with pieces of Python's manual."""
+    import keras_hub
+
+    if issubclass(kind, keras_hub.tokenizers.BytePairTokenizer):
+        return kind(*byte_pairs(paragraphs(), PIECES, _SPECIAL_TOKENS))
+    options = {}
+    if kind is keras_hub.tokenizers.Gemma3Tokenizer:
+        options["has_vision_tokens"] = False
+    pieces = sentence_pieces(
+        paragraphs(),
+        PIECES,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        control_symbols=["<bos>", "<eos>", "<|endoftext|>"],
+    )
+    return kind(pieces, **options)
+
+
+# Of all tokenizers of byte pairs.
+_SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<s>",
+    "<pad>",
+    "</s>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+]
 FIXED = "fixed length"
 UNTIED = "two in one layer, look-up and projection, both factorized"
 
@@ -200,7 +288,11 @@ ARCHITECTURES = [
         exports=FIXED,
     ),
     Architecture(
-        "GPT-NeoX", "GPTNeoXBackbone", "GPTNeoXCausalLM", _HEADS | _POSITIONS
+        "GPT-NeoX",
+        "GPTNeoXBackbone",
+        "GPTNeoXCausalLM",
+        _HEADS | _POSITIONS,
+        refused="KerasHub turns its cached queries as if they came first",
     ),
     Architecture(
         "Llama",
@@ -325,12 +417,13 @@ def _shared(name: str) -> keras.Model:
 def supported_table() -> str:
     """What is supported, in Markdown: one row for each architecture here."""
     lines = [
-        "| architecture | tested as | its tables | generates | LiteRT |",
-        "|---|---|---|---|---|",
+        "| architecture | tested as | its tables | generates | LiteRT "
+        "| LiteRT-LM |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {a.name} | `{a.task or a.backbone}` | {a.tables} | "
-        f"{'yes' if a.generates else ''} | {a.exports} |"
+        f"{'yes' if a.generates else ''} | {a.exports} | {a.writes} |"
         for a in ARCHITECTURES
     ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Settings of the test session."""
 
 import gc
+import itertools
 import os
 import random
 import warnings
@@ -99,3 +100,21 @@ def unchanged_global_state():
     # Classes that a test registers itself are its own business.
     added = set(keras.saving.get_custom_objects()) - classes
     assert not [name for name in added if name.startswith("keras_distilled")]
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Presses Ctrl-C after some steps of the runner."""
+    import keras_distilled_embedding_runner as runner
+
+    step, calls = runner._State.step, itertools.count()
+
+    def interrupt(after):
+        def counted(*arguments):
+            if next(calls) >= after:
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        monkeypatch.setattr(runner._State, "step", counted)
+
+    return interrupt

@@ -13,10 +13,17 @@ import pytest
 
 import keras_distilled_embedding as kde
 import keras_distilled_embedding_cli as cli
+import keras_distilled_embedding_runner as runner_file
+from keras_distilled_embedding.export import seq2seq
+from keras_distilled_embedding.export.tokenizers import StoredVocabulary
+from keras_distilled_embedding.export.tokenizers import append_tokenizer
 from keras_distilled_embedding_runner import Runner
 from tests.translators import LENGTH
+from tests.translators import add_noise
 from tests.translators import sentences
 from tests.translators import translator
+from tests.vocabularies import paragraphs
+from tests.vocabularies import sentence_pieces
 
 keras_hub = pytest.importorskip("keras_hub")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")
@@ -278,6 +285,95 @@ def test_bad_use_of_the_export(files, change, error, match, tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
+def t5gemma():
+    layer = dict(
+        hidden_dim=16,
+        intermediate_dim=16,
+        num_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        layer_types=["full_attention"],
+    )
+    sides = {f"encoder_{k}": v for k, v in layer.items()}
+    sides |= {f"decoder_{k}": v for k, v in layer.items()}
+    backbone = keras_hub.models.T5GemmaBackbone(vocabulary_size=300, **sides)
+    special = dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3)
+    names = dict(pad_piece="<pad>", bos_piece="<bos>", eos_piece="<eos>")
+    pieces = sentence_pieces(paragraphs(), 300, **special, **names)
+    preprocessor = keras_hub.models.T5GemmaSeq2SeqLMPreprocessor(
+        keras_hub.models.T5GemmaTokenizer(pieces), 16, 16
+    )
+    return keras_hub.models.T5GemmaSeq2SeqLM(backbone, preprocessor)
+
+
+def moonshine():
+    """Which hears."""
+    backbone = keras_hub.models.MoonshineBackbone(
+        vocabulary_size=300,
+        filter_dim=16,
+        encoder_num_layers=1,
+        decoder_num_layers=1,
+        hidden_dim=16,
+        intermediate_dim=16,
+        encoder_num_heads=2,
+        decoder_num_heads=2,
+    )
+    return keras_hub.models.MoonshineAudioToText(backbone)
+
+
+@pytest.mark.parametrize("make", [t5gemma, moonshine])
+def test_tasks_that_decode_in_another_way(make, tmp_path, monkeypatch):
+    """Are refused before any work."""
+    task = make()
+    monkeypatch.setattr(seq2seq, "step_models", None)
+    monkeypatch.setattr(seq2seq, "export_litert", None)
+    with pytest.raises(
+        ValueError, match=f"as BART and T5 do. Received: {type(task).__name__}"
+    ):
+        kde.export_litert_seq2seq(task, tmp_path / "x.tflite", max_length=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_tables(tmp_path):
+    """Of T5 1.1: one looks up, another projects; at 8x."""
+    task = translator("t5")
+    config = task.backbone.get_config() | dict(tie_embedding_weights=False)
+    backbone = type(task.backbone).from_config(config)
+    untied = type(task)(backbone=backbone, preprocessor=task.preprocessor)
+    add_noise(untied)
+    small = kde.compress(untied, 8.0, quantization=None, verbose=0)
+    path = tmp_path / "small.tflite"
+    kde.export_litert_seq2seq(small, path, max_length=LENGTH, verbose=False)
+    pad_id = task.preprocessor.tokenizer.pad_token_id
+    for source, target in sentences()[::30]:
+        source, target = ids_of(task, source, target)
+        np.testing.assert_allclose(
+            read_from(path, source, target, pad_id),
+            read_by(small, source, target),
+            rtol=1e-3,
+            atol=1e-3,
+        )
+
+
+def test_a_stop_that_is_never_met(files, tmp_path):
+    """The text is as long as the caches are."""
+    _, path = files["t5", "full"]
+    parts = runner_file._read_parts(path)
+    unmet = parts.settings | {"stop_ids": [63]}  # a row without a piece
+    (pieces,) = parts.tokenizer.values()
+    changed = tmp_path / "changed.tflite"
+    changed.write_bytes(parts.model)
+    vocabulary = StoredVocabulary(pieces, is_sentencepiece=True)
+    append_tokenizer(changed, changed, vocabulary, unmet)
+    # The source ends with the usual token.
+    source = Runner(path)._prompt_ids(SOURCES[0])
+    ids = list(Runner(path).stream_ids(source))
+    longer = list(Runner(changed).stream_ids(source))
+    assert longer[: len(ids)] == ids
+    assert len(ids) < len(longer) == LENGTH - 1
+
+
 def test_another_source_length(files, tmp_path):
     task, path = files["bart", "full"]
     other = tmp_path / "other.tflite"
@@ -379,3 +475,14 @@ def test_control_c_ends_it(files):
     assert process.wait(timeout=60) == 130
     errors = process.communicate()[1]
     assert "Traceback" not in errors
+
+
+def test_control_c_while_it_writes(files, interrupted, capsys):
+    """What is written stays, and no traceback follows."""
+    path, source = str(files["bart", "full"][1]), SOURCES[0]
+    whole = Runner(path).generate(source)
+    interrupted(after=4)
+    assert cli.main(["generate", path, source]) == 130
+    shown, errors = capsys.readouterr()
+    assert errors == "" and shown.endswith("\n")
+    assert 0 < len(shown) - 1 < len(whole) and whole.startswith(shown[:-1])

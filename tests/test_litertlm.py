@@ -3,22 +3,23 @@
 The runtime itself generates here, from the bundle alone.
 """
 
-import io
-import json
-from pydoc_data.topics import topics
-
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
+import keras_distilled_embedding_runner as runner_file
 from keras_distilled_embedding import compress
 from keras_distilled_embedding import export_litertlm
 from keras_distilled_embedding.export import causal_lm
 from keras_distilled_embedding.export import litertlm
+from keras_distilled_embedding.export.tokenizers import StoredVocabulary
 from keras_distilled_embedding.export.tokenizers import stored_vocabulary
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding_runner import Runner
+from tests.vocabularies import byte_pairs
+from tests.vocabularies import paragraphs
+from tests.vocabularies import sentence_pieces
 
 keras_hub = pytest.importorskip("keras_hub")
 builder = pytest.importorskip("litert_lm_builder.litertlm_builder")
@@ -41,28 +42,12 @@ PROMPTS = [
 ]
 
 
-def paragraphs():
-    """Of Python's own manual."""
-    found = (p for text in topics.values() for p in text.split("\n\n"))
-    return [" ".join(p.split()) for p in found if len(p) > 80]
-
-
 def llama():
     """With SentencePiece."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(paragraphs()),
-        model_writer=model,
-        vocab_size=VOCABULARY,
-        minloglevel=2,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
+    pieces = sentence_pieces(
+        paragraphs(), VOCABULARY, pad_id=0, bos_id=1, eos_id=2, unk_id=3
     )
-    tokenizer = keras_hub.tokenizers.LlamaTokenizer(model.getvalue())
+    tokenizer = keras_hub.tokenizers.LlamaTokenizer(pieces)
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=VOCABULARY,
         num_layers=2,
@@ -82,27 +67,10 @@ def llama():
 
 def gpt2():
     """With byte pairs."""
-    import tokenizers
-
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False
-    )
-    trained.train_from_iterator(
-        paragraphs(),
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    model = json.loads(trained.to_str())["model"]
-    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
-        model["vocab"], [" ".join(pair) for pair in model["merges"]]
-    )
+    pairs = byte_pairs(paragraphs(), VOCABULARY, ["<|endoftext|>"])
+    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(*pairs)
     backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=len(model["vocab"]),
+        vocabulary_size=len(pairs[0]),
         num_layers=2,
         num_heads=4,
         hidden_dim=64,
@@ -293,6 +261,71 @@ def test_damaged_bundles(bundles, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"`model_path` must be .*writte"):
             Runner(path)
+
+
+def rebuilt(path, folder, tokenizer=None, **settings):
+    """A bundle of the same model with another tokenizer, other settings."""
+    parts = runner_file._read_parts(path)
+    (content,) = parts.tokenizer.values()
+    model_file = folder / "model.tflite"
+    model_file.write_bytes(parts.model)
+    settings = parts.settings | settings
+    changed = folder / "changed.litertlm"
+    with changed.open("wb") as file:
+        litertlm._bundle(
+            model_file,
+            StoredVocabulary(tokenizer or content, is_sentencepiece=True),
+            settings,
+            litertlm._metadata(settings, None),
+            litertlm._state_buffers(causal_lm.CacheForm(False, 0, ())),
+            folder,
+        ).build(file)
+    return changed
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_does_not_belong_there(bundles, tmp_path):
+    other = sentence_pieces(paragraphs(), VOCABULARY + 50)
+    changed = rebuilt(bundles["llama"], tmp_path, other)
+    with pytest.raises(ValueError, match="450 pieces for a model of 400"):
+        Runner(changed)
+
+
+@pytest.mark.slow
+def test_a_stop_that_is_never_met(bundles, tmp_path):
+    """The text fills the caches; with one that is, it ends there."""
+    ids = list(Runner(bundles["llama"]).stream_ids(PROMPTS[0]))
+    unmet = next(i for i in range(4, VOCABULARY) if i not in ids)
+    whole = Runner(rebuilt(bundles["llama"], tmp_path, stop_ids=[unmet]))
+    longer = list(whole.stream_ids(PROMPTS[0]))
+    start = len(whole._prompt_ids(PROMPTS[0]))
+    assert longer[: len(ids)] == ids
+    assert unmet in longer or len(longer) == MAX_LENGTH - start
+    met = Runner(rebuilt(bundles["llama"], tmp_path, stop_ids=[ids[3]]))
+    assert list(met.stream_ids(PROMPTS[0])) == ids[: ids.index(ids[3])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ids_out_of_range(bundles, name):
+    runner = Runner(bundles[name])
+    for wrong in (-1, runner.vocabulary_size):
+        with pytest.raises(
+            ValueError, match=rf"`prompt` must have ids from 0.*\[{wrong}\]"
+        ):
+            runner.generate([5, wrong])
+
+
+@pytest.mark.slow
+def test_control_c_while_it_writes(bundles, interrupted, capsys):
+    """What is written stays, and no traceback follows."""
+    path, prompt = str(bundles["llama"]), PROMPTS[0]
+    whole = Runner(path).generate(prompt)
+    interrupted(after=12)
+    assert runner_file.main([path, prompt]) == 130
+    shown, errors = capsys.readouterr()
+    assert errors == "" and shown.endswith("\n")
+    assert 0 < len(shown) - 1 < len(whole) and whole.startswith(shown[:-1])
 
 
 @pytest.mark.slow

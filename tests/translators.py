@@ -1,11 +1,12 @@
 """Small translators: the example's, untrained; KerasHub's, trained."""
 
-import io
-import json
 from functools import cache
 
 import keras
 import numpy as np
+
+from tests.vocabularies import byte_pairs
+from tests.vocabularies import sentence_pieces
 
 VOCABULARY = 300
 LENGTH = 20
@@ -41,27 +42,12 @@ def _text():
 def _bart():
     """With byte pairs."""
     import keras_hub
-    import tokenizers
 
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False
-    )
-    trained.train_from_iterator(
-        _text(),
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    model = json.loads(trained.to_str())["model"]
-    tokenizer = keras_hub.tokenizers.BartTokenizer(
-        model["vocab"], [" ".join(pair) for pair in model["merges"]]
-    )
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    pairs = byte_pairs(_text(), VOCABULARY, special)
+    tokenizer = keras_hub.tokenizers.BartTokenizer(*pairs)
     backbone = keras_hub.models.BartBackbone(
-        vocabulary_size=len(model["vocab"]),
+        vocabulary_size=len(pairs[0]),
         num_layers=2,
         num_heads=2,
         hidden_dim=32,
@@ -78,20 +64,11 @@ def _bart():
 def _t5():
     """With SentencePiece."""
     import keras_hub
-    import sentencepiece
 
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_text()),
-        model_writer=model,
-        vocab_size=60,
-        minloglevel=2,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
+    pieces = sentence_pieces(
+        _text(), 60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1
     )
-    tokenizer = keras_hub.tokenizers.T5Tokenizer(model.getvalue())
+    tokenizer = keras_hub.tokenizers.T5Tokenizer(pieces)
     backbone = keras_hub.models.T5Backbone(
         vocabulary_size=64,  # more than there are pieces, as T5 has
         num_layers=2,

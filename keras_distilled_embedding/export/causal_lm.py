@@ -20,6 +20,9 @@ from keras_distilled_embedding._utils.arguments import as_integer
 
 TOKENS, POSITIONS, LOGITS = "tokens", "input_pos", "logits"
 PREFILL, DECODE = "prefill", "decode"
+# Tokens that are read at once and in two pieces, and how far the logits may
+# differ, as a share of their size.
+_COMPARED_TOKENS, _TOLERANCE = 8, 1e-3
 
 
 def check_task(task: Any, method: str) -> None:
@@ -153,16 +156,41 @@ def step_models(
     Returns:
         The form of the caches, and models `"prefill_<n>"`, and `"decode"` of
         one token, which also returns its `logits (1, 1, V)`.
+
+    Raises:
+        ValueError: If the task cannot be called so.
     """
     form = find_cache(task, max_length)
     # One layer in all of them, so that they share its weights.
     step = CachedStep(task, form, name="step")
+    _check_pieces(step, min(max_length, _COMPARED_TOKENS))
     models = {
         f"{PREFILL}_{length}": _step_model(step, length, has_logits=False)
         for length in prefill_lengths
     }
     models[DECODE] = _step_model(step, 1, has_logits=True)
     return form, models
+
+
+def _check_pieces(step: CachedStep, length: int) -> None:
+    """Refuses a task that reads a later piece as if it were the first."""
+    vocabulary = step.task.output.shape[-1]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(vocabulary, size=(1, length), dtype="int32")
+    whole = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    wanted = ops.convert_to_numpy(step.task(whole, training=False)[0, -1])
+    state: dict[str, Any] = empty_caches(step.form)
+    for piece in np.split(np.arange(length, dtype="int32"), [length // 2]):
+        state = step({TOKENS: ids[:, piece], POSITIONS: piece, **state})
+    found = ops.convert_to_numpy(state[LOGITS][0, -1])
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    if not error < _TOLERANCE:
+        raise ValueError(
+            "`task` must predict the same whether it reads a text at once or "
+            "in pieces, with the keys and values of those before. Received: "
+            f"{type(step.task).__name__}, whose logits then differ by "
+            f"{error:.1%}"
+        )
 
 
 def _step_model(step: CachedStep, length: int, has_logits: bool) -> keras.Model:

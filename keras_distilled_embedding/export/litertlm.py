@@ -78,7 +78,8 @@ def export_litertlm(
     Raises:
         TypeError: If `task` is not a `CausalLM`.
         ValueError: If `task` has no tokenizer that the runtime knows, or
-            caches that it cannot keep; if a length is not a positive integer,
+            caches that it cannot keep, or predicts something else with its
+            caches than without; if a length is not a positive integer,
             more than `max_length`, or `max_length` more than the model takes;
             and as of `export_litert`.
         OSError: If the file cannot be written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -20,7 +21,17 @@ from keras_distilled_embedding.export.litert import export_litert
 from keras_distilled_embedding.export.report import ExportReport
 
 SOURCE, TOKEN, POSITION, MASK = "source", "token", "position", "source_mask"
+# What decodes, and what it must take.
 _METHOD = "call_decoder_with_cache"
+_ARGUMENTS = {
+    "encoder_hidden_states",
+    "encoder_padding_mask",
+    "decoder_token_ids",
+    "self_attention_cache",
+    "self_attention_cache_update_index",
+    "cross_attention_cache",
+    "cross_attention_cache_update_index",
+}
 
 
 def export_litert_seq2seq(
@@ -121,6 +132,14 @@ def _check_task(task: Any) -> None:
             "are for `export_litertlm`, others for `export_litert`. "
             f"Received: task={task!r}"
         )
+    method = getattr(task, _METHOD, None)
+    arguments = list(inspect.signature(method).parameters) if method else []
+    if not _ARGUMENTS.issubset(arguments):
+        raise ValueError(
+            "`task` must read a text, and keep keys and values, as BART and "
+            f"T5 do. Received: {type(task).__name__} with a `{_METHOD}` of "
+            f"{arguments}"
+        )
     causal_lm.check_task(task, _METHOD)
 
 
@@ -161,7 +180,7 @@ def step_models(
     token in them, and the `logits (1, V)` of the next.
 
     Raises:
-        ValueError: If the task decodes in another way.
+        ValueError: If the task does not generate from token ids alone.
     """
     arguments = causal_lm.first_call(
         task,
@@ -173,12 +192,7 @@ def step_models(
             "decoder_padding_mask": ops.ones((1, max_length), "bool"),
         },
     )
-    cache = arguments.get("self_attention_cache")
-    if cache is None or len(cache.shape) != 6:
-        raise ValueError(
-            "`task` must keep keys and values as BART and T5 do. Received: "
-            f"{type(task).__name__} with a `{_METHOD}` of {list(arguments)}"
-        )
+    cache = arguments["self_attention_cache"]
     _, num_layers, _, *shape = cache.shape
     form = causal_lm.CacheForm(False, num_layers, (1, *shape))
     step = TranslationStep(task, form, source_length, pad_id, name="step")

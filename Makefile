@@ -124,10 +124,14 @@ wheel: $(VENV)/created  ## Build the wheel into dist/
 	$(RUN) -m pip install --quiet build
 	$(RUN) -m build
 
-smoke: wheel  ## Install the wheel into an empty environment; compress a model
+# What is tried: "core", or an extra, "litert", "hub" or "litertlm".
+EXTRA ?= core
+
+smoke: wheel  ## Install the wheel, with an EXTRA, into an empty environment; try it
 	$(PYTHON) -m venv --clear build/smoke
-	build/smoke/bin/python -m pip install --quiet dist/*.whl
-	cd build/smoke && bin/python ../../tests/smoke.py
+	build/smoke/bin/python -m pip install --quiet \
+		"$$(ls dist/*.whl)$(patsubst %,[%],$(filter-out core,$(EXTRA)))"
+	cd build/smoke && bin/python ../../tests/smoke.py $(EXTRA)
 
 clean:  ## Remove the environment, the caches and what was built
 	rm -rf $(VENV) build dist site *.egg-info \

@@ -180,6 +180,30 @@ def plan(tables: Tables, request: SizeRequest, optional: bool) -> Plan:
     return planner.least_loss(plans)
 
 
+def expected_loss(tables: Tables, request: SizeRequest, found: Plan) -> float:
+    """The share of the energy that a plan is expected to lose.
+
+    The mean of the tables', as `plan` compares it.
+
+    Args:
+        tables: As of `plan`.
+        request: As of `plan`.
+        found: What `plan` returned.
+    """
+    planner = _Planner(tables, request, optional=True)
+    count = sum(target.num_tables for target in found.ranks)
+    return float(planner.loss(found, rounded=True) / count)
+
+
+def knows_logits(tables: Tables) -> bool:
+    """Whether losses are of the logits' energy, or of the tables' own."""
+    return any(
+        table.metric is not None
+        for of_target in tables.values()
+        for table in of_target
+    )
+
+
 class _Planner:
     """Plans the ranks of several tables for one storage format at a time."""
 
@@ -222,13 +246,13 @@ class _Planner:
         if len(plans) == 1:
             return plans[0]
         penalties = [self._penalty(plan) for plan in plans]
-        bounds = [self._loss(plan, rounded=False) for plan in plans]
+        bounds = [self.loss(plan, rounded=False) for plan in plans]
         losses: dict[str, float] = {}
         best, least, of_best = plans[0], np.inf, np.inf
         for index in np.argsort(np.multiply(bounds, penalties), kind="stable"):
             plan, loss, penalty = plans[index], bounds[index], penalties[index]
             if loss * penalty < least and plan.kind is not None:
-                loss = self._loss(plan, rounded=True)
+                loss = self.loss(plan, rounded=True)
             name = name_of(plan.kind)
             losses[name] = min(loss, losses.get(name, np.inf))
             if loss * penalty < least:
@@ -257,22 +281,20 @@ class _Planner:
             for name, loss in sorted(losses.items(), key=lambda item: item[1])
             if name != chosen
         )
-        of_what = "logits'" if self._knows_logits else "tables'"
+        of_what = "logits'" if knows_logits(self._tables) else "tables'"
         return (
             f"{chosen} at rank {ranks} is expected to lose "
             f"{losses[chosen] / count:.2g} of the {of_what} energy; at the "
             f"same size, others lose at least: {others}"
         )
 
-    @property
-    def _knows_logits(self) -> bool:
-        return any(
-            table.metric is not None
-            for tables in self._tables.values()
-            for table in tables
-        )
+    def loss(self, plan: Plan, rounded: bool) -> float:
+        """What a plan loses, the sum of the shares of all tables.
 
-    def _loss(self, plan: Plan, rounded: bool) -> float:
+        Args:
+            plan: The plan.
+            rounded: Whether rounding is counted, too.
+        """
         return sum(
             self._expected_loss(table, rank, plan.kind)
             if rounded

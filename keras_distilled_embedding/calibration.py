@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -147,6 +148,22 @@ def collect_statistics(
         target: collector.statistics()
         for target, collector in collectors.items()
     }
+
+
+def tables_of(
+    model: keras.Model,
+    targets: Sequence[Target],
+    calibration_data: Any,
+    calibration_tokens: int,
+    verbose: int,
+) -> dict[Target, list[Table]]:
+    """The tables of a model, weighted by its data where there is some."""
+    statistics = {}
+    if calibration_data is not None:
+        statistics = collect_statistics(
+            model, targets, calibration_data, calibration_tokens, verbose
+        )
+    return {t: weighted_tables(t, statistics.get(t)) for t in targets}
 
 
 def weighted_tables(

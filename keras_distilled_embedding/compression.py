@@ -18,8 +18,7 @@ from keras_distilled_embedding.budget import AUTO
 from keras_distilled_embedding.budget import SizeRequest
 from keras_distilled_embedding.budget import plan
 from keras_distilled_embedding.calibration import CALIBRATION_TOKENS
-from keras_distilled_embedding.calibration import collect_statistics
-from keras_distilled_embedding.calibration import weighted_tables
+from keras_distilled_embedding.calibration import tables_of
 from keras_distilled_embedding.factorization import check_method
 from keras_distilled_embedding.factorization import factorize_table
 from keras_distilled_embedding.layers import DistilledEmbedding
@@ -178,12 +177,9 @@ def compress(
     min_parameters = as_integer("min_parameters", min_parameters, minimum=0)
     calibration_tokens = as_integer("calibration_tokens", calibration_tokens)
     targets = choose_targets(model, layers, heads, min_parameters)
-    statistics = {}
-    if calibration_data is not None:
-        statistics = collect_statistics(
-            model, targets, calibration_data, calibration_tokens, verbose
-        )
-    tables = {t: weighted_tables(t, statistics.get(t)) for t in targets}
+    tables = tables_of(
+        model, targets, calibration_data, calibration_tokens, verbose
+    )
     ranks, kind, reason = plan(tables, request, optional=layers is None)
     if verbose and reason:
         print(reason)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -13,13 +14,23 @@ import keras
 import numpy as np
 
 from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding._utils.arguments import check_built_model
+from keras_distilled_embedding._utils.progress import make_progress
+from keras_distilled_embedding.budget import Plan
+from keras_distilled_embedding.budget import SizeRequest
+from keras_distilled_embedding.budget import Tables
+from keras_distilled_embedding.budget import expected_loss
+from keras_distilled_embedding.budget import knows_logits
+from keras_distilled_embedding.budget import plan
+from keras_distilled_embedding.calibration import CALIBRATION_TOKENS
+from keras_distilled_embedding.calibration import tables_of
 from keras_distilled_embedding.factorization import Table
 from keras_distilled_embedding.factorization import lost_energy
 from keras_distilled_embedding.layers import DistilledEmbedding
-from keras_distilled_embedding.sizes import check_compression
+from keras_distilled_embedding.quantization import Format
+from keras_distilled_embedding.quantization import matrix_bytes
 from keras_distilled_embedding.sizes import factor_bytes
-from keras_distilled_embedding.sizes import rank_for_compression
 from keras_distilled_embedding.sizes import share_of_products
 from keras_distilled_embedding.targets import Target
 from keras_distilled_embedding.targets import heads_of
@@ -28,6 +39,9 @@ from keras_distilled_embedding.targets import named_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# What `inspect_model` plans for: how many times fewer bytes.
+SIZES = (4.0, 8.0, 16.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,30 +187,52 @@ class InspectedTable:
     shape: tuple[int, int]
     parameters: int
     bytes: int
-    # Of the factors, or else what the compression takes, if it can be reached.
-    rank: int | None
+    rank: int | None  # of the factors, if it is factorized
     factorized: bool
 
 
 @dataclasses.dataclass(frozen=True)
+class PlannedSize:
+    """What `compress` would make of a model: one size of an `Inspection`.
+
+    Without any ranks the size is out of reach, and all stays as it is.
+    """
+
+    compression: float
+    layers: tuple[str, ...]  # whose tables are replaced
+    ranks: tuple[int, ...]  # of these
+    quantization: str | None  # `None` for floats
+    row_scales: bool  # whether each row of codes has a scale of its own
+    table_bytes: int  # of all embeddings
+    model_bytes: int  # of the whole model, its other weights as they are
+    # The same, its other weights stored as in an int8 file of `export_litert`.
+    int8_model_bytes: int
+    error: float  # the share of the energy that is expected to be lost
+    speedup: float  # how many times fewer multiplications a projection takes
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspection:
-    """The tables of a model; printable.
+    """The tables of a model, and what could be saved; printable.
 
     Args:
         model: Name of the model.
         kind: Name of its class.
         parameters: Of the whole model.
         bytes: Of all its weights.
-        compression: What `rank` of tables not factorized is for.
         tables: The tables.
+        sizes: What `compress` would do; nothing where no table is left for it.
+        of_logits: Whether the errors of `sizes` are shares of the logits'
+            energy, as `calibration_data` tells, or of the tables' own.
     """
 
     model: str
     kind: str
     parameters: int
     bytes: int
-    compression: float
     tables: tuple[InspectedTable, ...]
+    sizes: tuple[PlannedSize, ...]
+    of_logits: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the inspection as plain values, as for JSON."""
@@ -214,9 +250,6 @@ class Inspection:
         for heading in ("table", "parameters", "bytes", "of the model", "rank"):
             table.add_column(heading, justify="right")
         for row in self.tables:
-            rank = "-" if row.rank is None else f"{row.rank:,}"
-            if not row.factorized:
-                rank = f"{rank} at {self.compression:g}x"
             table.add_row(
                 row.layer,
                 row.kind,
@@ -224,9 +257,49 @@ class Inspection:
                 f"{row.parameters:,}",
                 f"{row.bytes:,}",
                 f"{row.bytes / self.bytes:.1%}",
-                rank,
+                "-" if row.rank is None else f"{row.rank:,}",
             )
-        return _render(table)
+        shown = [_render(table)]
+        if self.sizes:
+            shown.append(_render(self._planned()))
+        return "\n".join(shown)
+
+    def _planned(self) -> Any:
+        from rich.table import Table as TextTable
+
+        table = TextTable(title="What `compress` would make of it, in bytes")
+        table.add_column("size", justify="right")
+        table.add_column("rank", justify="right")
+        table.add_column("stored as")
+        of_what = "logits" if self.of_logits else "tables"
+        for heading in (
+            "tables",
+            "model",
+            "rest in int8",
+            f"{of_what} lost",
+            "products",
+        ):
+            table.add_column(heading, justify="right")
+        for row in self.sizes:
+            size = f"{row.compression:g}x"
+            if not row.ranks:
+                table.add_row(size, "-", "out of reach")
+                continue
+            stored = "floats"
+            if row.quantization is not None:
+                by = "row" if row.row_scales else "column"
+                stored = f"{row.quantization}, scales by {by}"
+            table.add_row(
+                size,
+                ", ".join(f"{rank:,}" for rank in row.ranks),
+                stored,
+                f"{row.table_bytes:,}",
+                f"{row.model_bytes:,}",
+                f"{row.int8_model_bytes:,}",
+                f"{row.error:.2%}",
+                f"{row.speedup:.1f}x fewer",
+            )
+        return table
 
 
 def compression_report(
@@ -286,50 +359,139 @@ def compression_report(
     )
 
 
-def inspect_model(model: keras.Model, compression: float = 8.0) -> Inspection:
-    """Lists what `compress` would replace, and what it has replaced.
+def inspect_model(
+    model: keras.Model,
+    compression: float | Sequence[float] = SIZES,
+    *,
+    calibration_data: Any = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    verbose: int = 1,
+) -> Inspection:
+    """Tells what a model's tables are, and what `compress` would save.
+
+    Takes seconds: for each size it makes the plan that `compress` would make,
+    and factorizes nothing.
 
     Args:
         model: A built model.
-        compression: Float above 1, what the ranks of float factors are for.
+        compression: Float above 1, or several: the sizes to plan for, as of
+            `compress`.
+        calibration_data: As of `compress`: with it the plans go by what the
+            logits lose.
+        calibration_tokens: As of `compress`.
+        verbose: Whether to show progress bars, on a terminal.
+
+    Returns:
+        An `Inspection`.
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If it is not built, or `compression` is not above 1.
+        ValueError: If it is not built, `compression` is not above 1, a table
+            is not finite, or `calibration_data` does not fit.
+
+    Example:
+
+    ```python
+    model = keras.Sequential([
+        keras.Input((None,), dtype="int32"),
+        keras.layers.Embedding(10_000, 128, name="tokens"),
+        keras.layers.GlobalAveragePooling1D(),
+        keras.layers.Dense(2),
+    ])
+    inspection = inspect_model(model)
+    [size.table_bytes for size in inspection.sizes]  # 4, 8, 16 times fewer
+    ```
     """
     check_built_model("model", model)
-    check_compression(compression)
+    asked: Any = [compression] if np.ndim(compression) == 0 else compression
+    requests = [SizeRequest(size) for size in asked]
+    limit = as_integer("calibration_tokens", calibration_tokens)
     found = list(keras_internals.iterate_layers(model))
     targets = [Target(x) for x in found if isinstance(x, DistilledEmbedding)]
-    targets += [Target(layer) for layer in found if is_embedding(layer)]
+    open_ones = [Target(layer) for layer in found if is_embedding(layer)]
+    targets += open_ones
     targets += [Target(head) for head in heads_of(model, targets)]
+    tables: dict[Target, list[Table]] = {}
+    if open_ones:
+        tables = tables_of(model, open_ones, calibration_data, limit, verbose)
+    with make_progress(verbose and bool(tables)) as progress:
+        sizes = [
+            _planned(model, tables, request)
+            for request in progress.track(requests, description="Planning")
+            if tables
+        ]
     return Inspection(
         model=model.name,
         kind=type(model).__name__,
         parameters=model.count_params(),
         bytes=_bytes_of(model.weights),
-        compression=compression,
-        tables=tuple(_inspected(target, compression) for target in targets),
+        tables=tuple(map(_inspected, targets)),
+        sizes=tuple(sizes),
+        of_logits=knows_logits(tables),
     )
 
 
-def _inspected(target: Target, compression: float) -> InspectedTable:
-    if target.is_factorized:
-        rank = target.layer.rank
-    else:
-        try:
-            rank = rank_for_compression(*target.shape, compression)
-        except ValueError:  # out of reach
-            rank = None
+def _inspected(target: Target) -> InspectedTable:
     return InspectedTable(
         layer=target.name,
         kind=type(target.layer).__name__,
         shape=target.shape,
         parameters=target.layer.count_params(),
         bytes=_bytes_of(target.layer.weights),
-        rank=rank,
+        rank=target.layer.rank if target.is_factorized else None,
         factorized=target.is_factorized,
     )
+
+
+def _planned(
+    model: keras.Model, tables: Tables, request: SizeRequest
+) -> PlannedSize:
+    """What `compress` would make of some tables of a model."""
+    try:
+        found = plan(tables, request, optional=True)
+        error = expected_loss(tables, request, found)
+    except ValueError:  # out of reach
+        found, error = Plan({}, None), 0.0
+    kind = found.kind
+    planned = {
+        target: _planned_bytes(target, rank, kind)
+        for target, rank in found.ranks.items()
+    }
+    replaced = [weight for t in planned for weight in t.layer.weights]
+    of_replaced = {id(weight) for weight in replaced}
+    rest = [w for w in model.weights if id(w) not in of_replaced]
+    embeddings = [weight for t in tables for weight in t.layer.weights]
+    factors = sum(planned.values())
+    before = sum(t.parameters for t in planned)
+    after = sum(
+        t.parameters * share_of_products(rank, *t.shape, kind)
+        for t, rank in found.ranks.items()
+    )
+    return PlannedSize(
+        compression=float(request.compression or 0.0),
+        layers=tuple(target.name for target in planned),
+        ranks=tuple(found.ranks.values()),
+        quantization=None if kind is None else kind.name,
+        row_scales=kind is not None and kind.has_row_scales,
+        table_bytes=factors + _bytes_of(embeddings) - _bytes_of(replaced),
+        model_bytes=factors + _bytes_of(rest),
+        int8_model_bytes=factors + sum(map(_int8_bytes, rest)),
+        error=error,
+        speedup=before / after if after else 1.0,
+    )
+
+
+def _planned_bytes(target: Target, rank: int, kind: Format | None) -> int:
+    size = target.num_tables * factor_bytes(rank, *target.shape, kind)
+    if kind is None:  # floats of the layer's own precision
+        return size * _dtype_bytes(target.layer.variable_dtype) // 4
+    return size
+
+
+def _int8_bytes(weight: keras.Variable) -> int:
+    """Bytes of a weight beside the tables in an int8 file."""
+    size = int(np.prod(weight.shape))
+    return matrix_bytes(size) if len(weight.shape) > 1 else 4 * size
 
 
 def _lost(layer: DistilledEmbedding, target: Target | None) -> float:

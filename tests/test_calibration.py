@@ -168,8 +168,7 @@ def test_a_table_that_the_data_does_not_reach():
 # Texts
 
 
-@pytest.fixture(scope="module")
-def language_model():
+def make_language_model():
     """GPT-2 with a byte-pair tokenizer of fifteen tokens."""
     hub = pytest.importorskip("keras_hub")
     space = "\u0120"
@@ -188,6 +187,11 @@ def language_model():
     )
     preprocessor = hub.models.GPT2CausalLMPreprocessor(tokenizer, 9)
     return hub.models.GPT2CausalLM(backbone, preprocessor)
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return make_language_model()
 
 
 TEXTS = ["abc cd", "a", "jihg fed cba", "c c", "ab ab"] * 3

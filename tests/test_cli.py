@@ -21,6 +21,8 @@ from keras import ops
 
 import keras_distilled_embedding as kde
 from keras_distilled_embedding_cli import main
+from tests.test_calibration import TEXTS
+from tests.test_calibration import make_language_model
 
 # Keras's own, whenever it copies a variable to NumPy, as saving does.
 pytestmark = pytest.mark.filterwarnings(
@@ -126,14 +128,14 @@ def as_json(report):
 def test_inspect(run, files):
     shown = run("inspect", "own.keras", "--json", "--compression", 4)
     assert shown.status == 0
-    assert shown.err == "Loading own.keras ...\n"
+    assert shown.err == "Loading own.keras ...\nPlanning ...\n"
     inspection = json.loads(shown.out)
     assert inspection == as_json(kde.inspect_model(files.model, 4.0))
     assert inspection["model"] == "language_model"
     assert inspection["kind"] == "Functional"
     assert inspection["parameters"] == files.model.count_params()
     assert inspection["bytes"] == 4 * files.model.count_params()
-    assert inspection["compression"] == 4.0
+    assert [size["compression"] for size in inspection["sizes"]] == [4.0]
     expected = [
         ("tokens", "Embedding", VOCABULARY, VOCABULARY * WIDTH),
         ("segments", "Embedding", SMALL, SMALL * WIDTH),
@@ -148,6 +150,25 @@ def test_inspect(run, files):
         assert not table["factorized"]
 
 
+def test_inspect_foretells_compress(run, tmp_path):
+    """A size of `inspect` is what `compress` then reports."""
+    sizes = ["--compression", 2, "--compression", 8]
+    shown = run("inspect", "own.keras", "--json", *sizes)
+    assert shown.status == 0, shown.err
+    for size in json.loads(shown.out)["sizes"]:
+        shown = run(
+            *("compress", "own.keras", "-o", tmp_path / "out.keras", "--json"),
+            *("--compression", size["compression"]),
+        )
+        report = json.loads(shown.out)
+        rows = report["rows"]
+        assert size["layers"] == [row["layer"] for row in rows]
+        assert size["ranks"] == [row["rank"] for row in rows]
+        assert {size["quantization"]} == {row["quantization"] for row in rows}
+        assert size["table_bytes"] == sum(row["bytes_after"] for row in rows)
+        assert size["model_bytes"] == report["model_bytes"]
+
+
 def test_inspect_for_people(run, files):
     shown = run("inspect", "own.keras")
     assert shown.status == 0
@@ -159,7 +180,7 @@ def test_inspect_for_people(run, files):
         "segments",
         f"{VOCABULARY} x {WIDTH}",
         f"{share:.1%}",
-        " at 8x",
+        *(" 4x", " 8x", " 16x"),
     ):
         assert text in shown.out
 
@@ -274,6 +295,7 @@ def test_options_are_passed_on(run, monkeypatch):
         "quantization": "auto",
         "activation": "relu",
         "method": "exact",
+        "calibration_data": None,
         "layers": None,
         "min_parameters": 0,
         "heads": None,
@@ -443,6 +465,63 @@ def test_export_follows_the_model(asked, run, tmp_path):
     assert sum(report["table_bytes"].values()) <= 1300
 
 
+# --calibrate
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A saved model that reads texts, and a text for it."""
+    folder = tmp_path_factory.mktemp("reader")
+    model = randomize(make_language_model())
+    kde.save_model(model, folder / "model.keras")
+    (folder / "text.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    return types.SimpleNamespace(folder=folder, model=model)
+
+
+def test_inspect_calibrated(run, reader, monkeypatch):
+    monkeypatch.chdir(reader.folder)
+    options = ["--calibrate", "text.txt", "--compression", 1.2, "--json"]
+    shown = run("inspect", "model.keras", *options)
+    assert shown.status == 0, shown.err
+    assert json.loads(shown.out)["of_logits"]
+    found = kde.inspect_model(reader.model, 1.2, calibration_data=TEXTS)
+    assert json.loads(shown.out)["sizes"] == as_json(found)["sizes"]
+
+
+def test_compress_calibrated(run, reader, monkeypatch):
+    monkeypatch.chdir(reader.folder)
+    shown = run(
+        *("compress", "model.keras", "-o", "out.keras", "--rank", 3, "--json"),
+        *("--calibrate", "text.txt"),
+    )
+    assert shown.status == 0, shown.err
+    tables = [
+        ops.convert_to_numpy(model.backbone.token_embedding.embeddings)
+        for model in (
+            kde.load_model("out.keras"),
+            kde.compress(
+                reader.model, rank=3, calibration_data=TEXTS, verbose=0
+            ),
+            kde.compress(reader.model, rank=3, verbose=0),
+        )
+    ]
+    np.testing.assert_allclose(tables[0], tables[1], rtol=1e-4, atol=1e-5)
+    assert np.abs(tables[0] - tables[2]).max() > 1e-2
+
+
+def test_what_cannot_be_calibrated(run, reader, tmp_path):
+    text = tmp_path / "empty.txt"
+    text.write_text("\n \n")
+    for command in (["inspect"], ["compress", "-o", tmp_path / "out.keras"]):
+        model = reader.folder / "model.keras"
+        shown = run(*command, model, "--calibrate", text)
+        assert_bad_use(shown, command[0], "paragraph a line.*empty.txt")
+        shown = run(*command, "own.keras", "--calibrate", text)
+        match = "needs a model with a preprocessor.*'language_model'"
+        assert_bad_use(shown, command[0], match)
+    assert os.listdir(tmp_path) == ["empty.txt"]
+
+
 # Help and bad use: at once, and without a framework.
 
 COMPRESS = ["compress", "own.keras", "-o", "OUT"]
@@ -474,6 +553,10 @@ BAD = {
     "no number": (
         ["inspect", "own.keras", "--compression", "much"],
         "--compression: must be a number greater than 1. Received: 'much'",
+    ),
+    "no text": (
+        ["inspect", "own.keras", "--calibrate", "none.txt"],
+        "--calibrate: there is no file 'none.txt'",
     ),
     "infinite": (["inspect", "own.keras", "--compression", "inf"], "'inf'"),
     "rank": ([*COMPRESS, "--rank", "0"], "at least 1. Received: '0'"),
@@ -599,7 +682,7 @@ def test_errors_of_the_package(error, run, monkeypatch):
 
 
 def test_faults_are_not_hidden(run, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise KeyError("a fault of ours")
 
     monkeypatch.setattr(kde, "inspect_model", fail)

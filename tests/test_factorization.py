@@ -800,6 +800,25 @@ def test_float32_is_used_where_it_is_enough(span, rank, centered):
         assert spectrum.dtype == np.float64
 
 
+def test_a_table_is_not_read_again_in_float32(monkeypatch):
+    """A rank that it does not resolve takes one more pass, in float64."""
+    values = table_with_spectrum(200, np.geomspace(1, 1e-6, 24))
+    table = Table.of(values.astype("float32"))
+    passes = []
+    row_blocks = table_module.row_blocks
+
+    def counted(values, dtype=np.float32):
+        passes.append(dtype)
+        return row_blocks(values, dtype)
+
+    monkeypatch.setattr(table_module, "row_blocks", counted)
+    for rank in (2, 20, 2, 23):
+        spectrum = spectrum_of(table, rank, centered=True)
+        best = affine_optimum(table.values, rank)
+        assert spectrum.error(rank) == pytest.approx(best, rel=1e-3)
+    assert passes == [np.float32, np.float64]
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-14, 1e14, 1e18, 1e30])
 def test_scales_whose_squares_float32_does_not_hold(scale):
     table = np.float32(scale) * small_table().astype("float32")

@@ -16,6 +16,7 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 def test_notebook_runs(path, quick_run, tmp_path, monkeypatch):
     work_dir = shutil.copytree(quick_run, tmp_path / "run")
     monkeypatch.setenv("NMT_QUICK", str(work_dir))
+    monkeypatch.setenv("PRETRAINED_QUICK", str(tmp_path / "pretrained"))
     monkeypatch.setenv("PYTHONWARNINGS", "default")
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(

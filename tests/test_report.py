@@ -12,6 +12,7 @@ from keras_distilled_embedding import compression_report
 from keras_distilled_embedding import inspect_model
 from keras_distilled_embedding import keras_internals
 from tests.shared import lost_share
+from tests.shared import random_table
 from tests.shared import stored_bytes
 from tests.shared import to_numpy
 from tests.test_compression import VOCABULARY
@@ -182,15 +183,20 @@ def test_totals_are_those_of_the_models():
 # Inspection
 
 
-def test_inspection_of_a_model():
-    """Tables of embeddings and of a dense head; what each would become."""
+def make_three_tables():
+    """Embeddings of many and of few rows, and a dense head."""
     ids = keras.Input((None,), dtype="int32")
     tokens = keras.layers.Embedding(300, 64, name="tokens")
     few = keras.layers.Embedding(3, 64, name="few")
-    x = keras.layers.Add()([tokens(ids), few(ids)])
+    x = keras.layers.Add()([tokens(ids), few(ids % 3)])
     x = keras.layers.Dense(64, name="body")(x)
-    model = keras.Model(ids, keras.layers.Dense(300, name="head")(x))
-    inspection = inspect_model(model, 4.0)
+    return keras.Model(ids, keras.layers.Dense(300, name="head")(x))
+
+
+def test_inspection_of_a_model():
+    """Tables of embeddings and of a dense head, and what could be saved."""
+    model = make_three_tables()
+    inspection = inspect_model(model)
     assert inspection.bytes == 4 * model.count_params()
     found = {table.layer: table for table in inspection.tables}
     assert found.keys() == {"tokens", "few", "head"}
@@ -198,17 +204,96 @@ def test_inspection_of_a_model():
     assert (head.kind, head.shape) == ("Dense", (300, 64))
     assert head.parameters == 64 * 300 + 300
     assert head.bytes == 4 * head.parameters
-    rank = head.rank
-    sizes = [stored_bytes(rank + i, 300, 64, None) for i in (0, 1)]
-    assert sizes[0] <= 300 * 64 < sizes[1]
-    assert found["tokens"].rank == rank and found["few"].rank is None
+    assert all(table.rank is None for table in inspection.tables)
     assert not any(table.factorized for table in inspection.tables)
+    # As `compress` does, the head is left, and what is too small to shrink.
+    assert [size.compression for size in inspection.sizes] == [4.0, 8.0, 16.0]
+    for size in inspection.sizes:
+        assert size.layers == ("tokens",)
     as_dict = json.loads(json.dumps(inspection.to_dict()))
-    assert as_dict["compression"] == 4.0
     assert [table["layer"] for table in as_dict["tables"]] == list(found)
+    for size, row in zip(inspection.sizes, as_dict["sizes"], strict=True):
+        assert row["ranks"] == list(size.ranks)
+        assert row["table_bytes"] == size.table_bytes
     shown = str(inspection)
-    for text in ("300 x 64", f"{rank} at 4x", "- at 4x", "Dense"):
+    for text in ("300 x 64", "Dense", "4x", "8x", "16x", "tables lost"):
         assert text in shown
+
+
+def test_out_of_reach():
+    """A size that no rank gives is shown as such; others as ever."""
+    model = make_three_tables()
+    inspection = inspect_model(model, [8.0, 1e4])
+    reached, beyond = inspection.sizes
+    assert reached.ranks and beyond.ranks == ()
+    assert beyond.table_bytes == 4 * 64 * 303
+    assert beyond.model_bytes == inspection.bytes
+    assert (beyond.error, beyond.speedup) == (0.0, 1.0)
+    assert "10000x" in str(inspection) and "out of reach" in str(inspection)
+
+
+def make_large(tie_weights):
+    """A model with a table of which much is left at 16 times fewer bytes."""
+    ids = keras.Input((None,), dtype="int32")
+    layer = keras.layers.ReversibleEmbedding(
+        2000, 64, tie_weights=tie_weights, name="tokens"
+    )
+    hidden = keras.layers.Dense(64, "tanh")(layer(ids))
+    model = keras.Model(ids, layer(hidden, reverse=True))
+    weights = [random_table(2000, 64), random_table(2000, 64, seed=1).T]
+    layer.set_weights(weights[: len(layer.weights)])
+    return model
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("compression", [2.0, 8.0, 16.0])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_sizes_are_those_of_compress(tie_weights, compression, calibrated):
+    """What is foretold is what `compress` then does."""
+    model = make_large(tie_weights)
+    data = None
+    if calibrated:
+        rng = np.random.default_rng(0)
+        data = [rng.integers(2000, size=(8, 32)) for _ in range(4)]
+    inspection = inspect_model(model, compression, calibration_data=data)
+    student = compress(model, compression, calibration_data=data, verbose=0)
+    assert inspection.of_logits == calibrated
+    assert ("logits lost" in str(inspection)) == calibrated
+    (size,) = inspection.sizes
+    report = compression_report(student, model)
+    (row,) = report.rows
+    assert (size.layers, size.ranks) == (("tokens",), (row.rank,))
+    assert size.quantization == row.quantization
+    assert size.row_scales == find(student).row_scales
+    assert size.table_bytes == row.bytes_after
+    assert compression * size.table_bytes <= row.bytes_before
+    assert size.model_bytes == report.model_bytes
+    assert size.speedup == pytest.approx(row.speedup)
+    # The body has a matrix, in a byte each, and a bias.
+    assert size.int8_model_bytes == size.table_bytes + 64 * 64 + 4 * 64
+    if not calibrated:  # in a sample, before basis and offset are fitted
+        assert size.error == pytest.approx(row.error, rel=0.25)
+    shown = str(inspection)
+    for text in (f"{size.table_bytes:,}", f"{size.model_bytes:,}"):
+        assert text in shown
+
+
+def test_sizes_in_half_precision():
+    """Floats take the bytes of their layer's precision."""
+    model = make_model(dtype="bfloat16")
+    (size,) = inspect_model(model, 1.2).sizes
+    student = compress(model, 1.2, verbose=0)
+    report = compression_report(student)
+    assert size.quantization == report.rows[0].quantization
+    assert size.table_bytes == report.rows[0].bytes_after
+    assert size.model_bytes == report.model_bytes
+
+
+def test_nothing_is_left_to_plan():
+    student = compress(make_model(), rank=5, verbose=0)
+    inspection = inspect_model(student)
+    assert inspection.sizes == ()
+    assert "What `compress`" not in str(inspection)
 
 
 @pytest.mark.parametrize("make", [keras_embedding, keras_untied])
@@ -231,6 +316,7 @@ def test_inspection_of_a_compressed_model(make, dtype):
         ((keras.Sequential(),), ValueError, "`model` must be built"),
         ((make_nested(), 1.0), ValueError, "greater than 1.*compression=1.0"),
         ((make_nested(), "8"), ValueError, "compression='8'"),
+        ((make_nested(), [4.0, 1.0]), ValueError, "compression=1.0"),
     ],
 )
 def test_what_cannot_be_inspected(arguments, error, match):

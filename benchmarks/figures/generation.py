@@ -44,9 +44,9 @@ PROMPTS = [
 ]
 NEW_TOKENS, MAX_LENGTH, PREFILL = 50, 128, (8, 32)
 ROUNDS, PREFILLED, DECODED = 3, 64, 32
-TITLES = {
-    name: source.title for name, source in pretrained.SOURCES.items()
-} | {"gemma3-shape": "The shape of Gemma 3 270M, random weights"}
+TITLES = {name: source.title for name, source in pretrained.SOURCES.items()} | {
+    "gemma3-shape": "The shape of Gemma 3 270M, random weights"
+}
 # Options of `compress`, none for the model as it is; what the bundle stores.
 ROWS: dict[str, tuple[dict[str, Any] | None, str | None]] = {
     "full, float32": (None, None),

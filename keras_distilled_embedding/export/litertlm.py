@@ -89,7 +89,7 @@ def export_litertlm(
     Example:
 
     ```
-    task = keras_hub.models.CausalLM.from_preset("smollm2_135m_en")
+    task = keras_hub.models.CausalLM.from_preset("gpt2_base_en")
     student = compress(task, compression=8.0, calibration_data=paragraphs)
     export_litertlm(student, "student.litertlm", max_length=512)
     ```

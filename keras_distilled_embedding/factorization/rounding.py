@@ -395,14 +395,18 @@ def _column_scales(
     plain = np.maximum(plain, 1e-30)
     low, high = kind.levels
 
+    changes = np.empty_like(codes)  # one array for all that are tried
+
     def loss(relative: float) -> float:
         scales = relative * plain
-        levels = np.clip(np.rint(codes / scales - kind.shift), low, high)
-        return float(
-            np.square((levels + kind.shift) * scales - codes).sum(
-                dtype=np.float64
-            )
-        )
+        np.divide(codes, scales, out=changes)
+        np.subtract(changes, kind.shift, out=changes)
+        np.rint(changes, out=changes)
+        np.clip(changes, low, high, out=changes)
+        np.add(changes, kind.shift, out=changes)
+        np.multiply(changes, scales, out=changes)
+        np.subtract(changes, codes, out=changes)
+        return float(np.square(changes, out=changes).sum(dtype=np.float64))
 
     best = min(_RELATIVE_SCALES, key=loss)
     return _as_stored(best * plain, kind)

@@ -79,10 +79,11 @@ def spectrum_of(
         ValueError: If rows are not finite.
     """
     known = table.spectra.get(centered)
-    if known is None or not (
-        known.dtype == np.float64 or _is_resolved(known, table, rank)
-    ):
-        known = table.spectra[centered] = _spectrum_of(table, rank, centered)
+    if known is None:
+        known = _spectrum_of(table, rank, centered)
+    elif known.dtype == np.float32 and not _is_resolved(known, table, rank):
+        known = _in_float64(table, centered)
+    table.spectra[centered] = known
     return known
 
 
@@ -102,6 +103,10 @@ def _spectrum_of(
             check_finite_rows(table.values)  # or else only the squares are not
         elif _is_resolved(spectrum, table, rank):
             return spectrum
+    return _in_float64(table, centered)
+
+
+def _in_float64(table: Table, centered: bool) -> Spectrum:
     spectrum = _decompose(table, centered, np.float64)
     if table.values.dtype == np.float64 or spectrum is None:
         # What float64 holds, float32 may not.

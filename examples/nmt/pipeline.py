@@ -377,8 +377,10 @@ class Run:
         picture = self.work_dir / "quality.png"
         if self._verbose:
             print_table(results, title)
-            self._console.print(f"\n{samples(lines)}\n", highlight=False)
-            self._console.print(conclusion(results))
+            self._console.print(
+                f"\n{samples(lines)}\n", highlight=False, soft_wrap=True
+            )
+            self._console.print(conclusion(results), soft_wrap=True)
         self._write_report(results, title, samples(lines))
         plot_training(
             {

@@ -224,7 +224,7 @@ def work_dir(vocabulary, text, tmp_path_factory):
     (folder / "test_source.txt").write_text("\n".join(text.source[:9]) + "\n")
     teacher = untrained_translator(vocabulary.size, LENGTH, end=9)
     teacher.save(folder / "teacher.keras")
-    student = kde.compress(teacher, rank=11, quantization="int4", verbose=0)
+    student = kde.compress(teacher, 4.5, quantization="int4", verbose=0)
     kde.save_model(student, folder / "student.keras")
     return folder
 

@@ -21,6 +21,7 @@ can begin. Peak memory is that of a process that only loads and writes.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -44,9 +45,9 @@ PROMPTS = [
 ]
 NEW_TOKENS, MAX_LENGTH, PREFILL = 50, 128, (8, 32)
 ROUNDS, PREFILLED, DECODED = 3, 64, 32
-TITLES = {
-    name: source.title for name, source in pretrained.SOURCES.items()
-} | {"gemma3-shape": "The shape of Gemma 3 270M, random weights"}
+TITLES = {name: source.title for name, source in pretrained.SOURCES.items()} | {
+    "gemma3-shape": "The shape of Gemma 3 270M, random weights"
+}
 # Options of `compress`, none for the model as it is; what the bundle stores.
 ROWS: dict[str, tuple[dict[str, Any] | None, str | None]] = {
     "full, float32": (None, None),
@@ -66,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures the chosen rows of a model."""
+    # Otherwise a pool of oneDNN keeps what TensorFlow frees.
+    os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
     if options.quick:
         is_shape = options.model in pretrained.SHAPES
         options.model = "quick-shape" if is_shape else "quick"
@@ -119,7 +122,7 @@ def _export(
         rank = width // 8 if "d/8" in name else width
         data = text[2:] if has_text else None
         task = kde.compress(
-            task, rank=rank, calibration_data=data, **compression
+            task, rank=rank, calibration_data=data, verbose=0, **compression
         )
     harness.reset_peak()
     start = time.process_time()

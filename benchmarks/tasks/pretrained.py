@@ -361,7 +361,10 @@ def shape(name: str) -> keras.Model:
     pieces += [(f"w{i:06}", normal) for i in range(count)]
     tokenizer = keras_hub.tokenizers.Gemma3Tokenizer(
         _sentencepiece_proto(
-            [(piece, -float(i), kind) for i, (piece, kind) in enumerate(pieces)],
+            [
+                (piece, -float(i), kind)
+                for i, (piece, kind) in enumerate(pieces)
+            ],
             {"pad": 0, "eos": 1, "bos": 2, "unk": 3},
         ),
         has_vision_tokens=False,

@@ -13,16 +13,23 @@ Prompts are continued greedily. `as Keras` is for how many of five prompts the
 next 50 tokens are those of Keras, letter by letter, in float32; other bundles
 round activations too, and depart at the first token that is nearly as likely as
 another. KL and `same choice` are of the bundle beside the same model in Keras,
-on two paragraphs. Tokens a second are of the runtime's
-own benchmark, medians of three runs; `load` is the time until the first of them
-can begin. Peak memory is that of a process that only loads and writes.
+on two paragraphs. Tokens a second are of the runtime's own benchmark, medians
+of five runs in which the bundles of a model take turns; `load` is the time
+until the first of them can begin. Peak memory is that of a process that only
+loads and writes. `export` is seconds of the processor, and the memory of a new process
+before it, with TensorFlow and the model, and at its peak; `of the floats` is
+what it adds, beside the full model in float32.
+
+Of a model with the sizes of Gemma 3 270M and random weights, only bytes, memory
+and speed are of interest.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -43,7 +50,8 @@ PROMPTS = [
     "A tokenizer is",
 ]
 NEW_TOKENS, MAX_LENGTH, PREFILL = 50, 128, (8, 32)
-ROUNDS, PREFILLED, DECODED = 3, 64, 32
+ROUNDS, PREFILLED, DECODED = 5, 64, 32
+SPEEDS, SPEED_NAMES = "speeds", ("prefill", "decode", "load_s")
 TITLES = {name: source.title for name, source in pretrained.SOURCES.items()} | {
     "gemma3-shape": "The shape of Gemma 3 270M, random weights"
 }
@@ -66,23 +74,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures the chosen rows of a model."""
+    # Otherwise pools of oneDNN and of the C library keep what TensorFlow frees.
+    os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")
     if options.quick:
         is_shape = options.model in pretrained.SHAPES
         options.model = "quick-shape" if is_shape else "quick"
-    folder = options.task_dir / "pretrained"
+    folder, bundles = (
+        options.task_dir / name for name in ("pretrained", "bundles")
+    )
+    bundles.mkdir(parents=True, exist_ok=True)
     _, text = pretrained.paragraphs(options.data_dir)
     text = [p for p in text if 200 < len(p) < 600]
-    for name in options.rows:
+    paths = {
+        name: str(bundles / f"{options.model}, {name.replace('/', '_')}")
+        for name in options.rows
+    }
+    for name, path in paths.items():
         options.store.finish(
             f"{name} {options.model}",
-            partial(
-                measure, name, options.model, folder, text, options.threads
-            ),
+            partial(measure, name, options.model, folder, text, path),
         )
+    options.store.finish(
+        f"{SPEEDS} {options.model} {options.rows}",
+        partial(measure_speeds, options.model, paths, options.threads),
+    )
 
 
 def measure(
-    name: str, model: str, folder: Path, text: list[str], threads: list[int]
+    name: str, model: str, folder: Path, text: list[str], path: str
 ) -> dict:
     """Makes a row's bundle and writes with it, each in a new process.
 
@@ -91,12 +111,10 @@ def measure(
         model: As of `pretrained.writer`.
         folder: For its files.
         text: Paragraphs to calibrate on, and to compare with Keras.
-        threads: Numbers of threads.
+        path: Of the bundle.
     """
-    with tempfile.TemporaryDirectory() as bundles:
-        path = str(Path(bundles) / "model.litertlm")
-        row = harness.in_new_process(_export, name, model, folder, text, path)
-        found = harness.in_new_process(_in_the_runtime, path, threads)
+    row = harness.in_new_process(_export, name, model, folder, text, path)
+    found = harness.in_new_process(_write, path)
     expected = row.pop("keras_texts", None)
     if expected is not None:
         pairs = zip(found["texts"], expected)
@@ -104,6 +122,29 @@ def measure(
     if model in pretrained.SHAPES:
         del found["texts"]
     return {"row": name, "model": model, **row, **found}
+
+
+def measure_speeds(
+    model: str, paths: dict[str, str], threads: list[int]
+) -> dict:
+    """How fast the runtime is with several bundles, which take turns.
+
+    Args:
+        model: Of which they are.
+        paths: Of the bundles, by their rows.
+        threads: Numbers of threads.
+    """
+    found: dict = {name: {k: {} for k in SPEED_NAMES} for name in paths}
+    runs: dict = {key: [] for key in itertools.product(paths, threads)}
+    for _ in range(ROUNDS):
+        for name, number in runs:
+            runs[name, number].append(
+                harness.in_new_process(_benchmark, paths[name], number)
+            )
+    for (name, number), values in runs.items():
+        for kind, *rounds in zip(SPEED_NAMES, *values):
+            found[name][kind][str(number)] = statistics.median(rounds)
+    return {"row": SPEEDS, "model": model, "found": found}
 
 
 def _export(
@@ -119,9 +160,10 @@ def _export(
         rank = width // 8 if "d/8" in name else width
         data = text[2:] if has_text else None
         task = kde.compress(
-            task, rank=rank, calibration_data=data, **compression
+            task, rank=rank, calibration_data=data, verbose=0, **compression
         )
     harness.reset_peak()
+    before = harness.resident_mb()
     start = time.process_time()
     report = kde.export_litertlm(
         task,
@@ -136,6 +178,7 @@ def _export(
         "bundle_bytes": report.bytes,
         "table_bytes": sum(report.table_bytes.values()),
         "exported_s": round(time.process_time() - start, 1),
+        "before_mb": round(before),
         "export_peak_mb": round(harness.peak_mb()),
         "float_bytes": float_bytes,
     }
@@ -163,8 +206,8 @@ def generate(task: keras.Model) -> list[str]:
     ]
 
 
-def _in_the_runtime(path: str, threads: list[int]) -> dict:
-    """What it writes, in which memory, and how fast, by the threads."""
+def _write(path: str) -> dict:
+    """What the runtime writes, and in which memory."""
     import litert_lm
 
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
@@ -176,29 +219,27 @@ def _in_the_runtime(path: str, threads: list[int]) -> dict:
             with engine.create_session(apply_prompt_template=False) as session:
                 session.run_prefill([prompt])
                 texts.append(session.run_decode().texts[0])
-    peak = round(harness.peak_mb() - before)
-    found: dict[str, Any] = {"prefill": {}, "decode": {}, "load_s": {}}
-    for number in threads:
-        rounds = [
-            litert_lm.Benchmark(
-                path,
-                litert_lm.Backend.CPU(thread_count=number),
-                prefill_tokens=PREFILLED,
-                decode_tokens=DECODED,
-                max_num_tokens=MAX_LENGTH,
-                cache_dir=":nocache",
-            ).run()
-            for _ in range(ROUNDS)
-        ]
-        for kind, attribute in (
-            ("prefill", "last_prefill_tokens_per_second"),
-            ("decode", "last_decode_tokens_per_second"),
-            ("load_s", "init_time_in_second"),
-        ):
-            found[kind][str(number)] = statistics.median(
-                getattr(info, attribute) for info in rounds
-            )
-    return {"texts": texts, "peak_mb": peak, **found}
+    return {"texts": texts, "peak_mb": round(harness.peak_mb() - before)}
+
+
+def _benchmark(path: str, threads: int) -> list[float]:
+    """One run of the runtime's own benchmark: `SPEED_NAMES`."""
+    import litert_lm
+
+    litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
+    info = litert_lm.Benchmark(
+        path,
+        litert_lm.Backend.CPU(thread_count=threads),
+        prefill_tokens=PREFILLED,
+        decode_tokens=DECODED,
+        max_num_tokens=MAX_LENGTH,
+        cache_dir=":nocache",
+    ).run()
+    return [
+        info.last_prefill_tokens_per_second,
+        info.last_decode_tokens_per_second,
+        info.init_time_in_second,
+    ]
 
 
 # The report
@@ -210,9 +251,13 @@ def collect(options: argparse.Namespace, earlier: dict) -> dict:
     def key(row: dict) -> tuple:
         return row["model"], [*ROWS].index(row["row"])
 
-    rows = harness.merged(
-        options.store.read_all(), earlier.get("rows", []), key
-    )
+    stored = options.store.read_all()
+    new = {key(row): row for row in stored if row["row"] in ROWS}
+    for speeds in stored:
+        for name, found in speeds.get("found", {}).items():
+            new[speeds["model"], [*ROWS].index(name)] |= found
+    measured = [row for row in new.values() if "decode" in row]
+    rows = harness.merged(measured, earlier.get("rows", []), key)
     return {"rows": sorted(rows, key=key)} if rows else {}
 
 
@@ -256,8 +301,8 @@ def _cells(row: dict) -> dict:
             cells[f"{label}, {threads} thr."] = f"{value:.1f}"
     cells["export, s"] = f"{row['exported_s']:.0f}"
     if "export_peak_mb" in row:
-        cells["export, peak MB"] = f"{row['export_peak_mb']:,}"
-        cells["of the floats"] = (
-            f"{1e6 * row['export_peak_mb'] / row['float_bytes']:.2f} x"
-        )
+        before, peak = row["before_mb"], row["export_peak_mb"]
+        share = 1e6 * (peak - before) / row["float_bytes"]
+        cells["export, MB"] = f"{before:,} to {peak:,}"
+        cells["of the floats"] = f"{share:.2f} x"
     return cells

@@ -37,7 +37,7 @@ def export(
         Its bytes, and how far its outputs are from Keras's.
     """
     if quantization == CONVERTER_DEFAULT:
-        parts = signatures or {"serving_default": model}
+        parts = dict(signatures or {"serving_default": model})
         path.write_bytes(
             convert(parts, optimizations=[tf.lite.Optimize.DEFAULT])
         )

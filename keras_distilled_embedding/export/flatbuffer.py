@@ -65,7 +65,8 @@ class LiteRTFile:
             )
         builder = _Builder(size + 2**20)
         builder.Finish(self._model.Pack(builder), b"TFL3")
-        return bytes(builder.Output())
+        # Not `Output`, which copies it once more.
+        return bytes(memoryview(builder.Bytes)[builder.Head() :])
 
     def clear_names(self) -> None:
         """Clears the names of internal tensors, to save bytes."""

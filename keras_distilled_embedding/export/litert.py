@@ -18,6 +18,7 @@ from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.files import check_destination
 from keras_distilled_embedding._utils.files import write_atomically
+from keras_distilled_embedding._utils.memory import release_memory
 from keras_distilled_embedding._utils.packages import require_package
 from keras_distilled_embedding.export.graph_table import GraphTable
 from keras_distilled_embedding.export.graph_table import StoredTable
@@ -140,8 +141,12 @@ def export_litert(
     parts = [part for table in tables.values() for part in table.tables]
     stored = {f"stored_table_{i}": part for i, part in enumerate(parts)}
     copies = keras_internals.copy_models(list(models.values()), tables)
-    content = convert(dict(zip(models, copies)), *sizes, tables=stored)
+    parts_by_name = dict(zip(models, copies))
+    del copies
+    content = convert(parts_by_name, *sizes, tables=stored)
     file = flatbuffer.LiteRTFile(content)
+    del content
+    release_memory()
     counts = _count_copies(file, models.values(), tables)
     content = flatbuffer.store_tables(file, stored, quantization is not None)
     fidelity = measure_fidelity(content, originals, fidelity_inputs)
@@ -319,7 +324,7 @@ def check_environment(quantization: str | None) -> None:
 
 
 def convert(
-    signatures: Mapping[str, keras.Model],
+    signatures: dict[str, keras.Model],
     batch_size: int | None = None,
     sequence_length: int | None = None,
     *,
@@ -329,7 +334,8 @@ def convert(
     """The LiteRT file that TensorFlow's converter makes, as bytes.
 
     Args:
-        signatures: Models by signature name.
+        signatures: Models by signature name. It is emptied, so that models
+            that were made for it take no memory while they are converted.
         tables: Those in the models, by the name of the input that the file
             gets for their codes.
         batch_size: As of `export_litert`.
@@ -365,12 +371,19 @@ def convert(
                 "The model cannot be written to a temporary folder, as its "
                 f"conversion needs: {str(error)[:500]}"
             ) from error
+        names = list(signatures)
+        signatures.clear()
+        del archive, model, signature
+        release_memory()
         converter = tf.lite.TFLiteConverter.from_saved_model(
-            folder, signature_keys=list(signatures)
+            folder, signature_keys=names
         )
+        release_memory()
         # Fails here rather than on the device, where Flex operators would.
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         converter.optimizations = list(optimizations)
+        # Nobody reads them; they are hashed in Python, weight by weight.
+        converter.exclude_conversion_metadata = True
         try:
             return converter.convert()
         except Exception as error:

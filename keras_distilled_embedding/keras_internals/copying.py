@@ -45,7 +45,7 @@ def copy_models(
         # First the layers with layers inside, which others may share.
         for model in models:
             for layer in _outermost_composites(model):
-                copier.copy_by_config(layer)
+                copier.copy(layer)
         copies = [copier.copy(model) for model in models]
         copier.finish(copies)
     for copy in copies:

@@ -16,9 +16,9 @@ another. KL and `same choice` are of the bundle beside the same model in Keras,
 on two paragraphs. Tokens a second are of the runtime's own benchmark, medians
 of five runs in which the bundles of a model take turns; `load` is the time
 until the first of them can begin. Peak memory is that of a process that only
-loads and writes. `export` is seconds of the processor, and the memory of a new process
-before it, with TensorFlow and the model, and at its peak; `of the floats` is
-what it adds, beside the full model in float32.
+loads and writes. `export` is seconds of the processor, and the memory of a new
+process before it, with TensorFlow and the model, and at its peak; `of the
+floats` is what it adds, beside the full model in float32.
 
 Of a model with the sizes of Gemma 3 270M and random weights, only bytes, memory
 and speed are of interest.

@@ -178,7 +178,7 @@ def chosen_rows(options: argparse.Namespace) -> list[Row]:
 def recipe_of(row: Row, task: Task) -> Recipe:
     """How a row's student is trained."""
     setting = task.setting
-    if _one_size(row.method):
+    if row.method == CONTROL:
         return setting.control
     if row.method == SCRATCH:
         # The teacher's budget and the students' together.

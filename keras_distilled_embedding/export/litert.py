@@ -364,6 +364,9 @@ def convert(
             key, _with_tables(signature, tables), [specifications]
         )
     with tempfile.TemporaryDirectory() as folder:
+        logger = tf.get_logger()
+        level = logger.level
+        logger.setLevel("WARNING")  # where assets are is no news to a user
         try:
             archive.write_out(folder, verbose=False)
         except tf.errors.OpError as error:  # TensorFlow's form of it
@@ -371,6 +374,8 @@ def convert(
                 "The model cannot be written to a temporary folder, as its "
                 f"conversion needs: {str(error)[:500]}"
             ) from error
+        finally:
+            logger.setLevel(level)
         names = list(signatures)
         signatures.clear()
         del archive, model, signature

@@ -248,11 +248,12 @@ def report(results: dict, folder: Path) -> Iterator[str]:
     for (model, tokens), rows in groups.items():
         source, first = SOURCES.get(model), rows[0]
         rows_of_table, columns = first["shape"]
-        yield f"## {source.title if source else 'A model of no quality'}"
+        title = source.title if source else "A model of no quality"
+        yield f"## {title}, {tokens:,} tokens"
         yield (
-            f"A table of {rows_of_table:,} x {columns}. {tokens:,} "
-            f"tokens in pieces of {first['length']}; calibrated on "
-            f"{first['calibrated']} other pieces. "
+            f"A table of {rows_of_table:,} x {columns}. Pieces of "
+            f"{first['length']} tokens; calibrated on "
+            f"{first['calibrated']} others. "
             + (f"License: {source.license}." if source else "")
         )
         yield harness.markdown_table([*_cells(rows)])

@@ -40,10 +40,6 @@ AUTO = "auto"
 DEFAULT_COMPRESSION = 8.0
 # What a planned projection may multiply more than with the table.
 MORE_PRODUCTS = 1.05
-# From so many rows on, a format whose product LiteRT does not delegate, which
-# is about ten times slower, is taken only where it loses so many times less.
-LARGE_VOCABULARY = 16_384
-SLOW_PRODUCT = 1.5
 
 Tables = Mapping[Target, Sequence[Table]]
 
@@ -173,6 +169,7 @@ def plan(tables: Tables, request: SizeRequest, optional: bool) -> Plan:
     if not plans:
         # Of the format that reaches furthest.
         raise min(refusals, key=lambda refusal: refusal[0])[1]
+    plans = [p for p in plans if not planner.is_too_slow(p.kind)] or plans
     most = max(len(found.ranks) for found in plans)
     plans = [found for found in plans if len(found.ranks) == most]
     if request.max_error is not None and len(plans) > 1:
@@ -230,6 +227,13 @@ class _Planner:
             rank_of = self._rank_for_compression
         return self._for_each(lambda target: rank_of(target, kind))
 
+    def is_too_slow(self, kind: Format | None) -> bool:
+        """Whether a projection would not be fast, whatever it multiplies."""
+        if self._request.min_speedup is None or kind is None:
+            return False
+        is_felt = any(target.projects for target in self._tables)
+        return is_felt and not kind.is_delegated
+
     def bytes_of(self, plan: Plan) -> int:
         """Bytes of the factors of all tables."""
         return sum(
@@ -240,36 +244,25 @@ class _Planner:
     def least_loss(self, plans: list[Plan]) -> Plan:
         """The plan that is expected to lose the least of the tables' energy.
 
-        One that is slow has to lose much less. Rounding only adds to what a
-        rank loses: plans that lose more by their ranks alone are not tried.
+        Rounding only adds to what a rank loses: plans that lose more by their
+        ranks alone are not tried.
         """
         if len(plans) == 1:
             return plans[0]
-        penalties = [self._penalty(plan) for plan in plans]
         bounds = [self.loss(plan, rounded=False) for plan in plans]
         losses: dict[str, float] = {}
-        best, least, of_best = plans[0], np.inf, np.inf
-        for index in np.argsort(np.multiply(bounds, penalties), kind="stable"):
-            plan, loss, penalty = plans[index], bounds[index], penalties[index]
-            if loss * penalty < least and plan.kind is not None:
+        best, least = plans[0], np.inf
+        for index in np.argsort(bounds, kind="stable"):
+            plan, loss = plans[index], bounds[index]
+            if loss < least and plan.kind is not None:
                 loss = self.loss(plan, rounded=True)
             name = name_of(plan.kind)
             losses[name] = min(loss, losses.get(name, np.inf))
-            if loss * penalty < least:
-                best, least, of_best = plan, loss * penalty, loss
+            if loss < least:
+                best, least = plan, loss
         if len(losses) == 1:
             return best
-        losses[name_of(best.kind)] = of_best
         return best._replace(reason=self._reason(best, losses))
-
-    def _penalty(self, plan: Plan) -> float:
-        """What the loss of a plan is multiplied by, to be compared."""
-        is_slow = plan.kind is not None and not plan.kind.is_delegated
-        is_felt = any(
-            target.projects and target.shape[0] >= LARGE_VOCABULARY
-            for target in plan.ranks
-        )
-        return SLOW_PRODUCT if is_slow and is_felt else 1.0
 
     def _reason(self, best: Plan, losses: Mapping[str, float]) -> str:
         """Why this plan, in one line."""

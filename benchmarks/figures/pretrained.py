@@ -7,7 +7,9 @@ have it. Every row is `compress` as anybody calls it, and nothing else but where
 
 - `int8`, `int4`, `int2`: `rank` is the table's width, nothing is lost but by
   rounding.
-- `8x`, `16x`, `32x`: `compression` alone, rank and bits are planned together.
+- `8x`, `16x`, `32x`: `compression` alone, rank and bits are planned together;
+  `fast`: with `min_speedup=1.0`, which takes no format that LiteRT multiplies
+  slowly.
 - `floats 2x` and `floats 8x`: `quantization=None`, so that the rank alone
   pays.
 - `not calibrated`: without `calibration_data`, which in the others is text
@@ -63,6 +65,7 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     f"int2{PLAIN}": {"quantization": "int2"},
     "8x": {"compression": 8.0},
     "16x": {"compression": 16.0},
+    "16x, fast": {"compression": 16.0, "min_speedup": 1.0},
     "32x": {"compression": 32.0},
     "floats 2x": {"compression": 2.0, "quantization": None},
     f"floats 2x{PLAIN}": {"compression": 2.0, "quantization": None},

@@ -14,11 +14,11 @@ next 50 tokens are those of Keras, letter by letter, in float32; other bundles
 round activations too, and depart at the first token that is nearly as likely as
 another. KL and `same choice` are of the bundle beside the same model in Keras,
 on two paragraphs. Tokens a second are of the runtime's own benchmark, medians
-of five runs in which the bundles of a model take turns; `load` is the time until
-the first of them can begin. Peak memory is that of a process that only loads and
-writes. `export` is seconds of the processor, and the memory of a new process
-before it, with TensorFlow and the model, and at its peak; `of the floats` is
-what it adds, beside the full model in float32.
+of five runs in which the bundles of a model take turns; `load` is the time
+until the first of them can begin. Peak memory is that of a process that only
+loads and writes. `export` is seconds of the processor, and the memory of a new
+process before it, with TensorFlow and the model, and at its peak; `of the
+floats` is what it adds, beside the full model in float32.
 
 Of a model with the sizes of Gemma 3 270M and random weights, only bytes, memory
 and speed are of interest.
@@ -87,8 +87,9 @@ def run(options: argparse.Namespace) -> None:
     _, text = pretrained.paragraphs(options.data_dir)
     text = [p for p in text if 200 < len(p) < 600]
     paths = {
-        name: str(bundles / f"{options.model}, {name.replace('/', '_')}")
-        for name in options.rows
+        name: str(bundles / f"{options.model}_{number}.litertlm")
+        for number, name in enumerate(ROWS)
+        if name in options.rows
     }
     for name, path in paths.items():
         options.store.finish(

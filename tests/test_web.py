@@ -312,12 +312,12 @@ def test_the_page_translates_as_python_does(page, site, serve, text):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*does not support masking")
-@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*vocabulary.spm")
 def test_a_t5_of_kerashub(page, site, serve, tmp_path):
-    """Whose text starts with padding."""
+    """Whose text starts with padding; untrained, but with opinions."""
     pytest.importorskip("keras_hub")
-    task = translators.translator("t5")
+    task = translators.untrained("t5")
+    translators.add_noise(task)
     student = kde.compress(task, 4.0, verbose=0)
     folder = shutil.copytree(site, tmp_path / "site")
     index = {"examples": [], "translators": []}
@@ -343,7 +343,7 @@ def test_a_t5_of_kerashub(page, site, serve, tmp_path):
             assert found == list(runner.stream_ids(source))
             assert shown == runner.generate(source)
             seen.update(ids)
-    assert len(seen) > 5
+    assert len(seen) > 2
 
 
 @pytest.mark.slow

@@ -83,11 +83,16 @@ def _t5():
     return keras_hub.models.T5Seq2SeqLM(backbone, preprocessor)
 
 
+def untrained(name):
+    """One of KerasHub's, with its tokenizer."""
+    keras.utils.set_random_seed(0)
+    return {"bart": _bart, "t5": _t5}[name]()
+
+
 @cache
 def translator(name):
     """One for all tests, which leave it as it is."""
-    keras.utils.set_random_seed(0)
-    task = {"bart": _bart, "t5": _t5}[name]()
+    task = untrained(name)
     sources, targets = zip(*sentences())
     # Cut into tokens once: KerasHub would do so in every epoch.
     x, y, weights = task.preprocessor(

@@ -344,7 +344,7 @@ def test_a_t5_of_kerashub(page, site, serve, tmp_path):
             assert found == list(runner.stream_ids(source))
             assert shown == runner.generate(source)
             seen.update(ids)
-    assert len(seen) > 5
+    assert len(seen) > 2
 
 
 @pytest.mark.slow

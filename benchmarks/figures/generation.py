@@ -87,8 +87,9 @@ def run(options: argparse.Namespace) -> None:
     _, text = pretrained.paragraphs(options.data_dir)
     text = [p for p in text if 200 < len(p) < 600]
     paths = {
-        name: str(bundles / f"{options.model}, {name.replace('/', '_')}")
-        for name in options.rows
+        name: str(bundles / f"{options.model}_{number}.litertlm")
+        for number, name in enumerate(ROWS)
+        if name in options.rows
     }
     for name, path in paths.items():
         options.store.finish(

@@ -20,7 +20,6 @@ from examples.nmt import data
 from examples.web import __main__ as web
 from keras_distilled_embedding_runner import Runner
 from tests import chromium
-from tests import translators
 from tests.translators import untrained_translator
 
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")
@@ -309,42 +308,6 @@ def test_the_page_translates_as_python_does(page, site, serve, text):
     server.server_close()
     assert open_page(page, address + "?again").startswith("Ready")
     assert translate(page, sentences[0]) == first
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*does not support masking")
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*vocabulary.spm")
-def test_a_t5_of_kerashub(page, site, serve, tmp_path):
-    """Whose text starts with padding; untrained, but with opinions."""
-    pytest.importorskip("keras_hub")
-    task = translators.untrained("t5")
-    translators.add_noise(task)
-    student = kde.compress(task, 4.0, verbose=0)
-    folder = shutil.copytree(site, tmp_path / "site")
-    index = {"examples": [], "translators": []}
-    for name, model in (("full", task), ("small", student)):
-        kde.export_litert_seq2seq(
-            model,
-            folder / f"{name}.tflite",
-            max_length=LENGTH,
-            quantization="float32",
-            verbose=False,
-        )
-        entry = {"name": name, "file": f"{name}.tflite", "table_bytes": 1}
-        index["translators"].append(entry)
-    (folder / "translators.json").write_text(json.dumps(index))
-    runners = [Runner(folder / f"{name}.tflite") for name in ("full", "small")]
-    stop = task.preprocessor.tokenizer.end_token_id
-    _, address = serve(folder)
-    assert open_page(page, address).startswith("Ready")
-    seen = set()
-    for source, _ in translators.sentences()[::13]:
-        for runner, (shown, ids) in zip(runners, translate(page, source)):
-            found = ids[:-1] if ids[-1] == stop else ids
-            assert found == list(runner.stream_ids(source))
-            assert shown == runner.generate(source)
-            seen.update(ids)
-    assert len(seen) > 2
 
 
 @pytest.mark.slow

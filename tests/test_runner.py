@@ -19,7 +19,6 @@ import pytest
 import keras_distilled_embedding as kde
 import keras_distilled_embedding_runner as runner_file
 from examples.nmt import data
-from examples.nmt import model as nmt
 from examples.nmt.stepwise import embed_vocabulary
 from examples.nmt.stepwise import stepwise_signatures
 from keras_distilled_embedding.export.tokenizers import StoredVocabulary
@@ -494,9 +493,9 @@ def test_other_signatures(teacher, path, signatures):
         layers = [keras.Input((2,)), keras.layers.Dense(2)]
         kde.export_litert(keras.Sequential(layers), path, verbose=False)
     else:
-        parts = {"encode": nmt.encoder(teacher)}
+        parts = {"encode": stepwise_signatures(teacher, 8)["encode"]}
         if signatures == "prefixes":
-            parts["decode"] = nmt.decoder(teacher)
+            parts["decode"] = teacher
         kde.export_litert(teacher, path, signatures=parts, verbose=False)
     with pytest.raises(
         ValueError, match=r"`model_path`.*`encode` and `decode`.*Received"

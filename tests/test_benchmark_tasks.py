@@ -1,6 +1,7 @@
 """The tasks of the benchmarks: their texts, batches, search and students."""
 
 import dataclasses
+import gzip
 import types
 
 import keras
@@ -16,6 +17,7 @@ from benchmarks.tasks.students import CONTROL
 from benchmarks.tasks.tables import KINDS
 from benchmarks.tasks.tables import minilm_table
 from benchmarks.tasks.tables import synthetic_table
+from examples.nmt.data import ParallelText
 from examples.nmt.model import build_transformer
 from examples.nmt.pipeline import PRESETS
 
@@ -118,6 +120,25 @@ def test_a_task_that_is_not_prepared_says_what_to_run(tmp_path, monkeypatch):
         translation.prepare("quick", tmp_path)
 
 
+def test_splits_of_one_file(tmp_path):
+    path = tmp_path / "en-de.tsv.gz"
+    lines = [
+        "train\tgimp\ta.po\tOne\tEins",
+        "test\tman\tb.po\tTwo \u2028 parts\tZwei Teile",
+        "dev\tman\tc.po\tThree\tDrei",
+    ]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+    corpus = translation._read_splits(path)
+    assert corpus.train == ParallelText(["One"], ["Eins"])
+    assert corpus.validation == ParallelText(["Three"], ["Drei"])
+    assert corpus.test.source == ["Two \u2028 parts"]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("train\tgimp\ta.po\tOne sentence alone\n")
+    with pytest.raises(ValueError):
+        translation._read_splits(path)
+
+
 # Rows of the translation figure
 
 
@@ -135,7 +156,9 @@ def test_rows_have_names_of_their_own():
 
 def test_rows_are_chosen():
     def chosen(**options):
-        defaults = dict(task="multi30k", methods=None, sizes=None, losses=None)
+        defaults = dict(
+            task="multi30k", methods=None, sizes=None, losses=None, rate=1.0
+        )
         return figure.chosen_rows(types.SimpleNamespace(**defaults | options))
 
     assert chosen() == figure.key_rows()
@@ -150,6 +173,7 @@ def test_rows_are_chosen():
         figure.Row("ours, int2", 30.0),
     ]
     assert {row.loss for row in chosen(losses=["both"])} == {"both"}
+    assert {row.rate for row in chosen(rate=2.0)} == {2.0}
     # A method of one size is of every size.
     assert figure.Row(CONTROL) in chosen(sizes=[8.0])
 
@@ -159,6 +183,8 @@ def test_everything_but_the_loss_is_the_recipe_of_all():
     base = task.setting.student
     assert figure.recipe_of(figure.Row("GroupReduce", 8.0), task) == base
     assert figure.recipe_of(figure.Row("ours", 8.0), task) == base
+    faster = figure.recipe_of(figure.Row("ours", 8.0, rate=2.0), task)
+    assert faster.peak_learning_rate == 2.0 * base.peak_learning_rate
     both = figure.recipe_of(figure.Row("ours", 8.0, "both"), task)
     assert both == dataclasses.replace(base, embedding_weight=0.1)
     control = figure.recipe_of(figure.Row(CONTROL), task)

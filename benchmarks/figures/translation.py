@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", choices=methods, metavar="METHOD")
     add("--sizes", nargs="+", type=float)
     add("--losses", nargs="+", choices=LOSSES, metavar="LOSS")
+    add("--rate", type=float, default=1.0, help="times the step size")
 
 
 # The grid
@@ -76,11 +77,13 @@ class Row:
         size: How many times fewer bytes than the float32 table; 1 where the
             method has no choice.
         loss: A key of `LOSSES`.
+        rate: Times the recipe's largest step size.
     """
 
     method: str
     size: float = 1.0
     loss: str = "logits"
+    rate: float = 1.0
 
     @property
     def name(self) -> str:
@@ -91,9 +94,9 @@ class Row:
 
     def key(self, task: Task) -> str:
         """Its name among the rows on disk."""
-        return (
-            f"{task.name} {task.seed} {self.method} {self.loss} {self.size:g}x"
-        )
+        name = f"{task.name} {task.seed} {self.method} {self.loss}"
+        rate = "" if self.rate == 1.0 else f" rate {self.rate:g}"
+        return f"{name} {self.size:g}x{rate}"
 
 
 def _one_size(method: str) -> bool:
@@ -102,7 +105,7 @@ def _one_size(method: str) -> bool:
     )
 
 
-OURS_ROUNDED = ("ours, int8", "ours, int4", "ours, int2")
+OURS_ROUNDED = ("ours, auto", "ours, int8", "ours, int4", "ours, int2")
 
 # What decides most, each at its sizes in the order of their worth.
 KEY_SIZES = {
@@ -167,7 +170,7 @@ def chosen_rows(options: argparse.Namespace) -> list[Row]:
     sizes = options.sizes or [row.size for row in rows]
     losses = options.losses or [row.loss for row in rows]
     return [
-        row
+        replace(row, rate=options.rate)
         for row in rows
         if row.method in methods
         and (row.size in sizes or _one_size(row.method))
@@ -179,12 +182,18 @@ def recipe_of(row: Row, task: Task) -> Recipe:
     """How a row's student is trained."""
     setting = task.setting
     if row.method == CONTROL:
-        return setting.control
-    if row.method == SCRATCH:
+        recipe = setting.control
+    elif row.method == SCRATCH:
         # The teacher's budget and the students' together.
         epochs = setting.teacher.epochs + setting.student.epochs
-        return replace(setting.student, epochs=epochs, student_loss_weight=1.0)
-    return replace(setting.student, **LOSSES[row.loss][1])
+        recipe = replace(
+            setting.student, epochs=epochs, student_loss_weight=1.0
+        )
+    else:
+        recipe = replace(setting.student, **LOSSES[row.loss][1])
+    return replace(
+        recipe, peak_learning_rate=row.rate * recipe.peak_learning_rate
+    )
 
 
 # What is measured
@@ -223,6 +232,7 @@ def measure(row: Row, task: Task, store: harness.Rows) -> dict:
     return {
         **_identity_of(task, row.name),
         "size": row.size,
+        "rate": row.rate,
         **measure_student(task, student, recipe, weights),
     }
 
@@ -270,7 +280,7 @@ def collect(options: argparse.Namespace, earlier: dict) -> dict:
 
 
 def _identity(entry: dict) -> tuple:
-    names = "task", "seed", "teacher", "name", "storage", "rank"
+    names = "task", "seed", "teacher", "name", "storage", "rank", "rate"
     return (*(entry[n] for n in names), round(entry["ratio"]))
 
 
@@ -286,6 +296,7 @@ def entries_of(task: Task, rows: list[dict]) -> list[dict]:
             "before_nll": row.get("before_nll"),
             "validation_nll": row.get("validation_nll", [None])[-1],
             "rank": row.get("rank"),
+            "rate": row.get("rate", 1.0),
             "cpu_s": row["cpu_s"] if "recipe" in row else None,
             "environment": row["environment"],
             "translations": task.decode(stored["translations"]),

@@ -6,6 +6,7 @@ TensorFlow; everything else reads arrays, and runs on any backend of Keras.
 
 from __future__ import annotations
 
+import gzip
 import json
 import zlib
 from dataclasses import asdict
@@ -36,6 +37,8 @@ from examples.nmt.train import fit
 
 if TYPE_CHECKING:
     import sentencepiece
+
+    from examples.nmt.data import Corpus
 
 SPLITS = ("train", "validation", "test")
 SEARCH_BATCH = 125  # rows that are translated together
@@ -92,6 +95,22 @@ SETTINGS = {
             peak_learning_rate=3e-4,
             student_loss_weight=1.0,
             dropout=0.2,
+        ),
+    ),
+    # The table is most of this model.
+    "software_docs": Setting(
+        dict(d_model=256, num_layers=2, num_heads=8, feed_forward_dim=512),
+        dropout=0.1,
+        widths=(6, 10, 16, 24, 40, 64),
+        tokens=2_048,
+        vocabulary_size=16_000,
+        teacher=Schedule(epochs=9, peak_learning_rate=1.2e-3),
+        student=Recipe(),
+        control=Recipe(
+            epochs=4,
+            peak_learning_rate=3e-4,
+            student_loss_weight=1.0,
+            dropout=0.1,
         ),
     ),
     "cldr": Setting(
@@ -154,7 +173,10 @@ def _prepare(name: str, folder: Path, data_dir: str | None) -> None:
             f"it is installed, and copy {folder} here. {error}"
         ) from error
     setting = SETTINGS[name]
-    corpus = load_corpus("cldr" if name == "quick" else name, data_dir)
+    if name == "software_docs":
+        corpus = _read_splits(Path(data_dir or "") / "en-de.tsv.gz")
+    else:
+        corpus = load_corpus("cldr" if name == "quick" else name, data_dir)
     few = slice(setting.max_sentences)
     texts = (
         corpus.train[: setting.max_pairs],
@@ -179,6 +201,22 @@ def _prepare(name: str, folder: Path, data_dir: str | None) -> None:
     part = folder / "part_arrays.npz"
     np.savez_compressed(part, **arrays)
     part.replace(folder / "arrays.npz")
+
+
+def _read_splits(path: Path) -> Corpus:
+    """Reads lines of split, source, document, sentence and translation."""
+    from examples.nmt.data import Corpus
+    from examples.nmt.data import ParallelText
+
+    sides: dict[str, tuple[list[str], list[str]]] = {
+        split: ([], []) for split in ("train", "dev", "test")
+    }
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            split, _, _, *pair = line.rstrip("\n").split("\t")
+            for side, sentence in zip(sides[split], pair, strict=True):
+                side.append(sentence)
+    return Corpus(path.name, *(ParallelText(*pair) for pair in sides.values()))
 
 
 class Task:

@@ -280,8 +280,10 @@ def collect(options: argparse.Namespace, earlier: dict) -> dict:
 
 
 def _identity(entry: dict) -> tuple:
-    names = "task", "seed", "teacher", "name", "storage", "rank", "rate"
-    return (*(entry[n] for n in names), round(entry["ratio"]))
+    names = "task", "seed", "teacher", "name", "storage", "rank"
+    # Earlier results have one step size.
+    rate = entry.get("rate", 1.0)
+    return (*(entry[n] for n in names), rate, round(entry["ratio"]))
 
 
 def entries_of(task: Task, rows: list[dict]) -> list[dict]:
@@ -438,6 +440,7 @@ def _entry_cells(entry: dict, control: dict) -> dict:
         "table bytes": f"{entry['table_bytes']:,}",
         "x smaller": f"{entry['ratio']:.1f}",
         "rank": harness.formatted(entry["rank"], "{}"),
+        "step size": f"{entry.get('rate', 1.0):g}x",
         "BLEU": f"{entry['bleu']:.2f}",
         "±": harness.formatted(entry["bleu_ci"], "{:.2f}"),
         "Δ": harness.formatted(delta, "{:+.2f}"),

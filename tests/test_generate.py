@@ -465,6 +465,8 @@ def test_control_c_ends_it(files):
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        # A shell's background jobs ignore the signal, and so do theirs.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdin.write(f"{SOURCES[0]}\n")
     process.stdin.flush()

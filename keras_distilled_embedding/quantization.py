@@ -165,17 +165,21 @@ class Format:
             `F~`, like `features`.
         """
         fixed = ops.stop_gradient(features)
-        step = ops.stop_gradient(self.stored_scales(scales))
-        levels = ops.add(self.integers(fixed, center, step), self.shift)
-        rounded = ops.add(ops.multiply(levels, step), center)
-        # Differences: Keras on TensorFlow takes a second operand that has one
-        # row or none for a bias, and refuses to add it.
-        return ops.subtract(
-            ops.subtract(rounded, ops.subtract(fixed, features)),
-            ops.multiply(
-                levels, ops.subtract(ops.stop_gradient(scales), scales)
-            ),
+        # Subtracted, for an exact zero that has a gradient.
+        step = ops.subtract(
+            ops.stop_gradient(self.stored_scales(scales)),
+            ops.subtract(ops.stop_gradient(scales), scales),
         )
+        # Few large arrays at a time, where no compiler plans them.
+        rounded = ops.multiply(
+            ops.add(
+                self.integers(fixed, center, ops.stop_gradient(step)),
+                self.shift,
+            ),
+            step,
+        )
+        rounded = ops.add(rounded, center)
+        return ops.subtract(rounded, ops.subtract(fixed, features))
 
 
 # By name and by whether each row has a scale of its own.

@@ -8,6 +8,7 @@ LiteRT-LM expects.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from collections.abc import Iterable
 from typing import Any
 from typing import NamedTuple
@@ -177,11 +178,12 @@ def _check_pieces(step: CachedStep, length: int) -> None:
     vocabulary = step.task.output.shape[-1]
     rng = np.random.default_rng(0)
     ids = rng.integers(vocabulary, size=(1, length), dtype="int32")
-    whole = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-    wanted = ops.convert_to_numpy(step.task(whole, training=False)[0, -1])
+    wanted = logits_of_whole(step.task, ids)[-1]
     state: dict[str, Any] = empty_caches(step.form)
     for piece in np.split(np.arange(length, dtype="int32"), [length // 2]):
-        state = step({TOKENS: ids[:, piece], POSITIONS: piece, **state})
+        state = _in_graph(
+            step, {TOKENS: ids[:, piece], POSITIONS: piece, **state}
+        )
     found = ops.convert_to_numpy(state[LOGITS][0, -1])
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     if not error < _TOLERANCE:
@@ -191,6 +193,22 @@ def _check_pieces(step: CachedStep, length: int) -> None:
             f"{type(step.task).__name__}, whose logits then differ by "
             f"{error:.1%}"
         )
+
+
+def logits_of_whole(task: Any, ids: np.ndarray) -> np.ndarray:
+    """What a task predicts of a text `(1, n)` read at once, `(n, V)`."""
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    logits = _in_graph(lambda inputs: task(inputs, training=False), inputs)
+    return ops.convert_to_numpy(logits)[0]
+
+
+def _in_graph(call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """Op by op, a table in few bits would be there five times as floats."""
+    import tensorflow as tf
+
+    return tf.function(call)(
+        {name: tf.constant(array) for name, array in inputs.items()}
+    )
 
 
 def _step_model(step: CachedStep, length: int, has_logits: bool) -> keras.Model:

@@ -1244,10 +1244,15 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_a_task_comes_back_with_its_tokenizer(used, path):
+@pytest.mark.parametrize("set_later", [False, True])
+def test_a_task_comes_back_with_its_tokenizer(set_later, used, path):
     """And its sampler; whether or not it has made all of its layers yet."""
     hub = pytest.importorskip("keras_hub")
     task = make_task(make_gpt2)
+    if set_later:
+        preprocessor = task.preprocessor
+        task = type(task)(task.backbone)
+        task.preprocessor = preprocessor
     if used:
         task.preprocessor.generate_preprocess(["ab cd"])
     student = factorized(task)

@@ -121,7 +121,8 @@ class Rebuilder:
                 f"has {len(layer._layers)} layers inside, not "
                 f"{len(tree.children)}",
             )
-        for child_tree, child in zip(tree.children, layer._layers):
+        children = _in_order(layer._layers, tree.children)
+        for child_tree, child in zip(tree.children, children):
             self.match(child_tree, child)
         if tree.build_config and built_by_parts:
             layer.built = True
@@ -216,6 +217,22 @@ def _settings(layer: keras.layers.Layer) -> dict[str, Any]:
         if type(value) in (bool, int, float, str)
         and name not in _attributes_of_keras()
     }
+
+
+def _in_order(
+    layers: Sequence[keras.layers.Layer], trees: Sequence[LayerTree]
+) -> Sequence[keras.layers.Layer]:
+    """Layers in the order of their trees.
+
+    A layer that was set as an attribute after its model was made, such as a
+    preprocessor, comes earlier where a constructor sets it.
+    """
+    if [type(layer).__name__ for layer in layers] == [t.kind for t in trees]:
+        return layers  # their names may have been numbered anew
+    by_name = {layer.name: layer for layer in layers}
+    if set(by_name) != {tree.name for tree in trees}:
+        return layers
+    return [by_name[tree.name] for tree in trees]
 
 
 def _swap_layers(

@@ -308,7 +308,8 @@ def test_rows_train_without_tensorflow_and_are_reported(trained_on_jax, capsys):
     assert "Keras on tensorflow" in entries["ours"]["environment"]
     text = (folder / "report.md").read_text("utf-8")
     assert all(f"| {name} |" in text for name in entries)
-    assert (folder / "quick_bytes.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("quick_nats.png", "quick_bytes.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     # All is there.
     capsys.readouterr()
     run(*quick, *chosen)

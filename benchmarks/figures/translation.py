@@ -49,6 +49,7 @@ from examples.nmt.train import Recipe
 SIZES = (4.0, 8.0, 16.0, 32.0, 64.0)
 TEACHER = "teacher, as it was"
 SCRATCH = "smaller model, from scratch"
+FULL = "full table, float32"
 # A little less than a nominal size still counts as it: scales, offsets.
 TOLERANCE = 0.97
 
@@ -418,14 +419,11 @@ def _task_section(
             yield harness.markdown_table(
                 [_entry_cells(e, control) for e in inside]
             )
-    for key, axis, log_x in (
-        ("table_bytes", "bytes of the table", True),
-        ("ms", "milliseconds a sentence, one thread", False),
-    ):
-        if any(e.get(key) for e in entries if label(e) in DRAWN):
-            name = f"{task}_{key.removeprefix('table_')}.png"
-            _plot(entries, control, folder / name, key, axis, log_x)
-            yield f"![BLEU against {key.removeprefix('table_')}]({name})"
+    for name, (key, value) in PICTURES.items():
+        if any(e.get(key) and e[value] for e in entries if label(e) in DRAWN):
+            file = f"{task}_{name}.png"
+            _plot(entries, folder / file, key, value)
+            yield f"![{PICTURES_SHOW[name]}]({file})"
 
 
 def _entry_cells(entry: dict, control: dict) -> dict:
@@ -470,7 +468,11 @@ def _duel_cells(duel: dict) -> dict:
 # What is drawn, in the order of the legend.
 DRAWN = (
     OURS,
-    *OURS_ROUNDED,
+    "ours, auto, int4",
+    "ours, auto, int2",
+    "ours, int8",
+    "ours, int4",
+    "ours, int2",
     "truncated SVD",
     "truncated SVD, int8",
     "GroupReduce",
@@ -485,28 +487,47 @@ DRAWN = (
 )
 
 
-def _plot(
-    entries: list[dict],
-    control: dict,
-    path: Path,
-    key: str,
-    axis: str,
-    log_x: bool,
-) -> None:
+# What is across and what is up, by the name of the file.
+PICTURES = {
+    "nats": ("table_bytes", "validation_nll"),
+    "bytes": ("table_bytes", "bleu"),
+    "ms": ("ms", "bleu"),
+}
+PICTURES_SHOW = {
+    "nats": "Validation nats against bytes",
+    "bytes": "BLEU against bytes",
+    "ms": "BLEU against ms",
+}
+AXES = {
+    "table_bytes": "bytes of the table",
+    "ms": "milliseconds a sentence, one thread",
+    "validation_nll": "nats a token, validation",
+    "bleu": "sacreBLEU, test",
+}
+
+
+def _plot(entries: list[dict], path: Path, key: str, value: str) -> None:
+    """Means over the teachers; the control, or the full table, is level."""
     lines = {}
     for name in DRAWN:
         points: dict[float, list[float]] = {}
         for entry in entries:
-            if label(entry) == name and entry.get(key) is not None:
-                points.setdefault(entry[key], []).append(entry["bleu"])
+            if label(entry) == name and entry.get(key) and entry[value]:
+                points.setdefault(entry[key], []).append(entry[value])
         lines[name] = [(x, statistics.mean(points[x])) for x in sorted(points)]
+    levels = {
+        name: [e[value] for e in entries if label(e) == name and e[value]]
+        for name in (FULL, CONTROL)
+    }
+    name = CONTROL if levels[CONTROL] else FULL
+    log_x = key == "table_bytes"
     harness.plot_lines(
         lines,
         path,
         styles={n: {"linewidth": 2.5} for n in DRAWN if n.startswith(OURS)},
-        level=(CONTROL, statistics.mean(control.values())) if control else None,
+        level=(name, statistics.mean(levels[name])) if levels[name] else None,
         log_x=log_x,
         x_format=(lambda x, _: f"{x / 1e3:,.0f} kB") if log_x else None,
-        xlabel=axis,
-        ylabel="sacreBLEU, test",
+        xlabel=AXES[key],
+        ylabel=AXES[value],
     )

@@ -103,8 +103,8 @@ def test_a_report_has_the_numbers_of_its_results(tmp_path):
     assert rows["int4"][0][1:] == ["7.11x", "0.007992", "0.008896"]
     run("report", "translation", "--output", tmp_path)
     rows = rows_of((tmp_path / "report.md").read_text("utf-8"))
-    assert {row[5] for row in rows["nested ranks"]} >= {"33.14", "73.80"}
-    assert any(row[5] == "34.07" for row in rows["product quantization"])
+    assert {row[6] for row in rows["nested ranks"]} >= {"33.14", "73.80"}
+    assert any(row[6] == "34.07" for row in rows["product quantization"])
     run("report", "on_device", "--output", tmp_path)
     rows = rows_of((tmp_path / "report.md").read_text("utf-8"))
     assert rows["projection: int8 against full float32"] == [

@@ -39,13 +39,22 @@ pytest.MonkeyPatch().setattr(
 )
 
 
-def pytest_collection_finish():
-    """What is imported by now stays: no use in looking for garbage in it.
+def _look_for_no_garbage_in_what_is_here():
+    """What is there by now stays: no use in looking for garbage in it.
 
-    TensorFlow's converter does so at each export, half a second each time.
+    Exports and TensorFlow's converter do so several times a file, and took
+    most of the time of the tests once a process held a few gigabytes.
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    _look_for_no_garbage_in_what_is_here()
+
+
+def pytest_runtest_logfinish():
+    _look_for_no_garbage_in_what_is_here()
 
 
 # What a call of this package must leave alone, in a whole process.

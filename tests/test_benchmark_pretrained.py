@@ -258,13 +258,19 @@ def test_rows_are_measured_once(data_dir, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_bundles_write_what_keras_does(tmp_path, capsys):
     pytest.importorskip("litert_lm")
+    names = ["full, float32", "rank d/8, int8"]
     options = "--quick", "--work-dir", tmp_path, "--threads", 1, "--rows"
-    arguments = ["run", "generation", *options, "full, float32"]
+    arguments = ["run", "generation", *options, *names]
     assert command.main([*map(str, arguments)]) == 0
     folder = tmp_path / "quick" / "report"
-    (row,) = harness.read_results("generation", folder)["rows"]
-    assert row["equal"] == 5
-    assert row["divergence"] < 1e-9
-    assert row["bundle_bytes"] > row["table_bytes"] == 4 * 258 * 64
-    assert all(row[k]["1"] > 0 for k in ("prefill", "decode", "load_s"))
+    found = harness.read_results("generation", folder)["rows"]
+    assert [row["row"] for row in found] == names
+    full, short = found
+    assert full["equal"] == 5 and "equal" not in short
+    assert full["divergence"] < 1e-9
+    assert full["bundle_bytes"] > full["table_bytes"] == 4 * 258 * 64
+    assert short["table_bytes"] < full["table_bytes"] / 16
+    assert short["bundle_bytes"] < 0.7 * full["bundle_bytes"]
+    for row in found:
+        assert all(row[k]["1"] > 0 for k in ("prefill", "decode", "load_s"))
     assert "| full, float32 |" in capsys.readouterr().out

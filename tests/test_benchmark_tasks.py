@@ -139,6 +139,19 @@ def test_splits_of_one_file(tmp_path):
         translation._read_splits(path)
 
 
+def test_the_small_task_is_the_examples_but_for_its_vocabulary():
+    """The example's is larger; batches and the student follow from that."""
+    setting, example = translation.SETTINGS["cldr"], PRESETS["cldr"]
+    assert setting.tokens == example.batching.tokens
+    assert setting.vocabulary_size < example.vocabulary_size
+    for key, value in {
+        **setting.model,
+        "dropout": setting.dropout,
+        "teacher": setting.teacher,
+    }.items():
+        assert getattr(example, key) == value
+
+
 # Rows of the translation figure
 
 

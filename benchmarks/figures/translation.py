@@ -419,11 +419,11 @@ def _task_section(
             yield harness.markdown_table(
                 [_entry_cells(e, control) for e in inside]
             )
-    for name, (key, value) in PICTURES.items():
+    for name, (key, value, what) in PICTURES.items():
         if any(e.get(key) and e[value] for e in entries if label(e) in DRAWN):
             file = f"{task}_{name}.png"
             _plot(entries, folder / file, key, value)
-            yield f"![{PICTURES_SHOW[name]}]({file})"
+            yield f"![{what}]({file})"
 
 
 def _entry_cells(entry: dict, control: dict) -> dict:
@@ -487,16 +487,11 @@ DRAWN = (
 )
 
 
-# What is across and what is up, by the name of the file.
+# What is across, what is up and what that shows, by the name of the file.
 PICTURES = {
-    "nats": ("table_bytes", "validation_nll"),
-    "bytes": ("table_bytes", "bleu"),
-    "ms": ("ms", "bleu"),
-}
-PICTURES_SHOW = {
-    "nats": "Validation nats against bytes",
-    "bytes": "BLEU against bytes",
-    "ms": "BLEU against ms",
+    "nats": ("table_bytes", "validation_nll", "Validation nats against bytes"),
+    "bytes": ("table_bytes", "bleu", "BLEU against bytes"),
+    "ms": ("ms", "bleu", "BLEU against ms"),
 }
 AXES = {
     "table_bytes": "bytes of the table",

@@ -95,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--steps", type=int, default=250, help="of the distillation")
     add("--labelled", type=int, default=4_000, help="sentences to distil on")
+    add("--rate", type=float, default=1.0, help="times the learning rate")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -112,7 +113,10 @@ def run(options: argparse.Namespace) -> None:
         options.quick,
     )
     for name in options.rows:
-        size = f"{options.steps} steps, " if name in TRAINED else ""
+        size = ""
+        if name in TRAINED:
+            rate = f"rate {options.rate:g}, " if options.rate != 1.0 else ""
+            size = f"{options.steps} steps, {rate}"
         options.store.finish(
             f"{name}, {size}{options.sentences} sentences",
             partial(measure, name, task, options),
@@ -177,7 +181,7 @@ def make_model(
             task,
             options.labelled,
             options.steps,
-            TRAINED[name],
+            options.rate * TRAINED[name],
             "all" if name.endswith(WHOLE) else "tables",
         )
     return model, about
@@ -201,7 +205,8 @@ def scores(task: TranslatorTask, texts: list[str]) -> dict:
 
 
 def _key(row: dict) -> tuple:
-    return row["sentences"], ROWS.index(row["row"]), row.get("steps", 0)
+    training = row.get("steps", 0), _learning_rate(row)
+    return row["sentences"], ROWS.index(row["row"]), *training
 
 
 def collect(options: argparse.Namespace, earlier: dict) -> dict:
@@ -226,7 +231,7 @@ def report(results: dict, folder: Path) -> Iterator[str]:
                 yield (
                     f"- {row['row']}: {row['steps']} steps, "
                     f"{row['trained_tokens']:,} tokens, of {row['labelled']:,} "
-                    "sentences"
+                    f"sentences, learning rate {_learning_rate(row):.0e}"
                 )
         _plot(rows, folder / "bleu.png")
     yield "![BLEU and bytes](bleu.png)"
@@ -240,6 +245,10 @@ def report(results: dict, folder: Path) -> Iterator[str]:
         "by document. The model may have been trained on such text."
     )
     yield "`" + "`, `".join(signatures()) + "`"
+
+
+def _learning_rate(row: dict) -> float:
+    return row.get("learning_rate", TRAINED.get(row["row"], 0.0))
 
 
 def _cells(row: dict) -> dict:

@@ -80,6 +80,7 @@ def distill(
     return {
         "steps": steps,
         "labelled": labelled,
+        "learning_rate": learning_rate,
         "trained_tokens": int(sum(weights.sum() for *_, weights in given)),
     }
 

@@ -21,12 +21,16 @@ WORDS = ["the", "table", "is", "all", "of", "it", "and", "some", "more"]
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """A folder with prose of no sense."""
-    random = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("data")
-    with gzip.open(folder / pretrained.PROSE, "wt", encoding="utf-8") as file:
-        for _ in range(60):
-            file.write(" ".join(random.choice(WORDS, 12)) + "\n")
+    write_prose(folder, 60, 12)
     return folder
+
+
+def write_prose(folder, paragraphs, words):
+    random = np.random.default_rng(0)
+    with gzip.open(folder / pretrained.PROSE, "wt", encoding="utf-8") as file:
+        for _ in range(paragraphs):
+            file.write(" ".join(random.choice(WORDS, words)) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -259,9 +263,10 @@ def test_rows_are_measured_once(data_dir, tmp_path, monkeypatch, capsys):
 def test_bundles_write_what_keras_does(tmp_path, capsys):
     pytest.importorskip("litert_lm")
     names = ["full, float32", "rank d/8, int8"]
-    options = "--quick", "--work-dir", tmp_path, "--threads", 1, "--rows"
-    arguments = ["run", "generation", *options, *names]
-    assert command.main([*map(str, arguments)]) == 0
+    write_prose(tmp_path, 20, 80)
+    options = "--quick", "--work-dir", tmp_path, "--data-dir", tmp_path
+    arguments = ["run", "generation", *options, "--threads", 1, "--rows"]
+    assert command.main([*map(str, [*arguments, *names])]) == 0
     folder = tmp_path / "quick" / "report"
     found = harness.read_results("generation", folder)["rows"]
     assert [row["row"] for row in found] == names

@@ -42,17 +42,14 @@ import keras
 import keras_distilled_embedding as kde
 from benchmarks import harness
 from benchmarks.tasks import pretrained
+from benchmarks.tasks.bundles import MAX_LENGTH
+from benchmarks.tasks.bundles import PROMPTS
+from benchmarks.tasks.bundles import SPEED_NAMES
+from benchmarks.tasks.bundles import speeds_of
+from benchmarks.tasks.bundles import write_with
 
-PROMPTS = [
-    "The capital of France is",
-    "To read a file in Python, you",
-    "Once upon a time",
-    "The most important thing about databases is",
-    "A tokenizer is",
-]
-NEW_TOKENS, MAX_LENGTH, PREFILL = 50, 128, (8, 32)
-ROUNDS, PREFILLED, DECODED = 5, 64, 32
-SPEEDS, SPEED_NAMES = "speeds", ("prefill", "decode", "load_s")
+NEW_TOKENS, PREFILL, ROUNDS = 50, (8, 32), 5
+SPEEDS = "speeds"
 TITLES = {name: source.title for name, source in pretrained.SOURCES.items()} | {
     "gemma3-shape": "The shape of Gemma 3 270M, random weights"
 }
@@ -116,7 +113,7 @@ def measure(
         path: Of the bundle.
     """
     row = harness.in_new_process(_export, name, model, folder, text, path)
-    found = harness.in_new_process(_write, path)
+    found = harness.in_new_process(write_with, path)
     expected = row.pop("keras_texts", None)
     if expected is not None:
         pairs = zip(found["texts"], expected)
@@ -141,7 +138,7 @@ def measure_speeds(
     for _ in range(ROUNDS):
         for name, number in runs:
             runs[name, number].append(
-                harness.in_new_process(_benchmark, paths[name], number)
+                harness.in_new_process(speeds_of, paths[name], number)
             )
     for (name, number), values in runs.items():
         for kind, *rounds in zip(SPEED_NAMES, *values):
@@ -205,42 +202,6 @@ def generate(task: keras.Model) -> list[str]:
             strip_prompt=True,
         )
         for prompt in PROMPTS
-    ]
-
-
-def _write(path: str) -> dict:
-    """What the runtime writes, and in which memory."""
-    import litert_lm
-
-    litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
-    processor = litert_lm.Backend.CPU(thread_count=2)
-    before = harness.peak_mb()
-    texts = []
-    with litert_lm.Engine(path, processor, cache_dir=":nocache") as engine:
-        for prompt in PROMPTS:
-            with engine.create_session(apply_prompt_template=False) as session:
-                session.run_prefill([prompt])
-                texts.append(session.run_decode().texts[0])
-    return {"texts": texts, "peak_mb": round(harness.peak_mb() - before)}
-
-
-def _benchmark(path: str, threads: int) -> list[float]:
-    """One run of the runtime's own benchmark: `SPEED_NAMES`."""
-    import litert_lm
-
-    litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
-    info = litert_lm.Benchmark(
-        path,
-        litert_lm.Backend.CPU(thread_count=threads),
-        prefill_tokens=PREFILLED,
-        decode_tokens=DECODED,
-        max_num_tokens=MAX_LENGTH,
-        cache_dir=":nocache",
-    ).run()
-    return [
-        info.last_prefill_tokens_per_second,
-        info.last_decode_tokens_per_second,
-        info.init_time_in_second,
     ]
 
 

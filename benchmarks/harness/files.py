@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from keras_distilled_embedding._utils.files import write_atomically
-
 RESULTS = Path(__file__).parents[1] / "results"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file, and its folder where that is missing."""
+    # Later: processes that measure a runtime do without Keras.
+    from keras_distilled_embedding._utils.files import write_atomically
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(data))
 

@@ -149,7 +149,9 @@ class Format:
             ops.round(ops.subtract(steps, self.shift)), *self.levels
         )
 
-    def round(self, features: Any, center: Any, scales: Any) -> Any:
+    def round(
+        self, features: Any, center: Any, scales: Any, centered: bool = False
+    ) -> Any:
         """Rounds features, so that they can be trained.
 
         Backward, rounding is taken for the identity (a straight-through
@@ -160,9 +162,10 @@ class Format:
             features: `F`, or some of its rows, float32 `(..., columns)`.
             center: `m`, float32 `(columns,)`.
             scales: `s`, float32 `(..., 1)` or `(1, columns)`.
+            centered: Whether the center is to be left out.
 
         Returns:
-            `F~`, like `features`.
+            `F~`, or `F~ - 1 m`, like `features`.
         """
         fixed = ops.stop_gradient(features)
         # Subtracted, for an exact zero that has a gradient.
@@ -178,7 +181,8 @@ class Format:
             ),
             step,
         )
-        rounded = ops.add(rounded, center)
+        if not centered:
+            rounded = ops.add(rounded, center)
         return ops.subtract(rounded, ops.subtract(fixed, features))
 
 

@@ -538,7 +538,9 @@ def _report_row(
 def _stored_bytes(target: Target) -> int:
     layer = target.layer
     if layer.quantization is None:
-        return _bytes_of(layer.weights)
+        # A file multiplies the center into the offset.
+        names = layer._factor_shapes()
+        return _bytes_of(getattr(layer, name) for name in names)
     return target.num_tables * factor_bytes(
         layer.rank, *target.shape, layer.format, layer.use_bias
     )

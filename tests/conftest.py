@@ -16,6 +16,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if os.environ["KERAS_BACKEND"] == "jax":
     for name, value in JAX_SETTINGS.items():
         os.environ.setdefault(name, value)
+# Programs run a few times: to compile them fast is to run them fast.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 
 import keras
 import numpy as np

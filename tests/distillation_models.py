@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_distilled_embedding.distillation import Distiller
 from keras_distilled_embedding.layers import DistilledEmbedding
+from tests.shared import basis_and_offset
 
 VOCABULARY, WIDTH, RANK = 23, 8, 3
 BATCH, LENGTH = 4, 5
@@ -244,14 +245,9 @@ ACTIVATIONS = {
 
 def reconstruct(layer, prefix="", activation="relu"):
     """E~ = f(U) W + 1 c"""
-    codes, basis = (
-        float64(getattr(layer, f"{prefix}{name}"))
-        for name in ("codes", "basis")
-    )
-    table = ACTIVATIONS[activation](codes) @ basis
-    if layer.use_bias:
-        table = table + float64(getattr(layer, f"{prefix}offset"))
-    return table
+    basis, offset = basis_and_offset(layer, prefix)
+    codes = float64(getattr(layer, f"{prefix}codes"))
+    return ACTIVATIONS[activation](codes) @ basis + offset
 
 
 def row_distances(table, layer, prefix="", activation="relu"):

@@ -146,8 +146,10 @@ def gathered_rows(student):
     """The most rows of anything that the compiled forward pass gathers."""
     import jax
 
+    others = [v.value for v in student.non_trainable_variables]
+
     def forward(variables, ids):
-        return student.stateless_call(variables, [], ids)[0]
+        return student.stateless_call(variables, others, ids)[0]
 
     variables = [v.value for v in student.trainable_variables]
     layout = keras.distribution.distribution().get_data_layout((BATCH, LENGTH))

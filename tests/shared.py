@@ -84,6 +84,21 @@ def rounded_features(layer, prefix=""):
     return center + scales * (integers + shift)
 
 
+def basis_and_offset(layer, prefix=""):
+    """Of `f(U) W + 1 c`: center and rotation multiplied in, in float64."""
+
+    def get(name):
+        return to_floats(getattr(layer, prefix + name)).astype("float64")
+
+    basis = get("basis")
+    if hasattr(layer, prefix + "rotation"):
+        basis = get("rotation") @ basis
+    offset = get("offset") if layer.use_bias else 0.0
+    if layer.use_bias and hasattr(layer, prefix + "center"):
+        offset = offset - get("center") @ basis
+    return basis, offset
+
+
 # Formats of integers, by name and by whether each row has a scale of its own.
 FORMATS = [
     ("int8", False),

@@ -24,6 +24,7 @@ from keras_distilled_embedding.factorization import spectrum_of
 from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.targets import Target
 from tests import shared
+from tests.shared import basis_and_offset
 from tests.shared import rounded_features
 from tests.shared import stored_bytes
 from tests.shared import stored_columns
@@ -575,7 +576,8 @@ def test_layers_compute_as_they_are_stored(quantization, row_scales, tmp_path):
     if quantization is not None:
         assert (layer.scales.shape[0] == 300) == row_scales
         features = rounded_features(layer)
-    table = features @ to_numpy(layer.basis) + to_numpy(layer.offset)
+    basis, offset = basis_and_offset(layer)
+    table = features @ basis + offset
     kernel, bias = map(to_numpy, body.weights)
     ids = np.arange(300)[np.newaxis]
     np.testing.assert_allclose(

@@ -13,6 +13,7 @@ from keras_distilled_embedding import factorize
 from keras_distilled_embedding import keras_internals
 from keras_distilled_embedding.layers import DistilledEmbedding
 from tests.shared import affine_optimum
+from tests.shared import basis_and_offset
 from tests.shared import classifier
 from tests.shared import lost_share
 from tests.shared import random_table
@@ -135,16 +136,12 @@ def weights_by_path(model, but=()):
 
 def reconstructed(layer, prefix=""):
     """The table in NumPy, for the two activations tested here."""
-    codes, basis = (
-        to_numpy(getattr(layer, prefix + name)).astype("float32")
-        for name in ("codes", "basis")
-    )
+    codes = to_numpy(getattr(layer, prefix + "codes")).astype("float32")
+    basis, offset = basis_and_offset(layer, prefix)
     if layer.activation is not keras.activations.linear:
         assert layer.activation is keras.activations.relu
         codes = np.maximum(codes, 0)
-    if not layer.use_bias:
-        return codes @ basis
-    return codes @ basis + to_numpy(getattr(layer, prefix + "offset"))
+    return (codes @ basis + offset).astype("float32")
 
 
 def assign_reconstructed(model, student, name="tokens"):
@@ -281,8 +278,8 @@ def test_sequential():
 def test_a_shared_table_stays_one_layer():
     model = make_nested()
     student = in_floats(model)
-    # Codes, basis and offset in place of the table.
-    assert len(student.weights) == len(model.weights) + 2
+    # Codes, basis, offset and center in place of the table.
+    assert len(student.weights) == len(model.weights) + 3
     assert student.get_layer("inner").get_layer("tokens") is find(student)
     assign_reconstructed(model, student)
     assert_same_outputs(model, student, [IDS, IDS[::-1]])
@@ -559,8 +556,9 @@ def test_learned_method():
     )
     layer = find(student)
     assert layer.activation is keras.activations.tanh
-    codes, basis, offset = map(to_numpy, layer.weights)
-    error = np.square(table - np.tanh(codes) @ basis - offset).sum()
+    basis, offset = basis_and_offset(layer)
+    found = np.tanh(to_numpy(layer.codes)) @ basis + offset
+    error = np.square(table - found).sum()
     assert error < 0.5 * np.square(table - table.mean()).sum()
 
 

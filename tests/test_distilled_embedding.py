@@ -12,6 +12,7 @@ from keras import ops
 from keras_distilled_embedding.factorization import factorize
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.layers.conversion import embedding_tables
+from tests.shared import basis_and_offset
 from tests.shared import to_floats
 
 # Primes, so that a shape says what a tensor is.
@@ -26,10 +27,18 @@ VARIANTS = pytest.mark.parametrize(
         {},
         {"activation": None},
         {"use_bias": False},
+        {"centered": True},
         {"tie_weights": False, "activation": "tanh"},
         {"tie_weights": False, "use_bias": False},
     ],
-    ids=["tied", "linear", "no offset", "untied", "untied, no offset"],
+    ids=[
+        "tied",
+        "linear",
+        "no offset",
+        "centered",
+        "untied",
+        "untied, no offset",
+    ],
 )
 # The smallest and the largest of them, where a test is slow.
 EXTREMES = pytest.mark.parametrize(
@@ -69,7 +78,10 @@ def reference_table(layer, prefix=""):
         "linear": lambda x: x,
         "tanh": np.tanh,
     }[keras.activations.serialize(layer.activation)]
-    table = f(get("codes")) @ get("basis")
+    features, basis = f(get("codes")), get("basis")
+    if layer.centered:
+        features = features - get("center")
+    table = features @ basis
     return table + get("offset") if layer.use_bias else table
 
 
@@ -551,10 +563,11 @@ def test_constraint_holds_for_the_codes_only():
 def test_keras_layer_checks():
     testing = pytest.importorskip("keras.src.testing")
     for quantization, (weights, others) in {
-        # Codes, basis and offset; scales, of fewer bits trained; the center.
+        # Codes, basis and offset; scales, of fewer bits trained; center and
+        # rotation.
         None: (3, 0),
-        "int8": (6, 4),
-        "int4": (8, 2),
+        "int8": (6, 6),
+        "int4": (8, 4),
     }.items():
         options = {"quantization": quantization}
         if quantization is not None:
@@ -595,6 +608,7 @@ def test_config_is_complete():
         "logit_soft_cap": 30.0,
         "quantization": "int4",
         "row_scales": False,
+        "centered": False,
         "activity_regularizer": keras.regularizers.L2(0.1),
         "trainable": False,
         "dtype": "mixed_bfloat16",
@@ -641,9 +655,10 @@ def test_build_from_config(options):
     restored = DistilledEmbedding.from_config(layer.get_config())
     restored.build_from_config(layer.get_build_config())
     assert restored.built
-    assert [v.path.split("/")[-1] for v in restored.weights] == list(
-        layer._factor_shapes()
-    )
+    assert [v.path.split("/")[-1] for v in restored.weights] == [
+        v.path.split("/")[-1] for v in layer.weights
+    ]
+    assert len(restored.weights) == len(layer._saved_names())
     called = DistilledEmbedding.from_config(layer.get_config())
     called(IDS)
     restored = DistilledEmbedding.from_config(layer.get_config())
@@ -779,14 +794,69 @@ def test_from_embedding_assigns_what_factorize_returns(table):
     factors = factorize(table, 3, **options)
     layer = DistilledEmbedding.from_embedding(table, rank=3, **options)
     np.testing.assert_array_equal(to_floats(layer.codes), factors.codes)
-    np.testing.assert_array_equal(to_floats(layer.basis), factors.basis)
-    np.testing.assert_array_equal(to_floats(layer.offset), factors.offset)
+    basis, offset = basis_and_offset(layer)
+    np.testing.assert_allclose(basis, factors.basis, atol=1e-6)
+    np.testing.assert_allclose(offset, factors.offset, atol=1e-6)
     np.testing.assert_allclose(
         to_floats(layer.embeddings), factors.reconstruct(), atol=1e-5
     )
     plain = DistilledEmbedding.from_embedding(table, rank=3, use_bias=False)
     assert not plain.use_bias
     assert layer.activation is keras.activations.linear
+
+
+FRAMES = pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": "relu"},
+        {"method": "learned", "activation": "tanh"},
+        {"quantization": "int8"},
+        {"quantization": "int4"},
+        {"quantization": "int2", "row_scales": False},
+    ],
+    ids=["floats", "learned", "int8", "int4", "int2"],
+)
+
+
+@FRAMES
+def test_made_from_a_table_the_basis_is_trained_around_its_mean(table, options):
+    """What moves the basis leaves the mean row where it is."""
+    layer = DistilledEmbedding.from_embedding(table, rank=3, **options)
+    before = to_floats(layer.embeddings)
+    noise = np.random.default_rng(0).normal(size=layer.basis.shape)
+    layer.basis.assign(to_floats(layer.basis) + noise)
+    change = to_floats(layer.embeddings) - before
+    assert np.abs(change).max() > 0.5
+    # The center of a grid is near the mean.
+    limit = 0.2 if layer.quantization else 1e-5
+    assert np.abs(change.mean(axis=0)).max() < limit * np.std(change)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "int2"])
+def test_in_few_bits_the_basis_is_of_principal_components(table, quantization):
+    """Rounded are others, in which few bits lose less."""
+    layer = DistilledEmbedding.from_embedding(
+        table, rank=5, quantization=quantization
+    )
+    rotation = to_floats(layer.rotation).astype("float64")
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(5), atol=1e-6)
+    features = np.maximum(to_floats(layer.codes), 0)
+    of_rounded = np.corrcoef(features.T)
+    of_trained = np.corrcoef((features @ rotation).T)
+    assert np.abs(of_trained - np.eye(5)).max() < 1e-4
+    assert np.abs(of_rounded - np.eye(5)).max() > 0.05
+
+
+def test_a_center_needs_an_offset(table):
+    with pytest.raises(ValueError, match="`centered` needs an offset.*False"):
+        DistilledEmbedding(10, 4, 2, use_bias=False, centered=True)
+    layer = DistilledEmbedding(10, 4, 2, centered=True)
+    layer.build()
+    assert not to_floats(layer.center).any()
+    assert layer.get_config()["centered"]
+    # Without an activation, the exact codes have no mean.
+    layer = DistilledEmbedding.from_embedding(table, rank=3, activation=None)
+    assert not layer.centered
 
 
 def test_from_embedding_inherits(table):

@@ -427,7 +427,8 @@ def test_the_model_says_how_it_is_stored(quantization, tmp_path):
     report = export_litert(model, asked, quantization="float32", verbose=False)
     assert report.quantization is None
     layer = model.get_layer("tokens")
-    of_grid = sum(np.prod(v.shape) for v in (layer.scales, layer.center))
+    variables = layer.scales, layer.center, layer.rotation
+    of_grid = sum(np.prod(v.shape) for v in variables)
     assert report.weights_bytes == 4 * (model.count_params() - of_grid)
     np.testing.assert_allclose(
         run(asked, ids=IDS), ops.convert_to_numpy(model(IDS)), atol=1e-5

@@ -169,7 +169,7 @@ def test_subclassed_model_keeps_its_layers_in_containers():
     assert type(student) is Containers
     assert len(all_of(student, DistilledEmbedding)) == 4
     assert not all_of(student, keras.layers.Embedding)
-    assert len(student.weights) == 12
+    assert len(student.weights) == 4 * 4  # with a center each
     assert student.in_dict["b"][0] is student.tokens
     assert student.in_tuple[1]["c"][0] is student.tokens
     names = [layer.name for layer in keras_internals.iterate_layers(model)]
@@ -223,7 +223,7 @@ def test_a_table_shared_by_layers_and_a_graph_stays_one():
     (table,) = {id(x) for x in all_of(student, DistilledEmbedding)}
     lookups = all_of(student, Lookup)
     assert [id(lookup.embedding) for lookup in lookups] == [table] * 2
-    assert len(student.weights) == 5
+    assert len(student.weights) == 6
     assert_equals_dense(model, student)
 
 
@@ -364,10 +364,10 @@ def test_weights_only_files_still_go_round(tmp_path):
     model = Containers()
     model(IDS)
     student = compress(model, rank=3, verbose=0)
-    other = compress(model, rank=3, activation=None, verbose=0)
+    other = compress(model, rank=3, verbose=0)
     student.save_weights(tmp_path / "x.weights.h5")
-    for layer in all_of(other, DistilledEmbedding):
-        layer.activation = keras.activations.relu
+    for variable in other.weights:
+        variable.assign(keras.ops.zeros(variable.shape))
     other.load_weights(tmp_path / "x.weights.h5")
     for a, b in zip(to_numpy(student(IDS)), to_numpy(other(IDS))):
         np.testing.assert_array_equal(a, b)

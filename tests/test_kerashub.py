@@ -26,6 +26,7 @@ from tests.architectures import LENGTH
 from tests.architectures import TEXT_LENGTH
 from tests.architectures import VOCABULARY
 from tests.architectures import supported_table
+from tests.shared import basis_and_offset
 from tests.shared import to_numpy
 
 pytest.importorskip("keras_hub")
@@ -89,10 +90,8 @@ def factorized_layers(model):
 def reconstructed(layer, prefix=""):
     if layer.quantization is not None:
         return to_numpy(layer.reconstruct(reverse=bool(prefix)))
-    codes, basis, offset = (
-        to_numpy(getattr(layer, prefix + name))
-        for name in ("codes", "basis", "offset")
-    )
+    basis, offset = basis_and_offset(layer, prefix)
+    codes = to_numpy(getattr(layer, prefix + "codes"))
     return np.maximum(codes, 0) @ basis + offset
 
 

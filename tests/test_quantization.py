@@ -16,6 +16,7 @@ from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.quantization import formats_of
 from keras_distilled_embedding.quantization import round_to_int8
 from keras_distilled_embedding.quantization import stored_factors
+from tests.shared import basis_and_offset
 from tests.shared import lost_share
 from tests.shared import random_ids
 from tests.shared import tied_model
@@ -270,8 +271,8 @@ def rounded_table(layer):
         to_numpy(layer.scales),
         layer.format,
     )
-    table = features @ to_numpy(layer.basis)
-    return table + to_numpy(layer.offset) if layer.use_bias else table
+    basis, offset = basis_and_offset(layer)
+    return features @ basis + offset
 
 
 def make_model(layer):

@@ -38,8 +38,11 @@ def test_report(quantization, use_bias):
     by_row = find(student).row_scales and quantization != "int8"
     before = 2 * VOCABULARY * WIDTH
     after = 2 * (5 * (VOCABULARY + WIDTH) + use_bias * WIDTH)
-    if quantization is not None:  # scales and a center are weights, too
-        after += 2 * ((VOCABULARY if by_row else 5) + 5)
+    # Coordinates are weights, too: a center, and what codes are rounded to.
+    if quantization is not None:
+        after += 2 * ((VOCABULARY if by_row else 5) + 5 * 5 + 5)
+    elif use_bias:
+        after += 2 * 5
     stored = 2 * stored_bytes(
         5, VOCABULARY, WIDTH, quantization, use_bias, by_row
     )
@@ -175,8 +178,11 @@ def test_totals_are_those_of_the_models():
         (report.model_bytes, student),
         (report.model_bytes_before, model),
     ):
+        # A file multiplies the center of the codes into the offset.
+        stored = [w for w in of.weights if not w.path.endswith("center")]
+        assert len(of.weights) - len(stored) == (of is student)
         assert got == sum(
-            sizes[w.dtype] * int(np.prod(w.shape)) for w in of.weights
+            sizes[w.dtype] * int(np.prod(w.shape)) for w in stored
         )
 
 
@@ -305,8 +311,10 @@ def test_inspection_of_a_compressed_model(make, dtype):
     assert (table.rank, table.shape) == (5, (VOCABULARY, WIDTH))
     copies = 2 if make is keras_untied else 1
     parameters = copies * (5 * (VOCABULARY + WIDTH) + WIDTH)
-    assert table.parameters == parameters
-    assert table.bytes == parameters * (4 if dtype == "float32" else 2)
+    center = copies * 5  # always in float32
+    assert table.parameters == parameters + center
+    size = 4 if dtype == "float32" else 2
+    assert table.bytes == parameters * size + center * 4
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_tied_head():
     head = student.get_layer("head")
     assert head.embedding is student.get_layer("tokens")
     assert len(compression_report(student).rows) == 1
-    factors = 5 * (VOCABULARY + WIDTH) + WIDTH
+    factors = 5 * (VOCABULARY + WIDTH) + WIDTH + 5  # the center
     hidden = WIDTH * (WIDTH + 1)
     assert student.count_params() == factors + hidden + VOCABULARY
 

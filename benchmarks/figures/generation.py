@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -72,9 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures the chosen rows of a model."""
-    # Otherwise pools of oneDNN and of the C library keep what TensorFlow frees.
-    os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")
+    harness.give_freed_memory_back()
     if options.quick:
         is_shape = options.model in pretrained.SHAPES
         options.model = "quick-shape" if is_shape else "quick"

@@ -6,6 +6,7 @@ from benchmarks.harness.files import read_results
 from benchmarks.harness.files import write_json
 from benchmarks.harness.files import write_text
 from benchmarks.harness.measure import Times
+from benchmarks.harness.measure import give_freed_memory_back
 from benchmarks.harness.measure import in_new_process
 from benchmarks.harness.measure import peak_mb
 from benchmarks.harness.measure import reset_peak
@@ -25,6 +26,7 @@ __all__ = [
     "claim",
     "environments",
     "formatted",
+    "give_freed_memory_back",
     "in_new_process",
     "markdown_table",
     "merged",

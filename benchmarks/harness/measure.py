@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable
@@ -70,6 +71,12 @@ def in_new_process(function: Callable, *arguments: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def give_freed_memory_back() -> None:
+    """In new processes: pools of oneDNN and of the C library would keep it."""
+    os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")
 
 
 def peak_mb() -> float:

@@ -46,8 +46,11 @@ def store_as(layer: keras.layers.Layer, quantization: str) -> None:
         layer.quantization = quantization
     elif isinstance(layer, DistilledEmbedding):
         layer.quantize(quantization)
-        basis = keras.ops.convert_to_numpy(layer.basis)
+        # As a file has it, with the rotation multiplied in.
+        rotation, basis = map(np.array, (layer.rotation, layer.basis))
+        basis = rotation @ basis
         scales = np.abs(basis).max(axis=0) / 127
         layer.basis.assign(np.round(basis / scales) * scales)
+        layer.rotation.assign(np.eye(layer.rank))
     else:
         layer.embeddings.assign(round_plainly(layer.embeddings, quantization))

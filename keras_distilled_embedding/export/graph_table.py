@@ -254,7 +254,7 @@ def _of_factors(
     def read(name: str) -> np.ndarray:
         return to_numpy(layer._read(f"{prefix}{name}", "float32"))
 
-    basis = read("basis")
+    basis = to_numpy(layer._basis("float32", prefix))
     offset = read("offset") if layer.use_bias else None
     if quantization is None:
         # Rounded, where the layer computes with rounded codes.
@@ -273,6 +273,8 @@ def _of_factors(
             layer.activation(layer._read(f"{prefix}codes", "float32"))
         )
         center, scales = read("center"), read("scales")
+        if offset is not None:
+            offset = offset - center @ basis
     else:
         kind = format_of(quantization)
         features = to_numpy(layer._features("float32", prefix=prefix))

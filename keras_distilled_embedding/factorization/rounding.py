@@ -221,7 +221,7 @@ def expected_error(
     if components == 0:
         return spectrum.error(0)
     frame = _Frame.of(table, spectrum, components, seed=0)
-    rows = _evenly_spaced(len(table.values))
+    rows = evenly_spaced(len(table.values))
     codes = frame.encode(table.values[rows].astype("float32"))
     scales = _column_scales(table, frame, kind)
     if scales is None:
@@ -389,7 +389,7 @@ def _column_scales(
     if kind.has_row_scales:
         return None
     largest = table.farthest_rows[:_LARGEST_ROWS]
-    rows = np.union1d(_evenly_spaced(len(table.values)), largest)
+    rows = np.union1d(evenly_spaced(len(table.values)), largest)
     codes = frame.encode(table.values[rows].astype("float32"))
     plain = kind.step * np.sqrt(np.square(codes).mean(axis=0, keepdims=True))
     plain = np.maximum(plain, 1e-30)
@@ -428,9 +428,9 @@ def _values(
     return (integers + np.float32(kind.shift)) * scales
 
 
-def _evenly_spaced(num_rows: int) -> np.ndarray:
-    """Ids of some rows."""
-    count = min(num_rows, _SAMPLED_ROWS)
+def evenly_spaced(num_rows: int, number: int = _SAMPLED_ROWS) -> np.ndarray:
+    """Ids of at most so many rows."""
+    count = min(num_rows, number)
     return np.linspace(0, num_rows - 1, count).round().astype(int)
 
 

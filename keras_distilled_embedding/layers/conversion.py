@@ -13,7 +13,11 @@ from keras import ops
 from keras_distilled_embedding.factorization import Factorization
 from keras_distilled_embedding.factorization import Factors
 from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.factorization import is_linear
 from keras_distilled_embedding.factorization import round_features
+from keras_distilled_embedding.factorization.activations import activate
+from keras_distilled_embedding.factorization.rounding import evenly_spaced
+from keras_distilled_embedding.keras_internals import without_initial_values
 from keras_distilled_embedding.quantization import check_quantization
 from keras_distilled_embedding.quantization import format_of
 from keras_distilled_embedding.sizes import check_rank
@@ -33,6 +37,9 @@ _FACTORIZE_OPTIONS = (
     "verbose",
 )
 _COMMON_OPTIONS = ("activation", "use_bias", "quantization", "row_scales")
+
+# Rows of codes whose mean and principal components stand for those of all.
+_SAMPLED_CODES = 16_384
 
 # What a new layer takes over from the layer it replaces. Not the constraint:
 # one on the rows of a table says nothing about the rows of the codes, and
@@ -88,7 +95,7 @@ def factorized_layer(
 def new_layer(
     cls: type[DistilledEmbedding], embedding: Any, rank: int, **kwargs: Any
 ) -> DistilledEmbedding:
-    """The built layer that would replace `embedding`, its factors random.
+    """The built layer that would replace `embedding`, its weights zeros.
 
     Args:
         cls: Class of the layer.
@@ -97,8 +104,14 @@ def new_layer(
         **kwargs: Arguments of the layer, in place of those of `embedding`.
     """
     options = _inherited_options(embedding) | kwargs
+    uses_offset = options.get("use_bias", True)
+    activation = keras.activations.get(options.get("activation", "relu"))
+    # The closed form without an activation is centered by itself.
+    options.setdefault("centered", uses_offset and not is_linear(activation))
     layer = cls(*table_shape(embedding), rank, **options)
-    layer.build()
+    # Values that are not kept would be most of the memory.
+    with without_initial_values():
+        layer.build()
     return layer
 
 
@@ -109,6 +122,10 @@ def assign_factors(
 ) -> None:
     """Assigns what `factorize` returned to a built layer.
 
+    The layer's own coordinates suit training: an offset at the codes' center,
+    which it would otherwise not keep while the basis moves, and a basis of
+    their principal components.
+
     Args:
         layer: The layer.
         factors: The factors of its table.
@@ -117,27 +134,51 @@ def assign_factors(
     for prefix, found in (("", factors), ("reverse_", reverse)):
         if found is None:
             continue
-        for name in ("codes", "basis", "offset", "scales", "center"):
-            value = getattr(found, name)
+        basis, offset, center = found.basis, found.offset, found.center
+        sample = found.codes[evenly_spaced(len(found.codes), _SAMPLED_CODES)]
+        features = activate(layer.activation, sample)
+        if offset is not None and (layer.centered or center is not None):
+            if center is None:
+                center = features.mean(axis=0)
+            offset = offset + center @ basis
+        values = {"codes": found.codes, "offset": offset, "center": center}
+        if found.scales is not None:
+            rotation = _principal_directions(features)
+            values |= {"scales": found.scales, "rotation": rotation}
+            basis = rotation.T @ basis
+        for name, value in (values | {"basis": basis}).items():
             if value is not None:
                 getattr(layer, prefix + name).assign(value)
 
 
-def round_layer(layer: DistilledEmbedding) -> None:
-    """Puts the factors of a layer into coordinates that suit its format.
+def _principal_directions(features: np.ndarray) -> np.ndarray:
+    """Float32 `(rank, rank)`, orthogonal: an axis a column."""
+    centered = features.astype("float64") - features.mean(axis=0)
+    return np.linalg.eigh(centered.T @ centered)[1].astype("float32")
+
+
+def round_layer(layer: DistilledEmbedding, factors: list[Factors]) -> None:
+    """Gives a layer its factors in coordinates that suit its format.
 
     Args:
         layer: A built layer with a `format`.
+        factors: What `factors_of` returned of it.
     """
-    assert layer.format is not None
+    kind = layer.format
+    assert kind is not None
     if layer.lora_enabled:
-        return  # its change is to the codes as they are
+        # Its change is to the codes as they are.
+        for prefix, found in zip(("", "reverse_"), factors):
+            offset = found.offset
+            if offset is not None:
+                center = to_numpy(getattr(layer, f"{prefix}center"))
+                getattr(layer, f"{prefix}offset").assign(
+                    offset + center @ found.basis
+                )
+            getattr(layer, f"{prefix}basis").assign(found.basis)
+        return
     assign_factors(
-        layer,
-        *(
-            round_features(factors, layer.activation, layer.format)
-            for factors in factors_of(layer)
-        ),
+        layer, *(round_features(f, layer.activation, kind) for f in factors)
     )
 
 
@@ -146,17 +187,24 @@ def factors_of(layer: DistilledEmbedding) -> list[Factors]:
 
     Args:
         layer: A built layer.
+
+    Returns:
+        Those of `f(U) W + 1 c`.
     """
-    return [
-        Factors(
-            to_numpy(layer._read(f"{prefix}codes", "float32")),
-            to_numpy(layer._read(f"{prefix}basis", "float32")),
-            to_numpy(layer._read(f"{prefix}offset", "float32"))
-            if layer.use_bias
-            else None,
-        )
-        for prefix in ([""] if layer.tie_weights else ["", "reverse_"])
-    ]
+    prefixes = [""] if layer.tie_weights else ["", "reverse_"]
+    return [_factors_of(layer, prefix) for prefix in prefixes]
+
+
+def _factors_of(layer: DistilledEmbedding, prefix: str) -> Factors:
+    def read(name: str) -> np.ndarray:
+        return to_numpy(layer._read(f"{prefix}{name}", "float32"))
+
+    basis, offset = to_numpy(layer._basis("float32", prefix)), None
+    if layer.use_bias:
+        offset = read("offset")
+        if layer.centered or layer.format is not None:
+            offset = offset - read("center") @ basis
+    return Factors(read("codes"), basis, offset)
 
 
 def embedding_tables(embedding: Any) -> list[np.ndarray]:

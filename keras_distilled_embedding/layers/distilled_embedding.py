@@ -15,6 +15,7 @@ from keras_distilled_embedding._utils.arguments import as_integer
 from keras_distilled_embedding._utils.arguments import as_optional_integer
 from keras_distilled_embedding._utils.arguments import as_positive_number
 from keras_distilled_embedding.layers.conversion import factorized_layer
+from keras_distilled_embedding.layers.conversion import factors_of
 from keras_distilled_embedding.layers.conversion import float_policy_name
 from keras_distilled_embedding.layers.conversion import round_layer
 from keras_distilled_embedding.layers.lora import LoraCodes
@@ -41,7 +42,16 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
 
     with the codes `U (input_dim, rank)`, one row per token, the basis
     `W (rank, output_dim)` and the offset `c (output_dim,)`; `f` is
-    `activation`.
+    `activation`. Trained are `U`, `W` and `c` of
+
+    ```
+    E ~ (f(U) - 1 m) R W + 1 c
+    ```
+
+    which is the same form: around a fixed center `m (rank,)` and, with a
+    `quantization`, by a fixed rotation `R (rank, rank)` from the principal
+    components of the codes, an optimizer such as Adam gets further in as many
+    steps. `m` is there with `centered` or a `quantization`.
 
     The table itself is never built by a call. A look-up takes the rows of `U`
     first, and the projection multiplies in rank space,
@@ -85,6 +95,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             scale of its own. It takes 2 bytes a row in 4 bits and 12 in 2, and
             loses less; otherwise each column has one, which takes none. Codes
             in 8 bits have one a column.
+        centered: Boolean, whether there is a center `m`, zeros in a new layer,
+            the mean of `f(U)` in one made from a table. It needs an offset.
         lora_rank: Integer or `None`. If set, the factors are frozen and the
             codes adapted by a trained change of this rank, see `enable_lora`.
         lora_alpha: Float or `None`. Scales that change by
@@ -150,6 +162,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         logit_soft_cap: float | None = None,
         quantization: str | None = None,
         row_scales: bool = True,
+        centered: bool = False,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
         **kwargs: Any,
@@ -163,6 +176,11 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             as_positive_number("logit_soft_cap", logit_soft_cap)
         if reverse_dtype is not None:
             reverse_dtype = _check_float_dtype("reverse_dtype", reverse_dtype)
+        if centered and not use_bias:
+            raise ValueError(
+                "`centered` needs an offset: leave it out, or pass "
+                "`use_bias=True`. Received: centered=True, use_bias=False"
+            )
         super().__init__(**kwargs)
         # Keras put a wrapper in front of it, which refuses modes that are not
         # its own.
@@ -187,6 +205,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         self.logit_soft_cap = logit_soft_cap
         self.quantization = quantization
         self.row_scales = row_scales
+        self.centered = centered
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
         self.lora_enabled = False
@@ -229,7 +248,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
                 autocast=False,
             )
             setattr(self, name, variable)
-        self._add_grids()
+        self._add_frames()
         self.built = True
         if self.lora_rank is not None:
             self.enable_lora(self.lora_rank, self.lora_alpha)
@@ -244,28 +263,27 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             shapes["offset"] = (self.output_dim,)
         return self._with_reverse(shapes)
 
-    def _grid_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The same of what the codes are rounded to."""
-        if self.format is None:
-            return {}
-        by_row = self.format.has_row_scales
-        return self._with_reverse(
-            {
-                "scales": (self.input_dim, 1) if by_row else (1, self.rank),
-                "center": (self.rank,),
-            }
-        )
+    def _frame_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same of what the codes are rounded to, and trained in."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.format is not None:
+            by_row = self.format.has_row_scales
+            shapes["scales"] = (self.input_dim, 1) if by_row else (1, self.rank)
+            shapes["rotation"] = (self.rank, self.rank)
+        if self.centered or self.format is not None:
+            shapes["center"] = (self.rank,)
+        return self._with_reverse(shapes)
 
     def _saved_names(self) -> list[str]:
         """Names of all variables, in the order they are saved."""
-        return [*self._factor_shapes(), *self._grid_shapes()]
+        return [*self._factor_shapes(), *self._frame_shapes()]
 
     def _with_reverse(self, shapes: dict[str, Any]) -> dict[str, Any]:
         if self.tie_weights:
             return shapes
         return shapes | {f"reverse_{name}": s for name, s in shapes.items()}
 
-    def _add_grids(self) -> None:
+    def _add_frames(self) -> None:
         """Adds the variables of what the codes are rounded to."""
         # Steps of 8 bits are so small that an optimizer overshoots.
         trained: tuple[str, ...] = ()
@@ -273,22 +291,25 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             # LoRA freezes what it adapts.
             own = () if self.lora_enabled else ("scales",)
             trained = (*own, "reverse_scales")
-        for name, shape in self._grid_shapes().items():
+        for name, shape in self._frame_shapes().items():
             variable = self.add_weight(
                 name=name,
                 shape=shape,
                 # Of the codes as they are when the variable is made.
-                initializer=functools.partial(self._grid, name),
+                initializer=functools.partial(self._frame, name),
                 dtype="float32",  # as a file holds them, whatever the policy
                 trainable=name in trained,
                 autocast=False,
             )
             setattr(self, name, variable)
 
-    def _grid(self, name: str, shape: Any, dtype: Any = None) -> Any:
+    def _frame(self, name: str, shape: Any, dtype: Any = None) -> Any:
         prefix = "reverse_" if name.startswith("reverse_") else ""
+        if name.endswith("rotation"):
+            return ops.eye(self.rank, dtype="float32")
+        if self.format is None:
+            return ops.zeros(shape, dtype="float32")
         codes = self._read(f"{prefix}codes", "float32")  # what LoRA adds, too
-        assert self.format is not None
         center, scales = self.format.grid(self.activation(codes))
         return scales if name.endswith("scales") else center
 
@@ -351,15 +372,17 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             self.dtype_policy = float_policy_name(self)
         if mode == self.quantization:
             return
-        if self.built:
-            self._tracker.unlock()
-            for name in self._grid_shapes():
-                self._untrack_variable(getattr(self, name))
+        if not self.built:
             self.quantization = mode
-            self._add_grids()
-            self._tracker.lock()
-            round_layer(self)
+            return
+        factors = factors_of(self)
+        self._tracker.unlock()
+        for name in self._frame_shapes():
+            self._untrack_variable(getattr(self, name))
         self.quantization = mode
+        self._add_frames()
+        self._tracker.lock()
+        round_layer(self, factors)
 
     # Call
 
@@ -400,14 +423,15 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             inputs: Hidden states `h (..., output_dim)`.
 
         Returns:
-            States `h W^T (..., rank)`, features `f(U) (input_dim, rank)` and
-            shift `h c (...)`, or `None` without an offset, in the dtype of
-            the logits: these are `states @ features^T + shift`.
+            States `h (R W)^T (..., rank)`, features `f(U) - 1 m
+            (input_dim, rank)` and shift `h c (...)`, or `None` without an
+            offset, in the dtype of the logits: these are
+            `states @ features^T + shift`.
         """
         prefix = "" if self.tie_weights else "reverse_"
         dtype = self._output_dtype(reverse=True)
         inputs = ops.cast(inputs, dtype)
-        basis = self._read(f"{prefix}basis", dtype)
+        basis = self._basis(dtype, prefix)
         shift = None
         if self.use_bias:
             offset = self._read(f"{prefix}offset", dtype)
@@ -416,20 +440,35 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         return states, self._features(dtype, prefix=prefix), shift
 
     def _rows(self, dtype: str, ids: Any = None, prefix: str = "") -> Any:
-        """`f(U) W + 1 c` for all tokens, or for `ids`."""
+        """`(f(U) - 1 m) R W + 1 c` for all tokens, or for `ids`."""
         rows = ops.matmul(
-            self._features(dtype, ids, prefix),
-            self._read(f"{prefix}basis", dtype),
+            self._features(dtype, ids, prefix), self._basis(dtype, prefix)
         )
         if not self.use_bias:
             return rows
         return ops.add(rows, self._read(f"{prefix}offset", dtype))
 
+    def _basis(self, dtype: str, prefix: str = "") -> Any:
+        """`R W`."""
+        name = f"{prefix}basis"
+        if self.format is None:
+            return self._read(name, dtype)
+        rotation = ops.convert_to_tensor(getattr(self, f"{prefix}rotation"))
+        basis = ops.matmul(rotation, self._read(name, "float32"))
+        return ops.cast(basis, dtype)
+
     def _features(self, dtype: str, ids: Any = None, prefix: str = "") -> Any:
-        """`f(U)` for all tokens, or for `ids`, rounded as they are stored."""
+        """`f(U) - 1 m` for all tokens, or for `ids`, rounded as stored.
+
+        Without an offset, which takes up the center, it is `f(U)`.
+        """
         codes = f"{prefix}codes"
         if self.format is None:
-            return self.activation(self._read(codes, dtype, ids))
+            features = self.activation(self._read(codes, dtype, ids))
+            if not self.centered:
+                return features
+            center = self._read(f"{prefix}center", dtype)
+            return ops.subtract(features, center)
         scales = getattr(self, f"{prefix}scales")
         if not self.format.has_row_scales:
             # Without the axis of rows, which a single id has none of.
@@ -440,6 +479,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             self.activation(self._read(codes, "float32", ids)),
             ops.convert_to_tensor(getattr(self, f"{prefix}center")),
             ops.convert_to_tensor(scales),
+            centered=self.use_bias,
         )
         return ops.cast(features, dtype)
 
@@ -601,6 +641,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             "logit_soft_cap": self.logit_soft_cap,
             "quantization": self.quantization,
             "row_scales": self.row_scales,
+            "centered": self.centered,
             "lora_rank": self.lora_rank,
             "lora_alpha": self.lora_alpha,
         }

@@ -34,17 +34,17 @@ DTYPES = (
 
 
 def numbers_of_weights(options):
-    """Of the factors, and of the scales and centers that they are rounded to.
+    """Of the factors, and of what they are rounded to and trained in.
 
-    Returns how many are trained, and how many are not: centers, and the scales
-    of 8 bits.
+    Returns how many are trained, and how many are not: centers, rotations, and
+    the scales of 8 bits.
     """
     trained, others = 3 if options.get("use_bias", True) else 2, 0
     named = options.get("quantization") or options.get("dtype", "")
     if named.startswith("int8"):
-        others = 2
+        others = 3
     elif named.startswith("int4"):
-        trained, others = trained + 1, 1
+        trained, others = trained + 1, 2
     tables = 1 if options.get("tie_weights", True) else 2
     return tables * trained, tables * others
 

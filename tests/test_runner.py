@@ -205,6 +205,7 @@ def test_the_file_holds_one_table_and_builtin_operators(files):
     layer = model.get_layer("token_embedding")
     if hasattr(layer, "codes"):
         codes = np.maximum(keras.ops.convert_to_numpy(layer.codes), 0)
+        codes = codes - keras.ops.convert_to_numpy(layer.center)
     else:
         codes = keras.ops.convert_to_numpy(layer.embeddings)
     copies = (content.count(a.tobytes()) for a in (codes, codes.T))

@@ -384,6 +384,24 @@ def test_quantizing_keeps_other_activations_and_lora():
     assert trained == {"lora_codes_a", "lora_codes_b"}
 
 
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_another_format_beside_lora_keeps_the_table(use_bias):
+    """One that was made from a table, whose basis is a rotated one."""
+    table = np.random.default_rng(0).normal(size=(ROWS, COLUMNS))
+    layer = DistilledEmbedding.from_embedding(
+        table,
+        rank=RANK,
+        quantization="int4",
+        use_bias=use_bias,
+        activation=None,
+    )
+    layer.enable_lora(2)
+    before = to_numpy(layer.embeddings)
+    layer.quantize("int8")
+    assert lost_share(before, to_numpy(layer.embeddings)) < 1e-3
+
+
 @pytest.mark.filterwarnings("ignore:Layer InputLayer")  # is not quantized
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("how", ["quantize", "quantize a model", "dtype"])

@@ -14,7 +14,9 @@ from keras_distilled_embedding.factorization import Factors
 from keras_distilled_embedding.factorization import Table
 from keras_distilled_embedding.factorization import round_features
 from keras_distilled_embedding.factorization import rounded_factors
+from keras_distilled_embedding.factorization.activations import activate
 from keras_distilled_embedding.layers.conversion import embedding_tables
+from keras_distilled_embedding.layers.conversion import factors_of_table
 from keras_distilled_embedding.layers.conversion import to_numpy
 from keras_distilled_embedding.layers.distilled_embedding import (
     DistilledEmbedding,
@@ -269,12 +271,10 @@ def _of_factors(
     if layer.quantization == quantization:
         kind = layer.format
         assert kind is not None
-        features = to_numpy(
-            layer.activation(layer._read(f"{prefix}codes", "float32"))
-        )
+        found = factors_of_table(layer, prefix)
+        features = activate(layer.activation, found.codes)
+        basis, offset = found.basis, found.offset
         center, scales = read("center"), read("scales")
-        if offset is not None:
-            offset = offset - center @ basis
     else:
         kind = format_of(quantization)
         features = to_numpy(layer._features("float32", prefix=prefix))

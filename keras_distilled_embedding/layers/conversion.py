@@ -167,19 +167,17 @@ def round_layer(layer: DistilledEmbedding, factors: list[Factors]) -> None:
     kind = layer.format
     assert kind is not None
     if layer.lora_enabled:
-        # Its change is to the codes as they are.
-        for prefix, found in zip(("", "reverse_"), factors):
-            offset = found.offset
-            if offset is not None:
-                center = to_numpy(getattr(layer, f"{prefix}center"))
-                getattr(layer, f"{prefix}offset").assign(
-                    offset + center @ found.basis
-                )
-            getattr(layer, f"{prefix}basis").assign(found.basis)
-        return
-    assign_factors(
-        layer, *(round_features(f, layer.activation, kind) for f in factors)
-    )
+        # Its change is to the codes as they are, which keep the layer's grid.
+        found = [
+            f._replace(
+                codes=to_numpy(getattr(layer, f"{prefix}codes")),
+                center=to_numpy(getattr(layer, f"{prefix}center")),
+            )
+            for prefix, f in zip(("", "reverse_"), factors)
+        ]
+    else:
+        found = [round_features(f, layer.activation, kind) for f in factors]
+    assign_factors(layer, *found)
 
 
 def factors_of(layer: DistilledEmbedding) -> list[Factors]:
@@ -192,10 +190,12 @@ def factors_of(layer: DistilledEmbedding) -> list[Factors]:
         Those of `f(U) W + 1 c`.
     """
     prefixes = [""] if layer.tie_weights else ["", "reverse_"]
-    return [_factors_of(layer, prefix) for prefix in prefixes]
+    return [factors_of_table(layer, prefix) for prefix in prefixes]
 
 
-def _factors_of(layer: DistilledEmbedding, prefix: str) -> Factors:
+def factors_of_table(layer: DistilledEmbedding, prefix: str) -> Factors:
+    """One of them, by the prefix of its variables."""
+
     def read(name: str) -> np.ndarray:
         return to_numpy(layer._read(f"{prefix}{name}", "float32"))
 

@@ -423,8 +423,8 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
             inputs: Hidden states `h (..., output_dim)`.
 
         Returns:
-            States `h (R W)^T (..., rank)`, features `f(U) - 1 m
-            (input_dim, rank)` and shift `h c (...)`, or `None` without an
+            States `h (R W)^T (..., rank)`, features `f(U) - 1 m`, of shape
+            `(input_dim, rank)`, and shift `h c (...)`, or `None` without an
             offset, in the dtype of the logits: these are
             `states @ features^T + shift`.
         """

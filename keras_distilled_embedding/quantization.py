@@ -257,6 +257,47 @@ def check_quantization(argument: str, value: Any) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class RoundedCodes:
+    """Codes as integers, `1 m + s * (Q + shift)`, read as an array is.
+
+    In floats the codes of a large table can be most of a model's memory:
+    whoever has a use for some rows at a time reads `codes[rows]`.
+
+    Args:
+        integers: `Q`, int8 `(input_dim, rank)`.
+        center: `m`, float32 `(rank,)`.
+        scales: `s`, float32 `(input_dim, 1)` or `(1, rank)`.
+        kind: The format.
+    """
+
+    integers: np.ndarray
+    center: np.ndarray
+    scales: np.ndarray
+    kind: Format
+    dtype = np.dtype("float32")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.integers.shape
+
+    @property
+    def size(self) -> int:
+        return self.integers.size
+
+    def __len__(self) -> int:
+        return len(self.integers)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """The float32 codes of some rows."""
+        scales = self.scales[rows] if self.kind.has_row_scales else self.scales
+        levels = self.integers[rows] + np.float32(self.kind.shift)
+        return levels * scales + self.center
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+
 class StoredFactors(NamedTuple):
     """A factorized table as integers: `(scales * integers) basis + offset`.
 
@@ -275,7 +316,7 @@ class StoredFactors(NamedTuple):
 
 
 def stored_factors(
-    features: np.ndarray,
+    features: np.ndarray | RoundedCodes,
     center: np.ndarray,
     scales: np.ndarray,
     basis: np.ndarray,

@@ -1,6 +1,7 @@
 """`compress`, against dense models that hold the reconstructed tables."""
 
 import itertools
+import tracemalloc
 
 import keras
 import numpy as np
@@ -11,7 +12,10 @@ from keras_distilled_embedding import compress
 from keras_distilled_embedding import compression_report
 from keras_distilled_embedding import factorize
 from keras_distilled_embedding import keras_internals
+from keras_distilled_embedding.factorization import rounding
+from keras_distilled_embedding.factorization import table as table_module
 from keras_distilled_embedding.layers import DistilledEmbedding
+from keras_distilled_embedding.layers import conversion
 from tests.shared import affine_optimum
 from tests.shared import basis_and_offset
 from tests.shared import classifier
@@ -177,6 +181,29 @@ def no_work(monkeypatch):
     monkeypatch.setattr(
         "keras_distilled_embedding.compression.factorize_table", work
     )
+
+
+# What it takes
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="assigns arrays as a whole"
+)
+def test_no_second_copy_of_the_codes_in_floats(monkeypatch):
+    """Beside model and student, their integers and some blocks of rows."""
+    monkeypatch.setattr(table_module, "CHUNK_ENTRIES", 64 * 1_000)
+    monkeypatch.setattr(rounding, "_ROWS_AT_A_TIME", 1_000)
+    monkeypatch.setattr(conversion, "_SAMPLED_CODES", 1_000)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Embedding(60_000, 64)]
+    )
+    tracemalloc.start()
+    try:
+        compress(model, rank=64, quantization="int4", verbose=0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.6 * 4 * 60_000 * 64
 
 
 # What comes out

@@ -10,6 +10,7 @@ import pytest
 from keras import ops
 
 from keras_distilled_embedding.factorization import factorize
+from keras_distilled_embedding.factorization import table as table_module
 from keras_distilled_embedding.layers import DistilledEmbedding
 from keras_distilled_embedding.layers.conversion import embedding_tables
 from tests.shared import basis_and_offset
@@ -783,6 +784,24 @@ def test_from_embedding_by_compression(
     assert layer.compression_ratio >= compression
     larger = DistilledEmbedding(VOCABULARY, WIDTH, layer.rank + 1, **options)
     assert larger.compression_ratio < compression or layer.rank == WIDTH
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_codes_are_assigned_block_by_block(
+    table, quantization, dtype, monkeypatch
+):
+    """The last block is a shorter one."""
+    monkeypatch.setattr(table_module, "CHUNK_ENTRIES", 3 * 7)
+    options = {"quantization": quantization, "use_bias": True}
+    factors = factorize(table, 3, **options)
+    layer = DistilledEmbedding.from_embedding(
+        table, rank=3, dtype=dtype, **options
+    )
+    codes = ops.convert_to_numpy(ops.cast(factors.codes, dtype))
+    np.testing.assert_array_equal(
+        to_floats(layer.codes), np.asarray(codes, "float32")
+    )
 
 
 def test_from_embedding_assigns_what_factorize_returns(table):

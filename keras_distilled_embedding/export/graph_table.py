@@ -266,13 +266,14 @@ def _of_factors(
     ids = np.arange(min(layer.input_dim, _FIRST_ROWS))
     first = to_numpy(layer._features("float32", ids, prefix))
     is_zero = _first_row_is_zero(_affine(first, basis, offset))
+    features: Any
     center: Any
     scales: Any
     if layer.quantization == quantization:
         kind = layer.format
         assert kind is not None
         found = factors_of_table(layer, prefix)
-        features = activate(layer.activation, found.codes)
+        features = activate(layer.activation, np.asarray(found.codes))
         basis, offset = found.basis, found.offset
         center, scales = read("center"), read("scales")
     else:

@@ -24,6 +24,7 @@ from keras_distilled_embedding.factorization.table import LostEnergy
 from keras_distilled_embedding.factorization.table import Table
 from keras_distilled_embedding.factorization.table import row_blocks
 from keras_distilled_embedding.factorization.table import squared_norms
+from keras_distilled_embedding.quantization import RoundedCodes
 
 # How far above zero the smallest code of each column starts, relative to the
 # root mean square (RMS) of all codes. At exactly 0, ReLU has no gradient.
@@ -34,7 +35,8 @@ class Factors(NamedTuple):
     """Factors of a table, `E ~ f(U) W + 1 c`.
 
     Args:
-        codes: `U`, float32 `(input_dim, rank)`.
+        codes: `U`, float32 `(input_dim, rank)`; where they are rounded, read
+            like such an array.
         basis: `W`, float32 `(rank, output_dim)`.
         offset: `c`, float32 `(output_dim,)`, or `None`.
         lost: The energy that they lose, where it is known.
@@ -43,7 +45,7 @@ class Factors(NamedTuple):
         scales: Its scales, float32 `(input_dim, 1)` or `(1, rank)`.
     """
 
-    codes: np.ndarray
+    codes: np.ndarray | RoundedCodes
     basis: np.ndarray
     offset: np.ndarray | None
     lost: LostEnergy | None = None
@@ -150,7 +152,7 @@ def balance(
     return codes, (basis / scale).astype(np.float32)
 
 
-def rms(factor: np.ndarray) -> float:
+def rms(factor: np.ndarray | RoundedCodes) -> float:
     """The root mean square of a matrix, 0 for one without entries."""
     energy = 0.0
     if not factor.size:

@@ -15,6 +15,7 @@ from keras_distilled_embedding.factorization.activations import activate
 from keras_distilled_embedding.factorization.activations import get_activation
 from keras_distilled_embedding.factorization.activations import is_linear
 from keras_distilled_embedding.factorization.activations import is_relu
+from keras_distilled_embedding.factorization.closed_form import Factors
 from keras_distilled_embedding.factorization.closed_form import closed_form
 from keras_distilled_embedding.factorization.learned import learned_factors
 from keras_distilled_embedding.factorization.rounding import can_round
@@ -214,8 +215,9 @@ def factorize(
     - [Eckart and Young, 1936](https://doi.org/10.1007/BF02288367), "The
       approximation of one matrix by another of lower rank"
     """
-    return factorize_table(
-        Table.of(table, row_weights, column_weights),
+    weighted = Table.of(table, row_weights, column_weights)
+    found = factorize_table(
+        weighted,
         rank,
         activation=activation,
         use_bias=use_bias,
@@ -225,6 +227,24 @@ def factorize(
         seed=seed,
         verbose=verbose,
     )
+    result = Factorization(
+        np.asarray(found.codes),
+        found.basis,
+        found.offset,
+        activation,
+        quantization,
+        found.center,
+        found.scales,
+    )
+    lost = found.lost or lost_energy(weighted, result.reconstruct)
+    result = dataclasses.replace(
+        result,
+        relative_error=lost.relative,
+        unweighted_error=lost.relative_unweighted,
+    )
+    if verbose:
+        print(_summary(result, weighted))
+    return result
 
 
 def factorize_table(
@@ -238,8 +258,11 @@ def factorize_table(
     row_scales: bool = True,
     seed: int = 0,
     verbose: int = 0,
-) -> Factorization:
-    """The same as `factorize`, of a table that holds its weights."""
+) -> Factors:
+    """What `factorize` finds, of a table that holds its weights.
+
+    Codes with a quantization stay integers; what is lost is not measured.
+    """
     check_method(method, activation)
     check_quantization("quantization", quantization)
     function = get_activation(activation)
@@ -257,39 +280,20 @@ def factorize_table(
         )
     if method == "exact":
         if kind is None:
-            found = closed_form(table, rank, *form)
-        else:
-            found = rounded_factors(table, rank, kind, *form, seed)
-    else:
-        check_finite_rows(table.values)
-        found = learned_factors(table, rank, function, use_bias, seed, verbose)
-        if kind is not None:
-            found = round_features(
-                found,
-                function,
-                kind,
-                row_weights=table.row_weights,
-                metric=table.metric,
-                seed=seed,
-            )
-    result = Factorization(
-        found.codes,
-        found.basis,
-        found.offset,
-        activation,
-        quantization,
-        found.center,
-        found.scales,
+            return closed_form(table, rank, *form)
+        return rounded_factors(table, rank, kind, *form, seed)
+    check_finite_rows(table.values)
+    found = learned_factors(table, rank, function, use_bias, seed, verbose)
+    if kind is None:
+        return found
+    return round_features(
+        found,
+        function,
+        kind,
+        row_weights=table.row_weights,
+        metric=table.metric,
+        seed=seed,
     )
-    lost = found.lost or lost_energy(table, result.reconstruct)
-    result = dataclasses.replace(
-        result,
-        relative_error=lost.relative,
-        unweighted_error=lost.relative_unweighted,
-    )
-    if verbose:
-        print(_summary(result, table))
-    return result
 
 
 def check_method(method: Any, activation: Any) -> None:

@@ -37,8 +37,10 @@ from keras_distilled_embedding.factorization.closed_form import rms
 from keras_distilled_embedding.factorization.spectrum import Spectrum
 from keras_distilled_embedding.factorization.spectrum import spectrum_of
 from keras_distilled_embedding.factorization.table import Table
+from keras_distilled_embedding.factorization.table import row_blocks
 from keras_distilled_embedding.factorization.table import squared_norms
 from keras_distilled_embedding.quantization import Format
+from keras_distilled_embedding.quantization import RoundedCodes
 
 # Principal components are divided by their variance to this power: 0 would
 # leave them, 0.5 would give all of them one variance. Of what was tried on
@@ -79,7 +81,7 @@ def rounded_factors(
     """Factors of a rank whose features are rounded; not what they lose.
 
     Two passes over the table, or three for scales of columns, and no more
-    memory than the codes, their integers, a block of rows and a few `d^2`.
+    memory than the integers, a block of rows and a few `d^2`.
 
     Args:
         table: The table, with the weights of its rows and columns.
@@ -118,22 +120,23 @@ def rounded_factors(
     # As in `balance`, but by a power of two, which scales of two bytes bear.
     size = 2.0 ** round(math.log2(rms(basis) or 1.0) / 2)
     basis, used = basis / np.float32(size), used * np.float32(size)
-    codes = np.empty((len(integers), rank), "float32")
-    for start in range(0, len(codes), _ROWS_AT_A_TIME):
-        chunk = slice(start, start + _ROWS_AT_A_TIME)
-        of_part = used[chunk] if scales is None else used
-        codes[chunk, :components] = _values(integers[chunk], of_part, kind)
-    center = np.zeros(rank, "float32")
+    center = np.zeros(components, "float32")
+    rounded = RoundedCodes(integers, center, used, kind)
     if uses_relu:
-        offset = offset - _lift(codes[:, :components], center) @ basis
+        center = _lift(rounded)
+        offset = offset - center @ basis
+        rounded = RoundedCodes(integers, center, used, kind)
     if in_column:
         # The offset as a column of a constant, exactly at the grid's center.
-        codes[:, -1] = center[-1] = unit = rms(codes[:, :components]) or 1.0
+        unit = rms(rounded) or 1.0
         basis = np.vstack([basis, offset / unit])
         if scales is not None:
             used = np.hstack([used, np.full((1, 1), 1e-30, "float32")])
+        integers = np.pad(integers, [(0, 0), (0, 1)])
+        center = np.append(center, np.float32(unit))
+        rounded = RoundedCodes(integers, center, used, kind)
     return Factors(
-        codes,
+        rounded,
         basis.astype("float32"),
         offset.astype("float32") if use_bias else None,
         center=center,
@@ -141,13 +144,11 @@ def rounded_factors(
     )
 
 
-def _lift(codes: np.ndarray, center: np.ndarray) -> np.ndarray:
-    """Lifts codes and their center above zero, and returns by how much."""
-    shift = MARGIN * (rms(codes) or 1.0)
-    shift = (shift - codes.min(axis=0, initial=np.inf)).astype("float32")
-    codes += shift
-    center[: len(shift)] += shift
-    return shift
+def _lift(codes: RoundedCodes) -> np.ndarray:
+    """What lifts all codes of each column above zero, float32 `(rank,)`."""
+    lowest = [block.min(axis=0) for _, block in row_blocks(codes)]
+    smallest = np.min(lowest, axis=0)
+    return (MARGIN * (rms(codes) or 1.0) - smallest).astype("float32")
 
 
 def round_features(
@@ -171,7 +172,8 @@ def round_features(
         metric: As of `Table`.
         seed: Integer, the seed of the rotation.
     """
-    codes, basis, offset = factors[:3]
+    codes = np.asarray(factors.codes)
+    basis, offset = factors.basis, factors.offset
     features = codes if is_linear(function) else activate(function, codes)
     uses_relu = is_relu(function)
     free = is_linear(function) or (

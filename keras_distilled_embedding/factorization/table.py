@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_distilled_embedding.quantization import RoundedCodes
+
 # Entries of the table held in memory at a time (16 MiB in float32).
 CHUNK_ENTRIES = 2**22
 TABLE_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -237,7 +239,7 @@ def check_finite_rows(table: np.ndarray) -> None:
 
 
 def row_blocks(
-    table: np.ndarray, dtype: Any = np.float32
+    table: np.ndarray | RoundedCodes, dtype: Any = np.float32
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields slices that cover the rows, and those rows in `dtype`."""
     num_rows, size = len(table), _rows_of_a_block(table)
@@ -252,7 +254,7 @@ def row_blocks(
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def _rows_of_a_block(table: np.ndarray) -> int:
+def _rows_of_a_block(table: np.ndarray | RoundedCodes) -> int:
     return max(1, CHUNK_ENTRIES // table.shape[1])
 
 

@@ -17,6 +17,7 @@ from keras_distilled_embedding.factorization import is_linear
 from keras_distilled_embedding.factorization import round_features
 from keras_distilled_embedding.factorization.activations import activate
 from keras_distilled_embedding.factorization.rounding import evenly_spaced
+from keras_distilled_embedding.factorization.table import row_blocks
 from keras_distilled_embedding.keras_internals import without_initial_values
 from keras_distilled_embedding.quantization import check_quantization
 from keras_distilled_embedding.quantization import format_of
@@ -148,13 +149,46 @@ def assign_factors(
             basis = rotation.T @ basis
         for name, value in (values | {"basis": basis}).items():
             if value is not None:
-                getattr(layer, prefix + name).assign(value)
+                _assign(getattr(layer, prefix + name), value)
+
+
+def _assign(variable: Any, value: Any) -> None:
+    """Assigns an array, a block of rows at a time where a backend can.
+
+    A large table in two pieces of memory would be most of what a model takes.
+    """
+    if len(value.shape) != 2 or not _is_tensorflow_variable(variable.value):
+        variable.assign(np.asarray(value))
+        return
+    import tensorflow as tf
+
+    for rows, block in row_blocks(value):
+        # What `variable[rows].assign` does, but for reading the variable.
+        tf.raw_ops.ResourceStridedSliceAssign(
+            ref=variable.value.handle,
+            begin=[rows.start],
+            end=[rows.stop],
+            strides=[1],
+            value=ops.cast(block, variable.dtype),
+        )
+
+
+def _is_tensorflow_variable(value: Any) -> bool:
+    """Whether a variable is one of TensorFlow's, on one device."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return isinstance(value, tf.Variable) and not isinstance(
+        value, tf.distribute.DistributedValues
+    )
 
 
 def _principal_directions(features: np.ndarray) -> np.ndarray:
     """Float32 `(rank, rank)`, orthogonal: an axis a column."""
-    centered = features.astype("float64") - features.mean(axis=0)
-    return np.linalg.eigh(centered.T @ centered)[1].astype("float32")
+    centered = features - features.mean(axis=0)
+    moments = (centered.T @ centered).astype("float64")
+    return np.linalg.eigh(moments)[1].astype("float32")
 
 
 def round_layer(layer: DistilledEmbedding, factors: list[Factors]) -> None:

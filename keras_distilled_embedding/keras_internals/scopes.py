@@ -7,13 +7,17 @@ import contextvars
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_distilled_embedding.keras_internals import private_keras
 
+# Weights of so many numbers do not start at zero.
+_LARGE = 2**20
 # Whether `read_configs` is entered.
 incomplete_configs_allowed = contextvars.ContextVar("allowed", default=False)
 
@@ -136,6 +140,8 @@ def without_initial_values() -> Iterator[None]:
     """Starts new weights at zero, where they are about to be assigned.
 
     Random numbers for a large table take seconds and three times its memory.
+    A large one starts as memory that TensorFlow has not written to, and that
+    takes no room until then.
     """
     add_weight = keras.layers.Layer.add_weight
 
@@ -146,10 +152,19 @@ def without_initial_values() -> Iterator[None]:
         *args: Any,
         **kwargs: Any,
     ) -> keras.Variable:
-        return add_weight(self, shape, "zeros", *args, **kwargs)
+        return add_weight(self, shape, _no_values, *args, **kwargs)
 
     with patched(keras.layers.Layer, add_weight=add_zeros):
         yield
+
+
+def _no_values(shape: Any, dtype: Any = None) -> Any:
+    is_large = math.prod(shape) >= _LARGE
+    if not is_large or keras.backend.backend() != "tensorflow":
+        return ops.zeros(shape, dtype)
+    import tensorflow as tf
+
+    return tf.raw_ops.Empty(shape=list(shape), dtype=dtype, init=False)
 
 
 def _is_own_function(item: Any) -> bool:

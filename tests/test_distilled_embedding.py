@@ -802,6 +802,10 @@ def test_codes_are_assigned_block_by_block(
     np.testing.assert_array_equal(
         to_floats(layer.codes), np.asarray(codes, "float32")
     )
+    # What a file holds in floats of four bytes is there with bits only.
+    kept = [] if quantization is None else ["scales", "rotation", "center"]
+    names = [w.name for w in layer.weights if w.dtype != dtype]
+    assert names == (kept if dtype == "bfloat16" else [])
 
 
 def test_from_embedding_assigns_what_factorize_returns(table):

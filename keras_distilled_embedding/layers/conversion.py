@@ -141,6 +141,9 @@ def assign_factors(
         if offset is not None and (layer.centered or center is not None):
             if center is None:
                 center = features.mean(axis=0)
+            # As the layer holds it, in as few bits.
+            dtype = getattr(layer, f"{prefix}center").dtype
+            center = to_numpy(ops.cast(center, dtype))
             offset = offset + center @ basis
         values = {"codes": found.codes, "offset": offset, "center": center}
         if found.scales is not None:

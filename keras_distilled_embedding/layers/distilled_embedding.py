@@ -285,19 +285,22 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
 
     def _add_frames(self) -> None:
         """Adds the variables of what the codes are rounded to."""
-        # Steps of 8 bits are so small that an optimizer overshoots.
         trained: tuple[str, ...] = ()
-        if self.format is not None and self.format.bits < 8:
-            # LoRA freezes what it adapts.
-            own = () if self.lora_enabled else ("scales",)
-            trained = (*own, "reverse_scales")
+        dtype = None
+        if self.format is not None:
+            dtype = "float32"  # as a file holds them, whatever the policy
+            # Steps of 8 bits are so small that an optimizer overshoots.
+            if self.format.bits < 8:
+                # LoRA freezes what it adapts.
+                own = () if self.lora_enabled else ("scales",)
+                trained = (*own, "reverse_scales")
         for name, shape in self._frame_shapes().items():
             variable = self.add_weight(
                 name=name,
                 shape=shape,
                 # Of the codes as they are when the variable is made.
                 initializer=functools.partial(self._frame, name),
-                dtype="float32",  # as a file holds them, whatever the policy
+                dtype=dtype,
                 trainable=name in trained,
                 autocast=False,
             )
@@ -308,7 +311,7 @@ class DistilledEmbedding(LoraCodes, keras.layers.Layer):
         if name.endswith("rotation"):
             return ops.eye(self.rank, dtype="float32")
         if self.format is None:
-            return ops.zeros(shape, dtype="float32")
+            return ops.zeros(shape, dtype)
         codes = self._read(f"{prefix}codes", "float32")  # what LoRA adds, too
         center, scales = self.format.grid(self.activation(codes))
         return scales if name.endswith("scales") else center

@@ -27,6 +27,7 @@ TEST_FILES = sorted(
         "factorization",
         "package",
         "quantization",
+        "rounding",
         "sizes",
         "teacher_cache",
         "distillation_weights",

@@ -119,7 +119,8 @@ def rounded_factors(
 
     # As in `balance`, but by a power of two, which scales of two bytes bear.
     size = 2.0 ** round(math.log2(rms(basis) or 1.0) / 2)
-    basis, used = basis / np.float32(size), used * np.float32(size)
+    basis = basis / np.float32(size)
+    used = _as_stored(used * np.float32(size), kind)
     center = np.zeros(components, "float32")
     rounded = RoundedCodes(integers, center, used, kind)
     if uses_relu:

@@ -105,7 +105,7 @@ class CompressionReport:
         from rich.table import Table as TextTable
 
         table = TextTable(show_footer=True)
-        table.add_column("layer", footer="whole model")
+        table.add_column("layer", footer="whole model", overflow="fold")
         for heading, footer in (
             ("table", ""),
             ("rank", ""),
@@ -245,7 +245,7 @@ class Inspection:
             title=f"{self.model} ({self.kind}): {self.parameters:,} "
             f"parameters, {self.bytes:,} bytes"
         )
-        table.add_column("layer")
+        table.add_column("layer", overflow="fold")
         table.add_column("class")
         for heading in ("table", "parameters", "bytes", "of the model", "rank"):
             table.add_column(heading, justify="right")

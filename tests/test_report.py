@@ -124,6 +124,18 @@ def test_report_of_half_precision_and_of_nested_models():
     assert row.bytes_after == 2 * (3 * (VOCABULARY + WIDTH) + WIDTH)
 
 
+@pytest.mark.parametrize("show", [compression_report, inspect_model])
+def test_names_are_shown_in_full(show):
+    """A user gives them to `layers=`."""
+    name = "token_and_position_embedding_of_the_encoder"
+    embedding = keras.layers.Embedding(600, 16, name=name)
+    model = keras.Sequential([keras.Input((4,)), embedding])
+    if show is compression_report:
+        model = compress(model, rank=3, verbose=0)
+    lines = [line.split("│") for line in str(show(model)).splitlines()]
+    assert name in "".join(cells[1].strip() for cells in lines if cells[1:])
+
+
 def test_bad_report():
     with pytest.raises(ValueError, match="compress it first.*language_model"):
         compression_report(make_model())

@@ -167,6 +167,7 @@ class Format:
         Returns:
             `F~`, or `F~ - 1 m`, like `features`.
         """
+        features = ops.convert_to_tensor(features)  # also of `RoundedCodes`
         fixed = ops.stop_gradient(features)
         # Subtracted, for an exact zero that has a gradient.
         step = ops.subtract(

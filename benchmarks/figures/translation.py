@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", nargs="+", type=float)
     add("--losses", nargs="+", choices=LOSSES, metavar="LOSS")
     add("--rate", type=float, default=1.0, help="times the step size")
+    add("--epochs", type=int, help="of the students; default: the recipe's")
 
 
 # The grid
@@ -79,12 +80,14 @@ class Row:
             method has no choice.
         loss: A key of `LOSSES`.
         rate: Times the recipe's largest step size.
+        epochs: Of the training, by default the recipe's.
     """
 
     method: str
     size: float = 1.0
     loss: str = "logits"
     rate: float = 1.0
+    epochs: int | None = None
 
     @property
     def name(self) -> str:
@@ -97,7 +100,8 @@ class Row:
         """Its name among the rows on disk."""
         name = f"{task.name} {task.seed} {self.method} {self.loss}"
         rate = "" if self.rate == 1.0 else f" rate {self.rate:g}"
-        return f"{name} {self.size:g}x{rate}"
+        epochs = "" if self.epochs is None else f" epochs {self.epochs}"
+        return f"{name} {self.size:g}x{rate}{epochs}"
 
 
 def _one_size(method: str) -> bool:
@@ -171,7 +175,7 @@ def chosen_rows(options: argparse.Namespace) -> list[Row]:
     sizes = options.sizes or [row.size for row in rows]
     losses = options.losses or [row.loss for row in rows]
     return [
-        replace(row, rate=options.rate)
+        replace(row, rate=options.rate, epochs=options.epochs)
         for row in rows
         if row.method in methods
         and (row.size in sizes or _one_size(row.method))
@@ -193,7 +197,9 @@ def recipe_of(row: Row, task: Task) -> Recipe:
     else:
         recipe = replace(setting.student, **LOSSES[row.loss][1])
     return replace(
-        recipe, peak_learning_rate=row.rate * recipe.peak_learning_rate
+        recipe,
+        peak_learning_rate=row.rate * recipe.peak_learning_rate,
+        epochs=row.epochs or recipe.epochs,
     )
 
 
@@ -282,9 +288,9 @@ def collect(options: argparse.Namespace, earlier: dict) -> dict:
 
 def _identity(entry: dict) -> tuple:
     names = "task", "seed", "teacher", "name", "storage", "rank"
-    # Earlier results have one step size.
-    rate = entry.get("rate", 1.0)
-    return (*(entry[n] for n in names), rate, round(entry["ratio"]))
+    # Earlier results have one step size, and the recipe's epochs.
+    trained = entry.get("rate", 1.0), entry.get("epochs")
+    return (*(entry[n] for n in names), *trained, round(entry["ratio"]))
 
 
 def entries_of(task: Task, rows: list[dict]) -> list[dict]:
@@ -300,6 +306,7 @@ def entries_of(task: Task, rows: list[dict]) -> list[dict]:
             "validation_nll": row.get("validation_nll", [None])[-1],
             "rank": row.get("rank"),
             "rate": row.get("rate", 1.0),
+            "epochs": row.get("recipe", {}).get("epochs"),
             "cpu_s": row["cpu_s"] if "recipe" in row else None,
             "environment": row["environment"],
             "translations": task.decode(stored["translations"]),
@@ -439,6 +446,7 @@ def _entry_cells(entry: dict, control: dict) -> dict:
         "x smaller": f"{entry['ratio']:.1f}",
         "rank": harness.formatted(entry["rank"], "{}"),
         "step size": f"{entry.get('rate', 1.0):g}x",
+        "epochs": harness.formatted(entry.get("epochs"), "{}"),
         "BLEU": f"{entry['bleu']:.2f}",
         "±": harness.formatted(entry["bleu_ci"], "{:.2f}"),
         "Δ": harness.formatted(delta, "{:+.2f}"),

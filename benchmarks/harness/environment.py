@@ -51,10 +51,15 @@ def _keras() -> str:
     keras = sys.modules.get("keras")
     if keras is None:
         return ""
-    devices = keras.distribution.list_devices()
-    accelerators = [name for name in devices if not name.startswith("cpu")]
-    used = f"; Keras on {keras.backend.backend()}"
-    return used + (f", {', '.join(accelerators)}" if accelerators else "")
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        names = [d.device_kind for d in jax.devices() if d.platform != "cpu"]
+    else:
+        devices = keras.distribution.list_devices()
+        names = [name for name in devices if not name.startswith("cpu")]
+    return f"; Keras on {', '.join([backend, *names])}"
 
 
 def _with_version(package: str) -> str:

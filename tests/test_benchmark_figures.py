@@ -103,8 +103,11 @@ def test_a_report_has_the_numbers_of_its_results(tmp_path):
     assert rows["int4"][0][1:] == ["7.11x", "0.007992", "0.008896"]
     run("report", "translation", "--output", tmp_path)
     rows = rows_of((tmp_path / "report.md").read_text("utf-8"))
-    assert {row[6] for row in rows["nested ranks"]} >= {"33.14", "73.80"}
-    assert any(row[6] == "34.07" for row in rows["product quantization"])
+    shown = [row for row in rows["ours, auto, int4"] if row[1] == "1 (32.77)"]
+    assert [row[3:5] + row[8:10] for row in shown] == [
+        ["8.0", "240", "1.615", "34.71"]
+    ]
+    assert [row[8] for row in rows["full table, float32"]][:1] == ["1.617"]
     run("report", "on_device", "--output", tmp_path)
     rows = rows_of((tmp_path / "report.md").read_text("utf-8"))
     assert rows["projection: int8 against full float32"] == [
@@ -296,19 +299,22 @@ def test_rows_train_without_tensorflow_and_are_reported(trained_on_jax, capsys):
     record = json.loads((folder / "results.json").read_text())
     entries = {translation.label(e): e for e in record["entries"]}
     assert {translation.TEACHER, CONTROL, "ours", "GroupReduce"} <= {*entries}
-    assert {"ours, int8", "GroupReduce, int8", "full table, int8"} <= {*entries}
+    rounded = {"ours, int8", "GroupReduce, int8", f"{CONTROL}, int8"}
+    assert rounded <= {*entries}
     for entry in entries.values():
         assert 0 <= entry["bleu"] <= 100
         assert entry["ratio"] >= 0.97
     assert entries["ours"]["ratio"] >= 8
     assert entries["ours, int8"]["ratio"] > 25
-    rivals = {duel["rival"] for duel in record["duels"]["quick, seed 0"]}
+    ((key, duels),) = record["duels"].items()
+    assert key.startswith("quick, teacher 0 (")
+    rivals = {duel["rival"] for duel in duels}
     assert {"GroupReduce", "GroupReduce, int8"} <= rivals
     assert "Keras on jax" in entries[CONTROL]["environment"]
     assert "Keras on tensorflow" in entries["ours"]["environment"]
     text = (folder / "report.md").read_text("utf-8")
     assert all(f"| {name} |" in text for name in entries)
-    for name in ("quick_nats.png", "quick_bytes.png"):
+    for name in ("quick_nats.png", "quick_bleu.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     # All is there.
     capsys.readouterr()
@@ -331,8 +337,47 @@ def test_forms_have_labels_of_their_own():
     assert label("ours", "float32") == "ours"
     assert label("ours", "int8") == "ours, int8"
     assert label("ours, int4", "int4") == "ours, int4"
-    assert label(CONTROL, "int4") == "full table, int4"
-    assert label("product quantisation", "float32") == "product quantization"
+    assert label("full table, float32", "float32") == "full table, float32"
+    assert label("full table, float32", "int8") == "full table, int8"
+    assert label("ours, int4, calibrated", "int4") == "ours, int4, calibrated"
+
+
+def test_pictures_show_how_far_from_the_full_table_of_the_same_teacher(
+    tmp_path, monkeypatch
+):
+    def entry(teacher, name, num_bytes, nats, **other):
+        return {
+            "task": "quick",
+            "seed": 0,
+            "teacher": teacher,
+            "name": name,
+            "storage": "float32",
+            "table_bytes": num_bytes,
+            "validation_nll": nats,
+            "rate": 1.0,
+            "epochs": 4,
+            **other,
+        }
+
+    entries = [
+        entry(1, "full table, float32", 800, 1.5),
+        entry(2, "full table, float32", 800, 2.5),
+        entry(1, "ours", 100, 1.75),
+        entry(2, "ours", 100, 2.625),
+        entry(2, "ours", 50, 3.0),
+        # Neither another recipe nor what was not trained is drawn.
+        entry(1, "ours", 100, 1.0, epochs=8),
+        entry(1, "ours", 100, 1.0, rate=0.5),
+        entry(1, translation.TEACHER, 800, None, epochs=None),
+    ]
+    drawn = {}
+    monkeypatch.setattr(
+        harness, "plot_lines", lambda *lines, **o: drawn.update(o, lines=lines)
+    )
+    translation._plot(entries, tmp_path, "validation_nll", title="nats")
+    assert drawn["lines"][0]["ours"] == [(50, 0.5), (100, 0.1875)]
+    assert drawn["bars"]["ours"] == [(0.5, 0.5), (0.125, 0.25)]
+    assert drawn["level"] == ("the full table", 0.0)
 
 
 # Recipe

@@ -172,6 +172,7 @@ def test_lines_and_rows_are_drawn(tmp_path):
     harness.plot_lines(
         {"a": [(1.0, 2.0), (4.0, 1.0)], "nothing": []},
         tmp_path / "a.png",
+        bars={"a": [(1.5, 2.0), (1.0, 3.0)], "nothing": []},
         styles={"a": {"color": "red"}},
         level=("level", 1.5),
         log_x=True,

@@ -159,18 +159,25 @@ def test_rows_have_names_of_their_own():
     task = types.SimpleNamespace(name="multi30k", seed=0)
     rows = figure.all_rows()
     assert len({row.key(task) for row in rows}) == len(rows)
-    assert {*figure.METHODS, CONTROL, figure.SCRATCH} - {"ours, int8"} == {
+    int8 = {"ours, int8", "ours, int8, calibrated"}
+    assert {*figure.METHODS, CONTROL, figure.SCRATCH} - int8 == {
         row.method for row in rows
     }
     key = figure.key_rows()
     assert rows[: len(key)] == key
-    assert key[0] == figure.Row(CONTROL) and key[1].size == 8.0
+    assert key[0] == figure.Row(figure.FULL)
+    assert key[1] == figure.Row("ours, auto, calibrated", 16.0)
 
 
 def test_rows_are_chosen():
     def chosen(**options):
         defaults = dict(
-            task="multi30k", methods=None, sizes=None, losses=None, rate=1.0
+            task="multi30k",
+            methods=None,
+            sizes=None,
+            losses=None,
+            rate=1.0,
+            epochs=None,
         )
         return figure.chosen_rows(types.SimpleNamespace(**defaults | options))
 
@@ -187,6 +194,7 @@ def test_rows_are_chosen():
     ]
     assert {row.loss for row in chosen(losses=["both"])} == {"both"}
     assert {row.rate for row in chosen(rate=2.0)} == {2.0}
+    assert {row.epochs for row in chosen(epochs=8)} == {8}
     # A method of one size is of every size.
     assert figure.Row(CONTROL) in chosen(sizes=[8.0])
 
@@ -198,6 +206,8 @@ def test_everything_but_the_loss_is_the_recipe_of_all():
     assert figure.recipe_of(figure.Row("ours", 8.0), task) == base
     faster = figure.recipe_of(figure.Row("ours", 8.0, rate=2.0), task)
     assert faster.peak_learning_rate == 2.0 * base.peak_learning_rate
+    longer = figure.recipe_of(figure.Row("ours", 8.0, epochs=8), task)
+    assert longer == dataclasses.replace(base, epochs=8)
     both = figure.recipe_of(figure.Row("ours", 8.0, "both"), task)
     assert both == dataclasses.replace(base, embedding_weight=0.1)
     control = figure.recipe_of(figure.Row(CONTROL), task)

@@ -1,14 +1,16 @@
 """Quality against bytes: every method on the same translation tasks.
 
-Every student starts from one teacher, sees the same batches as often, and is
-trained by the same recipe but for what its name says. `teacher, trained on` is
-the teacher trained on for as long, and what Δ and the p-value of a paired
-bootstrap compare with; ± is half of a 95 % confidence interval. `int8` and
-`int4` say how table or factors are stored: rounded in Keras as a file would
-hold them, or, where the size of a file is given, measured with that LiteRT
-file. Milliseconds a sentence: that file on one thread. `before`: validation
-nats before the fine-tuning. At each size ours is compared with every other
-method, each in its form of lowest validation loss that has so few bytes.
+Students of one teacher start from it, see the same batches as often, and are
+trained by the same recipe but for what their names say; so is the full table
+in float32. Δ, and the p-value of a paired bootstrap, compare with that table
+(with the teacher trained on for as long where there is none); ± is half of a
+95 % confidence interval. Names end with how table or factors are stored,
+rounded in Keras as a file would hold them. A teacher goes by its seed and, of
+several machines, by its own BLEU. `before`: validation nats before the
+fine-tuning. Pictures show how far from the full table, means over teachers,
+and the teachers' extremes; what is further than they reach is left out. At
+each size ours is compared with every other method, each in its form of lowest
+validation loss that has so few bytes.
 
 Tokenizing the task needs TensorFlow (`--prepare` does nothing else); training
 and translating run on any backend, from the arrays that it wrote.
@@ -17,6 +19,7 @@ and translating run on any backend, from the arrays that it wrote.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -45,6 +48,7 @@ from benchmarks.tasks.translation import Task
 from benchmarks.tasks.translation import prepare
 from benchmarks.tasks.translation import ready_task
 from examples.nmt.train import Recipe
+from keras_distilled_embedding.quantization import QUANTIZATIONS
 
 SIZES = (4.0, 8.0, 16.0, 32.0, 64.0)
 TEACHER = "teacher, as it was"
@@ -110,23 +114,31 @@ def _one_size(method: str) -> bool:
     )
 
 
-OURS_ROUNDED = ("ours, auto", "ours, int8", "ours, int4", "ours, int2")
+OURS_ROUNDED = [
+    f"ours, {form}{calibrated}"
+    for form in ("auto", *QUANTIZATIONS)
+    for calibrated in ("", ", calibrated")
+]
 
 # What decides most, each at its sizes in the order of their worth.
 KEY_SIZES = {
-    CONTROL: (1.0,),
-    OURS: (8.0, 4.0, 2.0, 16.0, 32.0, 64.0),
-    "truncated SVD": (8.0, 32.0, 4.0, 2.0),
-    "ours, rows weighted": (8.0, 2.0, 4.0, 16.0, 32.0),
-    "weighted SVD": (8.0, 2.0),
-    "GroupReduce": (8.0, 32.0, 4.0),
-    "Tensor-Train": (8.0, 32.0),
-    "product quantization": (8.0,),
-    PAPER: (8.0, 32.0),
-    "ours, int4": (32.0, 16.0, 8.0, 64.0),
+    FULL: (1.0,),
+    "ours, auto, calibrated": (16.0, 8.0, 32.0, 64.0),
+    "ours, auto": (16.0, 8.0, 32.0, 64.0),
     "full table, int4": (1.0,),
-    "round to nearest, int8": (1.0,),
+    "full table, int2": (1.0,),
+    "residual quantization": (16.0, 32.0, 8.0),
+    "product quantization": (16.0, 8.0),
+    "round to nearest, int4": (1.0,),
+    "round to nearest, int2": (1.0,),
+    OURS: (8.0, 32.0),
+    "GroupReduce": (8.0, 32.0),
+    "Tensor-Train": (8.0, 32.0),
+    PAPER: (8.0, 32.0),
+    "truncated SVD": (8.0, 32.0),
+    "CARVQ": (16.0,),
     SCRATCH: (8.0, 32.0),
+    CONTROL: (1.0,),
 }
 
 
@@ -158,7 +170,8 @@ def _rows(methods: Iterable[str], sizes: Iterable[float]) -> list[Row]:
 def all_rows() -> list[Row]:
     """The key rows, then every method at every size."""
     # Rounding to int8 after training costs nothing: no row of its own.
-    methods = [method for method in METHODS if method != "ours, int8"]
+    int8 = "ours, int8", "ours, int8, calibrated"
+    methods = [method for method in METHODS if method not in int8]
     everything = _rows([CONTROL, SCRATCH, *methods], SIZES)
     return list(dict.fromkeys([*key_rows(), *everything]))
 
@@ -275,22 +288,42 @@ def collect(options: argparse.Namespace, earlier: dict) -> dict:
     entries = earlier.get("entries", [])
     duels = dict(earlier.get("duels", {}))
     done = [row for row in options.store.read_all() if "stored" in row]
-    for name, seed in sorted({(row["task"], row["seed"]) for row in done}):
+    for teacher in sorted({_teacher(row) for row in done}):
+        name, seed, _ = teacher
         task = Task(name, options.task_dir / name, seed)
-        own = [r for r in done if (r["task"], r["seed"]) == (name, seed)]
+        own = [row for row in done if _teacher(row) == teacher]
         own = scored(entries_of(task, own), task)
-        duels[f"{name}, seed {seed}"] = find_duels(own, task)
+        duels[f"{name}, teacher {_teacher_name(own[0], own)}"] = find_duels(
+            own, task
+        )
         for entry in own:
             del entry["translations"]
         entries = harness.merged(own, entries, _identity)
     return {"entries": entries, "duels": duels} if entries else {}
 
 
+def _teacher(entry: dict) -> tuple:
+    return tuple(entry[name] for name in ("task", "seed", "teacher"))
+
+
+def _teacher_name(entry: dict, entries: list[dict]) -> str:
+    """Its seed and, as machines make different ones of a seed, its BLEU."""
+    own = [e for e in entries if _teacher(e) == _teacher(entry)]
+    bleu = [f" ({e['bleu']:.2f})" for e in own if label(e) == TEACHER]
+    return f"{entry['seed']}{''.join(bleu)}"
+
+
 def _identity(entry: dict) -> tuple:
-    names = "task", "seed", "teacher", "name", "storage", "rank"
-    # Earlier results have one step size, and the recipe's epochs.
-    trained = entry.get("rate", 1.0), entry.get("epochs")
-    return (*(entry[n] for n in names), *trained, round(entry["ratio"]))
+    names = "name", "storage", "rank", "rate", "epochs"
+    trained = tuple(entry[name] for name in names)
+    return (*_teacher(entry), *trained, round(entry["ratio"]))
+
+
+def _baseline(entries: list[dict]) -> dict:
+    """Of one teacher's entries what the others are compared with."""
+    by_label = {label(entry): entry for entry in reversed(entries)}
+    chosen = [by_label[name] for name in (FULL, CONTROL) if name in by_label]
+    return (chosen or entries)[0]
 
 
 def entries_of(task: Task, rows: list[dict]) -> list[dict]:
@@ -319,13 +352,12 @@ def entries_of(task: Task, rows: list[dict]) -> list[dict]:
 
 
 def scored(entries: list[dict], task: Task) -> list[dict]:
-    """Adds BLEU and chrF to entries; the control is the baseline."""
+    """Adds BLEU and chrF to one teacher's entries, the baseline first."""
     from benchmarks.tasks.bleu import chrf
     from benchmarks.tasks.bleu import paired_scores
 
     references = task.texts["test"]["target"]
-    controls = [e for e in entries if label(e) == CONTROL]
-    baseline = (controls or entries)[0]
+    baseline = _baseline(entries)
     entries = [baseline] + [e for e in entries if e is not baseline]
     scores = paired_scores([e["translations"] for e in entries], references)
     for entry, score in zip(entries, scores):
@@ -384,11 +416,11 @@ def find_duels(entries: list[dict], task: Task) -> list[dict]:
 def label(entry: dict) -> str:
     """The name of an entry, with the form in which it is stored."""
     storage = entry["storage"]
-    # Earlier results have the other spelling.
-    name = entry["name"].replace("quantisation", "quantization")
+    name = entry["name"]
     if storage in ("float32", *re.findall("int[248]", name)):
         return name
-    return f"{'full table' if name == CONTROL else name}, {storage}"
+    # The table itself, trained in floats and then rounded.
+    return f"{'full table' if name == FULL else name}, {storage}"
 
 
 def report(results: dict, folder: Path) -> Iterator[str]:
@@ -410,7 +442,6 @@ def report(results: dict, folder: Path) -> Iterator[str]:
 def _task_section(
     task: str, entries: list[dict], folder: Path
 ) -> Iterator[str]:
-    control = {e["seed"]: e["bleu"] for e in entries if label(e) == CONTROL}
     yield f"## {task}"
     bounds = [0.0, *SIZES, float("inf")]
     for low, high in pairwise(bounds):
@@ -420,42 +451,36 @@ def _task_section(
             if TOLERANCE * low <= e["ratio"] < TOLERANCE * high
         ]
         if low and inside:
-            inside.sort(key=lambda e: -e["bleu"])
+            inside.sort(key=lambda e: e["validation_nll"] or math.inf)
             yield f"### {task}, {low:g} times fewer bytes, or more"
         if inside:
             yield harness.markdown_table(
-                [_entry_cells(e, control) for e in inside]
+                [_entry_cells(entry, entries) for entry in inside]
             )
-    for name, (key, value, what) in PICTURES.items():
-        if any(e.get(key) and e[value] for e in entries if label(e) in DRAWN):
-            file = f"{task}_{name}.png"
-            _plot(entries, folder / file, key, value)
-            yield f"![{what}]({file})"
+    for name, (value, what, axis, limits) in PICTURES.items():
+        path = folder / f"{task}_{name}.png"
+        _plot(entries, path, value, title=what, ylabel=axis, ylim=limits)
+        yield f"![{what}]({path.name})"
 
 
-def _entry_cells(entry: dict, control: dict) -> dict:
-    file_bytes = entry.get("file_bytes")
-    delta = p_value = None  # without a control
-    if entry["seed"] in control:
-        delta = entry["bleu"] - control[entry["seed"]]
-        p_value = entry["p_value"]
+def _entry_cells(entry: dict, entries: list[dict]) -> dict:
+    own = [e for e in entries if _teacher(e) == _teacher(entry)]
+    delta = entry["bleu"] - _baseline(own)["bleu"]
     return {
         "method": label(entry),
-        "seed": str(entry["seed"]),
+        "teacher": _teacher_name(entry, entries),
         "table bytes": f"{entry['table_bytes']:,}",
         "x smaller": f"{entry['ratio']:.1f}",
         "rank": harness.formatted(entry["rank"], "{}"),
-        "step size": f"{entry.get('rate', 1.0):g}x",
-        "epochs": harness.formatted(entry.get("epochs"), "{}"),
+        "step size": f"{entry['rate']:g}x",
+        "epochs": harness.formatted(entry["epochs"], "{}"),
+        "before": harness.formatted(entry["before_nll"], "{:.3f}"),
+        "val. nats": harness.formatted(entry["validation_nll"], "{:.3f}"),
         "BLEU": f"{entry['bleu']:.2f}",
         "±": harness.formatted(entry["bleu_ci"], "{:.2f}"),
-        "Δ": harness.formatted(delta, "{:+.2f}"),
-        "p": harness.formatted(p_value, "{:.3f}"),
+        "Δ": f"{delta:+.2f}",
+        "p": harness.formatted(entry["p_value"], "{:.3f}"),
         "chrF": f"{entry['chrf']:.1f}",
-        "before": harness.formatted(entry.get("before_nll"), "{:.3f}"),
-        "val. nats": harness.formatted(entry["validation_nll"], "{:.3f}"),
-        "file MB": harness.formatted(file_bytes and file_bytes / 1e6, "{:.2f}"),
-        "ms": harness.formatted(entry.get("ms"), "{:.2f}"),
         "cpu s": harness.formatted(entry["cpu_s"], "{:.0f}"),
     }
 
@@ -475,62 +500,81 @@ def _duel_cells(duel: dict) -> dict:
 
 # What is drawn, in the order of the legend.
 DRAWN = (
-    OURS,
-    "ours, auto, int4",
-    "ours, auto, int2",
-    "ours, int8",
-    "ours, int4",
+    "ours, auto, calibrated",
+    "ours, auto",
+    "ours, int2, calibrated",
     "ours, int2",
-    "truncated SVD",
-    "truncated SVD, int8",
-    "GroupReduce",
-    "GroupReduce, int8",
-    "Tensor-Train",
-    "Tensor-Train, int8",
-    "product quantization",
-    PAPER,
-    SCRATCH,
+    "ours, int4",
+    "ours, int8",
+    OURS,
     "full table, int8",
     "full table, int4",
+    "full table, int2",
+    "round to nearest, int8",
+    "round to nearest, int4",
+    "round to nearest, int2",
+    "residual quantization",
+    "CARVQ",
+    "product quantization",
+    "truncated SVD",
+    "Tensor-Train",
+    "GroupReduce",
+    PAPER,
+    SCRATCH,
 )
 
 
-# What is across, what is up and what that shows, by the name of the file.
+# What is up, what that shows, the axis and its limits, by the file's name.
+# What is further from the full table than that is of no use.
 PICTURES = {
-    "nats": ("table_bytes", "validation_nll", "Validation nats against bytes"),
-    "bytes": ("table_bytes", "bleu", "BLEU against bytes"),
-    "ms": ("ms", "bleu", "BLEU against ms"),
-}
-AXES = {
-    "table_bytes": "bytes of the table",
-    "ms": "milliseconds a sentence, one thread",
-    "validation_nll": "nats a token, validation",
-    "bleu": "sacreBLEU, test",
+    "nats": (
+        "validation_nll",
+        "Validation nats beside the full table, against bytes",
+        "nats a token, validation, above the full table's",
+        (-0.02, 0.4),
+    ),
+    "bleu": (
+        "bleu",
+        "BLEU beside the full table, against bytes",
+        "sacreBLEU, test, above the full table's",
+        (-6.0, 1.5),
+    ),
 }
 
 
-def _plot(entries: list[dict], path: Path, key: str, value: str) -> None:
-    """Means over the teachers; the control, or the full table, is level."""
-    lines = {}
+def _plot(
+    entries: list[dict], path: Path, value: str, **axes_options: object
+) -> None:
+    """Each method's distance from the full table of the same teacher."""
+    by_teacher: dict[tuple, list[dict]] = {}
+    for entry in entries:
+        if entry["validation_nll"] and entry["rate"] == 1.0:
+            by_teacher.setdefault(_teacher(entry), []).append(entry)
+    points: dict[tuple[str, int], list[float]] = {}
+    for own in by_teacher.values():
+        level = _baseline(own)[value]
+        epochs = _baseline(own)["epochs"]
+        for entry in own:
+            # What is trained for longer is not drawn beside what is not.
+            if entry["epochs"] == epochs or entry["name"] == SCRATCH:
+                name = entry["name"]
+                if not name.startswith("ours, auto"):  # in any format
+                    name = label(entry)
+                at = name, entry["table_bytes"]
+                points.setdefault(at, []).append(entry[value] - level)
+    lines, bars = {}, {}
     for name in DRAWN:
-        points: dict[float, list[float]] = {}
-        for entry in entries:
-            if label(entry) == name and entry.get(key) and entry[value]:
-                points.setdefault(entry[key], []).append(entry[value])
-        lines[name] = [(x, statistics.mean(points[x])) for x in sorted(points)]
-    levels = {
-        name: [e[value] for e in entries if label(e) == name and e[value]]
-        for name in (FULL, CONTROL)
-    }
-    name = CONTROL if levels[CONTROL] else FULL
-    log_x = key == "table_bytes"
+        own = sorted((x, v) for (of, x), v in points.items() if of == name)
+        lines[name] = [(x, statistics.mean(values)) for x, values in own]
+        bars[name] = [(min(values), max(values)) for _, values in own]
     harness.plot_lines(
         lines,
         path,
+        bars=bars,
         styles={n: {"linewidth": 2.5} for n in DRAWN if n.startswith(OURS)},
-        level=(name, statistics.mean(levels[name])) if levels[name] else None,
-        log_x=log_x,
-        x_format=(lambda x, _: f"{x / 1e3:,.0f} kB") if log_x else None,
-        xlabel=AXES[key],
-        ylabel=AXES[value],
+        level=("the full table", 0.0),
+        log_x=True,
+        x_format=lambda x, _: f"{x / 1e3:,.0f} kB",
+        xlabel="bytes of the table",
+        **axes_options,
     )

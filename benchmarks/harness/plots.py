@@ -19,6 +19,7 @@ def plot_lines(
     lines: Mapping[str, Sequence[tuple[float, float]]],
     path: Path,
     *,
+    bars: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     styles: Mapping[str, dict] | None = None,
     level: tuple[str, float] | None = None,
     log_x: bool = False,
@@ -32,6 +33,7 @@ def plot_lines(
     Args:
         lines: Points `(x, y)` by label. A line without points is left out.
         path: The PNG file.
+        bars: By label, the lowest and the highest `y` of each point.
         styles: Options of matplotlib's `plot`, by label.
         level: A label and the height of a dashed line across the picture.
         log_x: Whether the x axis is logarithmic, in powers of two.
@@ -51,7 +53,9 @@ def plot_lines(
         style = {"marker": _MARKERS[index % len(_MARKERS)], "linewidth": 1.2}
         style |= {"linestyle": "none"} if scatter else {}
         style |= (styles or {}).get(label, {})
-        axes.plot(x, y, label=label, **style)
+        (line,) = axes.plot(x, y, label=label, **style)
+        for place, (low, high) in zip(x, (bars or {}).get(label, ())):
+            axes.vlines(place, low, high, color=line.get_color(), linewidth=1)
     if log_x:
         axes.set_xscale("log", base=2)
     if rows:

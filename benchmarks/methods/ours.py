@@ -36,6 +36,8 @@ class Factors(Method):
         weigh_rows: Whether rows count by how often their tokens occur.
         weigh_columns: Whether columns count by the hidden states that multiply
             them; then there is nothing of a table whose states are not known.
+        calibrated: Whether `compress` is given data: rows and columns are
+            weighted then, as they are for the plan of rank and format.
         fixed_size: See `Method`.
         **options: Further options of `kde.factorize`.
     """
@@ -46,6 +48,7 @@ class Factors(Method):
         quantization: str | None = None,
         weigh_rows: bool = False,
         weigh_columns: bool = False,
+        calibrated: bool = False,
         fixed_size: bool = False,
         **options: Any,
     ) -> None:
@@ -57,7 +60,9 @@ class Factors(Method):
         elif quantization is not None:
             self._formats = [*formats_of(quantization)]
         self._options = {"activation": "relu", "use_bias": True, **options}
-        self._weigh_rows, self._weigh_columns = weigh_rows, weigh_columns
+        self._calibrated = calibrated
+        self._weigh_rows = weigh_rows or calibrated
+        self._weigh_columns = weigh_columns or calibrated
 
     def approximate(self, table: Table, budget: int) -> Approximation | None:
         best, least = None, math.inf
@@ -126,8 +131,13 @@ class Factors(Method):
             activation=self._options["activation"],
             use_bias=self._options["use_bias"],
             layers=[NAME],
+            calibration_data=task.calibration_data
+            if self._calibrated
+            else None,
             verbose=0,
         )
+        if self._calibrated:
+            return student
         layer = table_layer(student)
         # As this method fits them: with its weights, learned where it learns.
         assign_factors(
@@ -145,6 +155,7 @@ Factors("ours, rows weighted", weigh_rows=True)
 Factors("ours, rows and columns weighted", weigh_rows=True, weigh_columns=True)
 for _name in (*QUANTIZATIONS, "auto"):
     Factors(f"ours, {_name}", quantization=_name)
+    Factors(f"ours, {_name}, calibrated", quantization=_name, calibrated=True)
 # The published form: learned by gradient descent, no offset.
 Factors(PAPER, use_bias=False, method="learned")
 Factors("truncated SVD", activation=None, use_bias=False)

@@ -355,12 +355,16 @@ class Task:
         return model
 
     @cached_property
+    def calibration_data(self) -> list[tuple]:
+        """A few of the training batches."""
+        batches = self.batches("train", self.seed)
+        return [batches[i] for i in range(min(MOMENT_BATCHES, len(batches)))]
+
+    @cached_property
     def table(self) -> Table:
         """The teacher's tied table, and how it is used."""
         teacher = self.teacher()
-        batches = self.batches("train", self.seed)
-        some = [batches[i] for i in range(min(MOMENT_BATCHES, len(batches)))]
-        statistics = kde.calibrate(teacher, some, verbose=0)
+        statistics = kde.calibrate(teacher, self.calibration_data, verbose=0)
         return Table(
             np.array(table_layer(teacher).embeddings),
             self.token_frequencies,

@@ -107,7 +107,8 @@ def test_a_report_has_the_numbers_of_its_results(tmp_path):
     assert [row[3:5] + row[8:10] for row in shown] == [
         ["8.0", "240", "1.615", "34.71"]
     ]
-    assert [row[8] for row in rows["full table, float32"]][:1] == ["1.617"]
+    full = {row[8] for row in rows["full table, float32"]}
+    assert full >= {"1.617", "2.051", "0.287"}
     run("report", "on_device", "--output", tmp_path)
     rows = rows_of((tmp_path / "report.md").read_text("utf-8"))
     assert rows["projection: int8 against full float32"] == [

@@ -430,9 +430,10 @@ def report(results: dict, folder: Path) -> Iterator[str]:
     bleu, chrf = signatures()
     yield f"BLEU `{bleu}`, chrF `{chrf}`, greedy search."
     entries = results["entries"]
-    for task in dict.fromkeys(entry["task"] for entry in entries):
+    for task in SETTINGS:
         own = [entry for entry in entries if entry["task"] == task]
-        yield from _task_section(task, own, folder)
+        if own:
+            yield from _task_section(task, own, folder)
     for name, found in results["duels"].items():
         yield f"## Ours against each other method: {name}"
         if found:
@@ -450,8 +451,8 @@ def _task_section(
             for e in entries
             if TOLERANCE * low <= e["ratio"] < TOLERANCE * high
         ]
+        inside.sort(key=lambda e: e["validation_nll"] or math.inf)
         if low and inside:
-            inside.sort(key=lambda e: e["validation_nll"] or math.inf)
             yield f"### {task}, {low:g} times fewer bytes, or more"
         if inside:
             yield harness.markdown_table(

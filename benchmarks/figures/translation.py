@@ -345,10 +345,19 @@ def entries_of(task: Task, rows: list[dict]) -> list[dict]:
             "translations": task.decode(stored["translations"]),
         }
         for row in rows
-        for storage, stored in row["stored"].items()
-        # Of the untrained teacher the rounded forms say nothing.
-        if "recipe" in row or storage == "float32"
+        for storage, stored in _told_apart(row).items()
     ]
+
+
+def _told_apart(row: dict) -> dict[str, dict]:
+    """The forms of a row, but for those that say nothing new."""
+    stored = row["stored"]
+    first, *others = stored
+    if "recipe" not in row:  # the untrained teacher
+        others = []
+    sizes = {form: stored[form]["table_bytes"] for form in stored}
+    others = [form for form in others if sizes[form] != sizes[first]]
+    return {form: stored[form] for form in (first, *others)}
 
 
 def scored(entries: list[dict], task: Task) -> list[dict]:

@@ -404,6 +404,24 @@ def test_students_are_trained_as_they_are_stored():
     np.testing.assert_allclose(layer.embeddings, made.values, atol=1e-5)
 
 
+def test_calibrated_students_keep_the_logits_of_what_is_read():
+    task = ToyTask()
+    random = np.random.default_rng(0)
+    # Of few tokens: few directions of hidden states.
+    batch = {
+        side: random.integers(3, 20, size=(64, 8)).astype("int32")
+        for side in ("source", "target")
+    }
+    task.calibration_data = [batch]
+    logits = task.model.predict(batch, verbose=0)
+    lost = {}
+    for name in ("ours, int4", "ours, int4, calibrated"):
+        student = METHODS[name].student(task, task.table.values.nbytes // 12)
+        found = student.predict(batch, verbose=0)
+        lost[name] = np.square(found - logits).sum() / np.square(logits).sum()
+    assert lost["ours, int4, calibrated"] < 0.5 * lost["ours, int4"]
+
+
 def test_tables_are_stored_in_int8():
     dense = keras.layers.ReversibleEmbedding(500, 32, name="token_embedding")
     dense.build()

@@ -85,7 +85,9 @@ class Method(abc.ABC):
 
         Args:
             task: One of `benchmarks.tasks`, with its `table`, its `teacher`,
-                and `with_table`, the teacher with another layer for it.
+                `with_table`, the teacher with another layer for it, and, where
+                the states that multiply the table are known,
+                `calibration_data`, the batches that tell.
             budget: As of `approximate`.
             dropout: Of the model.
         """

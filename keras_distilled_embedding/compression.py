@@ -116,9 +116,9 @@ def compress(
             `tf.data.Dataset`, a `PyDataset`, a list of batches, or of texts
             where the model has a preprocessor. Token counts and the second
             moment of the hidden states that tables project are collected
-            from it, and weigh rows, columns and rounding. What a model that
-            is used as it is depends on most; a long training leaves some of
-            it at many times fewer bytes (`docs/results.md`).
+            from it, and weigh rows, columns and rounding. A model that is
+            used as it is depends on it; after a long training it shows at
+            the smallest sizes alone (`docs/results.md`).
         calibration_tokens: Integer, after how many tokens to stop reading.
         layers: Names of the layers to replace, or a function of a layer that
             tells. By default all, except tables so small that no rank gives

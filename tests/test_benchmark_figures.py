@@ -361,6 +361,9 @@ def test_pictures_show_how_far_from_the_full_table_of_the_same_teacher(
         }
 
     entries = [
+        # Trained for longer, or in other steps: nothing to compare with.
+        entry(1, "full table, float32", 800, 1.25, epochs=8),
+        entry(1, "full table, float32", 800, 1.75, rate=0.5),
         entry(1, "full table, float32", 800, 1.5),
         entry(2, "full table, float32", 800, 2.5),
         entry(1, "ours", 100, 1.75),
@@ -379,6 +382,8 @@ def test_pictures_show_how_far_from_the_full_table_of_the_same_teacher(
     assert drawn["lines"][0]["ours"] == [(50, 0.5), (100, 0.1875)]
     assert drawn["bars"]["ours"] == [(0.5, 0.5), (0.125, 0.25)]
     assert drawn["level"] == ("the full table", 0.0)
+    # Nor do tables and p-values.
+    assert translation._baseline(entries[:3])["validation_nll"] == 1.5
 
 
 # Recipe

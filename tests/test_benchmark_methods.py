@@ -18,6 +18,7 @@ from benchmarks.methods import storage
 from benchmarks.methods import tensor_train
 from benchmarks.methods.base import Approximation
 from benchmarks.methods.rival import ArrayTable
+from benchmarks.tasks.students import evaluate_stored
 from examples.nmt.model import build_transformer
 from keras_distilled_embedding.factorization import learned
 from keras_distilled_embedding.layers import DistilledEmbedding
@@ -420,6 +421,27 @@ def test_calibrated_students_keep_the_logits_of_what_is_read():
         found = student.predict(batch, verbose=0)
         lost[name] = np.square(found - logits).sum() / np.square(logits).sum()
     assert lost["ours, int4, calibrated"] < 0.5 * lost["ours, int4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "forms"),
+    [
+        ("Tensor-Train", ["float32", "int8"]),
+        # Nothing of it is a float of more than 16 bits.
+        ("residual quantization", ["float32"]),
+        ("ours, int4", ["int4"]),
+    ],
+)
+def test_students_are_evaluated_once_in_each_form(name, forms):
+    task = ToyTask()
+    evaluated = []
+    task.evaluate = lambda model: evaluated.append(model) or {"found": 1}
+    student = METHODS[name].student(task, task.table.values.nbytes // 4)
+    stored = evaluate_stored(task, student)
+    assert list(stored) == forms
+    assert evaluated == [student] * len(forms)
+    sizes = [form["table_bytes"] for form in stored.values()]
+    assert sizes == sorted({*sizes}, reverse=True)
 
 
 def test_tables_are_stored_in_int8():

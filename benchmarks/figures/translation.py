@@ -320,10 +320,15 @@ def _identity(entry: dict) -> tuple:
 
 
 def _baseline(entries: list[dict]) -> dict:
-    """Of one teacher's entries what the others are compared with."""
-    by_label = {label(entry): entry for entry in reversed(entries)}
-    chosen = [by_label[name] for name in (FULL, CONTROL) if name in by_label]
-    return (chosen or entries)[0]
+    """Of one teacher's entries what the others are compared with.
+
+    It is trained by the recipe, and of several, the shortest.
+    """
+    for name in (FULL, CONTROL):
+        found = [e for e in entries if label(e) == name and e["rate"] == 1.0]
+        if found:
+            return min(found, key=lambda entry: entry["epochs"])
+    return entries[0]
 
 
 def entries_of(task: Task, rows: list[dict]) -> list[dict]:
@@ -345,19 +350,10 @@ def entries_of(task: Task, rows: list[dict]) -> list[dict]:
             "translations": task.decode(stored["translations"]),
         }
         for row in rows
-        for storage, stored in _told_apart(row).items()
+        for storage, stored in row["stored"].items()
+        # Of the untrained teacher the rounded forms say nothing.
+        if "recipe" in row or storage == "float32"
     ]
-
-
-def _told_apart(row: dict) -> dict[str, dict]:
-    """The forms of a row, but for those that say nothing new."""
-    stored = row["stored"]
-    first, *others = stored
-    if "recipe" not in row:  # the untrained teacher
-        others = []
-    sizes = {form: stored[form]["table_bytes"] for form in stored}
-    others = [form for form in others if sizes[form] != sizes[first]]
-    return {form: stored[form] for form in (first, *others)}
 
 
 def scored(entries: list[dict], task: Task) -> list[dict]:
@@ -562,16 +558,17 @@ def _plot(
             by_teacher.setdefault(_teacher(entry), []).append(entry)
     points: dict[tuple[str, int], list[float]] = {}
     for own in by_teacher.values():
-        level = _baseline(own)[value]
-        epochs = _baseline(own)["epochs"]
+        baseline = _baseline(own)
         for entry in own:
+            name = entry["name"]
             # What is trained for longer is not drawn beside what is not.
-            if entry["epochs"] == epochs or entry["name"] == SCRATCH:
-                name = entry["name"]
-                if not name.startswith("ours, auto"):  # in any format
-                    name = label(entry)
-                at = name, entry["table_bytes"]
-                points.setdefault(at, []).append(entry[value] - level)
+            if entry["epochs"] != baseline["epochs"] and name != SCRATCH:
+                continue
+            if not name.startswith("ours, auto"):  # in any format
+                name = label(entry)
+            distance = entry[value] - baseline[value]
+            at = name, entry["table_bytes"]
+            points.setdefault(at, []).append(distance)
     lines, bars = {}, {}
     for name in DRAWN:
         own = sorted((x, v) for (of, x), v in points.items() if of == name)

@@ -124,6 +124,7 @@ class Factors(Method):
         size = {"max_bytes": budget}
         if self.fixed_size:
             size = {"rank": task.table.values.shape[1]}
+        data = task.calibration_data if self._calibrated else None
         student = kde.compress(
             task.teacher(dropout),
             **size,
@@ -131,9 +132,7 @@ class Factors(Method):
             activation=self._options["activation"],
             use_bias=self._options["use_bias"],
             layers=[NAME],
-            calibration_data=task.calibration_data
-            if self._calibrated
-            else None,
+            calibration_data=data,
             verbose=0,
         )
         if self._calibrated:

@@ -91,20 +91,24 @@ def measure_student(
 def evaluate_stored(task: Any, model: keras.Model) -> dict[str, dict]:
     """Evaluates a trained model in every form that its table is stored in.
 
-    That is the one that it was trained in, or floats and then int8, in which
-    the model is left.
+    That is the one that it was trained in, or floats and then, where it takes
+    fewer bytes, int8, in which the model is left.
     """
     layer = table_layer(model)
-    quantization = getattr(layer, "quantization", None)
-    stored = {}
-    for form in [quantization] if quantization else ["float32", "int8"]:
-        rounded = None if form == "float32" else form
-        if rounded and not quantization:
-            store_as(layer, rounded)
-        stored[form] = {
-            "table_bytes": table_bytes(layer, rounded),
+
+    def measure(form: str | None) -> dict:
+        return {
+            "table_bytes": table_bytes(layer, form),
             **task.evaluate(model),
         }
+
+    quantization = getattr(layer, "quantization", None)
+    if quantization:
+        return {quantization: measure(quantization)}
+    stored = {"float32": measure(None)}
+    if table_bytes(layer, "int8") < table_bytes(layer):
+        store_as(layer, "int8")
+        stored["int8"] = measure("int8")
     return stored
 
 
